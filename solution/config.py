@@ -1,0 +1,851 @@
+"""Every number: frozen dataclasses that check themselves; the presets `giant`, `compact`, `ntire26`.
+
+A `MemberConfig` describes one member completely: what it sees, its tower and adapter, its losses, and how it is
+trained. It is saved beside the weights as JSON and read back from there; a bundle never depends on today's presets.
+Unknown fields fail. `override(config, ["optim.lr=1e-5"])` types each value by its field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+MEMBERS = ("global", "face", "fusion", "qtfp", "vlaforge")
+OPS = (  # spec table (b), in its order; the index of an op is its number there
+    "blur",
+    "motion_blur",
+    "sensor_noise",
+    "resize",
+    "colour",
+    "gaussian_noise",
+    "jpeg",
+    "chroma_subsampling",
+    "banding",
+    "exposure",
+    "chromatic_aberration",
+    "moire",
+    "glitch",
+    "vignette",
+    "distractor",
+)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be: the message names the field, what was found and what is allowed."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless `condition`."""
+    if not condition:
+        raise ConfigError(message)
+
+
+# ---------------------------------------------------------------------------------------------------- what it sees
+@dataclass(frozen=True)
+class ViewConfig:
+    """The square picture a member sees.
+
+    `image`: the whole picture. `face`: the square face crop, or the whole picture when no face is found.
+    Resized to `resize` x `resize` (area when shrinking, cubic when growing, untouched when equal), then the centre
+    `side` x `side` is cut out without resampling.
+    """
+
+    source: str = "image"
+    resize: int = 256
+    side: int = 252
+
+    def __post_init__(self) -> None:
+        require(
+            self.source in ("image", "face"),
+            f"view.source is {self.source!r}; allowed: image, face",
+        )
+        require(
+            0 < self.side <= self.resize,
+            f"view.side {self.side} must lie in 1..view.resize ({self.resize})",
+        )
+
+
+@dataclass(frozen=True)
+class FaceConfig:
+    """Face location (spec, "Face crop"). The thresholds of the choice are the published ones."""
+
+    score_threshold: float = 0.9
+    margin: float = 1.3  # side of the square crop / longer side of the box
+    lead: float = 0.02  # the top-scoring face wins outright by this lead
+    min_area: float = (
+        1.0 / 9.0
+    )  # of the picture; a smaller face keeps the whole picture
+    search_side: int = (
+        512  # the detector searches a copy no larger than this (px, longer side)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- towers
+@dataclass(frozen=True)
+class Dinov2Arch:
+    """Geometry of a DINOv2 tower; the defaults are facebook/dinov2-giant."""
+
+    width: int = 1536
+    layers: int = 40
+    heads: int = 24
+    mlp_ratio: int = 4
+    swiglu: bool = True
+    patch: int = 14
+    image_side: int = 518  # of the stored position grid; other sides interpolate it
+
+
+@dataclass(frozen=True)
+class ClipArch:
+    """Geometry of a CLIP model as open_clip builds it; the defaults are ViT-L/14 (OpenAI).
+
+    `text_layers` = 0 builds no text tower.
+    """
+
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    patch: int = 14
+    image_side: int = 224
+    embed_dim: int = 768
+    quick_gelu: bool = True
+    layer_scale: bool = False
+    pre_norm: bool = True
+    norm_eps: float = 1e-5
+    text_width: int = 768
+    text_layers: int = 12
+    text_heads: int = 12
+    context: int = 77
+    vocab: int = 49408
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """One tower. Members of a bundle that name the same tower share it.
+
+    kind: `dinov2` (transformers) or `clip` (open_clip).
+    source: where its untrained weights are public: a Hub repository (`facebook/dinov2-giant`) with its `revision`,
+        `bundle` for a tower trained by us that travels in the bundle, or `bundle:OTHER` for a CLIP image tower that is
+        the bundle's DINOv2 tower OTHER in open_clip's layout (the text tower is then the member's own).
+    statistics: the normalisation applied to its input: `imagenet` or `clip`.
+    """
+
+    name: str
+    kind: str
+    arch: Dinov2Arch | ClipArch
+    source: str = "bundle"
+    revision: str = ""
+    statistics: str = "imagenet"
+
+    def __post_init__(self) -> None:
+        wanted = {"dinov2": Dinov2Arch, "clip": ClipArch}
+        require(
+            self.kind in wanted,
+            f"tower.kind is {self.kind!r}; allowed: {', '.join(wanted)}",
+        )
+        require(
+            isinstance(self.arch, wanted[self.kind]),
+            f"tower {self.name}: kind {self.kind} needs a {wanted[self.kind].__name__}, found {type(self.arch).__name__}",
+        )
+        require(
+            self.statistics in ("imagenet", "clip"),
+            f"tower.statistics is {self.statistics!r}",
+        )
+        require(
+            self.arch.width % self.arch.heads == 0,
+            f"tower {self.name}: width is no multiple of heads",
+        )
+
+    @property
+    def public(self) -> bool:
+        """Whether its weights come from a public repository rather than the bundle."""
+        return not self.source.startswith("bundle")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """How a tower is adapted: `none` (frozen), `lora`, `effort` (spec/qtfp), or `full` (the whole tower is trained)."""
+
+    kind: str = "lora"
+    rank: int = 32
+    alpha: float = 64.0
+    dropout: float = 0.15
+    projections: tuple[str, ...] = ("q", "k", "v", "o")
+
+    def __post_init__(self) -> None:
+        kinds = ("none", "lora", "effort", "full")
+        require(
+            self.kind in kinds,
+            f"adapter.kind is {self.kind!r}; allowed: {', '.join(kinds)}",
+        )
+        require(self.rank > 0, f"adapter.rank is {self.rank}; it must be positive")
+        require(
+            0 <= self.dropout < 1,
+            f"adapter.dropout is {self.dropout}; it must lie in [0, 1)",
+        )
+        require(
+            set(self.projections) <= set("qkvo"),
+            f"adapter.projections {self.projections}: only q, k, v, o",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- members
+@dataclass(frozen=True)
+class StreamConfig:
+    """The DINOv2 streams (arXiv 2604.25889). Focal loss, gamma 2, alpha 1; the fusion head's shape."""
+
+    focal_gamma: float = 2.0
+    focal_alpha: float = 1.0
+    fusion_hidden: int = 512
+    fusion_dropout: float = 0.2
+
+
+@dataclass(frozen=True)
+class QtfpConfig:
+    """QTFP (CVPR 2026); what the paper leaves open is named `ours` in the specification."""
+
+    queries: int = 4
+    query_std: float = 0.02
+    heads: int = 1  # 1: the paper's attention; more: multi-head variant
+    pool: str = "queries"  # `queries`, or `cls` for the ablation's base
+    flcl: float = 0.14
+    raal: float = 1.0
+    temperature: float = 0.1
+    weight_temperature: float = 1.0  # tau_w
+    ema_decay: float = 0.99
+    chunk: int = 0  # rows of the similarity matrix computed at once; 0: all
+    raal_reference: str = (
+        "adapted"  # whose CLS attention aligns: the tower as `adapted`, or `pretrained`
+    )
+
+    def __post_init__(self) -> None:
+        require(
+            self.pool in ("queries", "cls"),
+            f"qtfp.pool is {self.pool!r}; allowed: queries, cls",
+        )
+        require(
+            self.queries > 0 and self.heads > 0,
+            "qtfp.queries and qtfp.heads must be positive",
+        )
+        allowed = ("adapted", "pretrained")
+        require(
+            self.raal_reference in allowed,
+            f"qtfp.raal_reference is {self.raal_reference!r}; allowed: {allowed}",
+        )
+
+
+@dataclass(frozen=True)
+class VlaforgeConfig:
+    """VLAForge (CVPR 2026, arXiv 2603.24454): ForgePerceiver, modulated class tokens, identity-aware scoring."""
+
+    width: int = 192
+    blocks: int = 8
+    heads: int = 3
+    patch: int = 16
+    input_side: int = 256  # pixels the ForgePerceiver sees; CLIP sees view.side resized to its own side
+    queries: int = 128
+    decoder_hidden: int = 256
+    decoder_out: int = 128
+    fusion_after: tuple[int, ...] = (
+        1,
+        2,
+        3,
+    )  # ForgePerceiver blocks (1-based) after which CLIP tokens are fused in
+    fusion_layers: tuple[int, ...] = (
+        1,
+        8,
+        15,
+    )  # CLIP layers (1-based) whose tokens are fused
+    alpha: float = 0.5
+    train_text: bool = (
+        False  # compact: no pre-trained text tower exists, so it is learned
+    )
+    losses: str = "paper"  # which preset the weights below came from, for the record
+    w_global: float = 1.0
+    w_local: float = 1.0
+    w_localization: float = 1.0
+    w_dice: float = 1.0
+    w_focal: float = 0.0
+    w_orthogonality: float = 1.0
+    w_intra: float = 0.0
+    w_clip: float = 0.0
+    contrast_temperature: float = 0.5
+    patch_forged_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.fusion_after) == len(self.fusion_layers),
+            "vlaforge.fusion_after and vlaforge.fusion_layers differ in length",
+        )
+        require(
+            self.input_side % self.patch == 0,
+            "vlaforge.input_side must be a multiple of vlaforge.patch",
+        )
+        require(
+            0 <= self.alpha <= 1,
+            f"vlaforge.alpha is {self.alpha}; it must lie in [0, 1]",
+        )
+
+
+VLAFORGE_LOSSES = {
+    "paper": {},
+    "code": {
+        "losses": "code",
+        "w_global": 10.0,
+        "w_local": 10.0,
+        "w_localization": 200.0,
+        "w_dice": 100.0,
+        "w_focal": 100.0,
+        "w_orthogonality": 1.0,
+        "w_intra": 20.0,
+        "w_clip": 10.0,
+    },
+}
+
+
+# ---------------------------------------------------------------------------------------------------- training
+@dataclass(frozen=True)
+class DegradationConfig:
+    """The extreme compound engine (spec, "The extreme compound degradation engine").
+
+    `strength` None draws s ~ Beta(beta, beta) anew for each op; a number fixes it (severity sweeps).
+    `growth` bounds the working picture at this multiple of the input side.
+    """
+
+    global_p: float = 0.5
+    op_p: float = 0.3
+    cycle_p: float = 0.3
+    cycles: tuple[int, int] = (1, 5)
+    beta: float = 1.2
+    strength: float | None = None
+    ops: tuple[str, ...] = OPS
+    distractor_p: float = 0.15
+    text_p: float = 0.9
+    jpeg_quality: tuple[int, int] = (10, 95)
+    growth: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("global_p", "op_p", "cycle_p", "distractor_p", "text_p"):
+            value = getattr(self, name)
+            require(
+                0 <= value <= 1, f"degradation.{name} is {value}; it must lie in [0, 1]"
+            )
+        if self.strength is not None:
+            require(
+                0 <= self.strength <= 1,
+                f"degradation.strength is {self.strength}; it must lie in [0, 1]",
+            )
+        unknown = set(self.ops) - set(OPS)
+        require(
+            not unknown,
+            f"degradation.ops: unknown {sorted(unknown)}; known: {', '.join(OPS)}",
+        )
+        low, high = self.jpeg_quality
+        require(
+            1 <= low <= high <= 100,
+            f"degradation.jpeg_quality is {self.jpeg_quality}; it must rise within 1..100",
+        )
+        require(
+            1 <= self.cycles[0] <= self.cycles[1],
+            f"degradation.cycles is {self.cycles}",
+        )
+        require(
+            self.growth >= 1,
+            f"degradation.growth is {self.growth}; it must be at least 1",
+        )
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Geometric augmentation, before the degradation engine, on picture and mask together."""
+
+    flip_p: float = 0.5
+    rotate_p: float = 0.5
+    rotate_degrees: float = 10.0
+    crop_p: float = 0.0  # random square crop of at least `crop_min` of the side
+    crop_min: float = 0.8
+    self_blend_p: float = (
+        0.0  # share of real faces turned into self-blended fakes (label 1, with a mask)
+    )
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Which pictures make an epoch, and in which proportion.
+
+    balance: `none` shuffles; `balanced` forces half real, half fake in every batch; `temperature` also draws a source
+        of n pictures with weight n ** -temperature.
+    cap, drop: per source and class, as `SOURCE/real=VALUE` or `SOURCE/fake=VALUE`: at most so many pictures; a share
+        dropped at random (seeded, fixed over the run).
+    frames: at most so many frames of one video.
+    """
+
+    balance: str = "balanced"
+    temperature: float = 0.5
+    cap: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    frames: int = 8
+    on_unreadable: str = "fail"  # or `drop`: counted, reported
+
+    def __post_init__(self) -> None:
+        allowed = ("none", "balanced", "temperature")
+        require(
+            self.balance in allowed,
+            f"sampling.balance is {self.balance!r}; allowed: {', '.join(allowed)}",
+        )
+        require(
+            self.on_unreadable in ("fail", "drop"),
+            f"sampling.on_unreadable is {self.on_unreadable!r}",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam, linear warm-up from 1 % of the rate, cosine to `final_lr`, stepped per optimizer step."""
+
+    lr: float = 5e-6
+    head_lr: float = 0.0  # 0: the same rate as the adapter
+    layer_decay: float = 1.0  # each deeper-to-shallower block multiplies its rate by this (full fine-tuning)
+    weight_decay: float = 5e-4
+    decoupled: bool = False  # True: AdamW
+    warmup_steps: int = 200
+    warmup_start: float = 0.01
+    schedule: str = "cosine"  # or `constant`
+    final_lr: float = 1e-6
+    clip_norm: float = 0.0  # 0: no clipping
+
+    def __post_init__(self) -> None:
+        require(
+            self.schedule in ("cosine", "constant"),
+            f"optim.schedule is {self.schedule!r}",
+        )
+        require(self.lr > 0, f"optim.lr is {self.lr}; it must be positive")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop. `batch` pictures a process and step, `accumulate` steps an optimizer step."""
+
+    epochs: int = 10
+    batch: int = 32
+    accumulate: int = 16
+    max_steps: int = 0  # optimizer steps; 0: as many as the epochs make
+    validate_every: int = 0  # optimizer steps; 0: once an epoch
+    save_every: int = 200  # optimizer steps between resumable checkpoints
+    seed: int = 0
+    precision: str = "auto"  # `bf16`, `float32`; auto: bf16 on a GPU, float32 else
+    grad_checkpointing: bool = False
+    head_epochs: int = 0  # first phase that trains the head alone (fusion: 3)
+    head_lr: float = 1e-4
+    head_warmup_steps: int = 500
+    validation_seed: int = 7  # of the degraded validation pictures
+
+    def __post_init__(self) -> None:
+        require(
+            self.precision in ("auto", "bf16", "float32"),
+            f"train.precision is {self.precision!r}",
+        )
+        require(
+            self.batch > 0 and self.accumulate > 0,
+            "train.batch and train.accumulate must be positive",
+        )
+        require(self.epochs > 0, f"train.epochs is {self.epochs}; it must be positive")
+
+
+@dataclass(frozen=True)
+class MemberConfig:
+    """One member, complete."""
+
+    name: str
+    view: ViewConfig
+    tower: TowerConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    clip: TowerConfig | None = None  # fusion: the frozen second tower
+    face: FaceConfig = field(default_factory=FaceConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    qtfp: QtfpConfig = field(default_factory=QtfpConfig)
+    vlaforge: VlaforgeConfig = field(default_factory=VlaforgeConfig)
+    degradation: DegradationConfig = field(default_factory=DegradationConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.name in MEMBERS,
+            f"member {self.name!r} is unknown; known: {', '.join(MEMBERS)}",
+        )
+        require(
+            self.name == "vlaforge" or self.view.side % self.tower.arch.patch == 0,
+            f"{self.name}: view.side {self.view.side} is no multiple of the tower's patch {self.tower.arch.patch}",
+        )
+        require(
+            (self.name == "fusion") == (self.clip is not None),
+            f"{self.name}: `clip` belongs to the fusion member alone",
+        )
+        require(
+            self.name != "vlaforge" or self.tower.kind == "clip",
+            "vlaforge needs a CLIP tower with its text encoder",
+        )
+
+
+@dataclass(frozen=True)
+class VoteConfig:
+    """The vote (spec, "Calibrated, discretized voting").
+
+    weights: votes per member, by name. step: the grid of a level. mean: `levels` (discretized), `levels_rounded`
+    (the mean rounded to the grid again: the published entry), `probability` or `logit` (no grid).
+    threshold: fake at or above; unsure: half-width of the band around it; false_alarm: the rate the threshold holds.
+    """
+
+    weights: dict[str, int]
+    step: float = 0.1
+    mean: str = "levels"
+    threshold: float = 0.5
+    unsure: float = 0.0
+    false_alarm: float | None = None
+
+    def __post_init__(self) -> None:
+        allowed = ("levels", "levels_rounded", "probability", "logit")
+        require(
+            self.mean in allowed,
+            f"vote.mean is {self.mean!r}; allowed: {', '.join(allowed)}",
+        )
+        require(bool(self.weights), "vote.weights is empty; name at least one member")
+        require(
+            all(w >= 0 for w in self.weights.values()),
+            f"vote.weights {self.weights}: votes cannot be negative",
+        )
+        require(
+            sum(self.weights.values()) > 0,
+            f"vote.weights {self.weights}: somebody must vote",
+        )
+        require(0 < self.step <= 1, f"vote.step is {self.step}; it must lie in (0, 1]")
+
+
+# ---------------------------------------------------------------------------------------------------- presets
+def _dinov2_giant() -> TowerConfig:
+    # The default branch of facebook/dinov2-giant at the time of writing; safetensors, 1.14 B parameters.
+    return TowerConfig(
+        "dinov2-giant",
+        "dinov2",
+        Dinov2Arch(),
+        source="facebook/dinov2-giant",
+        revision="main",
+    )
+
+
+def _clip_large(statistics: str = "clip", text: bool = True) -> TowerConfig:
+    arch = ClipArch() if text else ClipArch(text_layers=0)
+    name = "clip-vit-l14" if text else "clip-vit-l14-image"
+    return TowerConfig(
+        name,
+        "clip",
+        arch,
+        source="timm/vit_large_patch14_clip_224.openai",
+        revision="main",
+        statistics=statistics,
+    )
+
+
+def _giant(member: str) -> MemberConfig:
+    if member in ("global", "face"):
+        view = ViewConfig("face" if member == "face" else "image", 256, 252)
+        return MemberConfig(member, view, _dinov2_giant())
+    if member == "fusion":
+        optim = OptimConfig(lr=1e-6, warmup_steps=50)
+        train = TrainConfig(epochs=13, accumulate=8, head_epochs=3)
+        view = ViewConfig("image", 224, 224)
+        clip = _clip_large(text=False)
+        return MemberConfig(
+            "fusion", view, _dinov2_giant(), clip=clip, optim=optim, train=train
+        )
+    if member == "qtfp":
+        optim = OptimConfig(lr=2e-4, schedule="constant", warmup_steps=0)
+        train = TrainConfig(batch=16, accumulate=1)
+        adapter = AdapterConfig("effort", rank=1, dropout=0.0)
+        tower = _clip_large(text=False)
+        return MemberConfig(
+            "qtfp",
+            ViewConfig("face", 224, 224),
+            tower,
+            adapter,
+            optim=optim,
+            train=train,
+        )
+    optim = OptimConfig(lr=2e-5, schedule="constant", warmup_steps=0)
+    train = TrainConfig(epochs=60, batch=32, accumulate=1)
+    view = ViewConfig(
+        "face", 256, 256
+    )  # the ForgePerceiver sees 256 px; the member resizes that to CLIP's 224 itself
+    sampling = SamplingConfig(frames=32)
+    augment = AugmentConfig(self_blend_p=0.25)
+    return MemberConfig(
+        "vlaforge",
+        view,
+        _clip_large(),
+        AdapterConfig("none"),
+        optim=optim,
+        train=train,
+        sampling=sampling,
+        augment=augment,
+    )
+
+
+COMPACT_SIDE = 168  # chosen on validation, see weights/README.md
+
+
+def _compact_tower() -> TowerConfig:
+    """DINOv2 ViT-S/14, trained whole by `global` and shared by all members of the bundle."""
+    arch = Dinov2Arch(width=384, layers=12, heads=6, mlp_ratio=4, swiglu=False)
+    return TowerConfig("compact-dinov2-s14", "dinov2", arch, source="bundle")
+
+
+def _compact_clip(text: bool) -> TowerConfig:
+    """The same image tower in open_clip's layout; the text tower, where there is one, is small and learned."""
+    arch = ClipArch(
+        width=384,
+        layers=12,
+        heads=6,
+        patch=14,
+        image_side=COMPACT_SIDE,
+        embed_dim=256,
+        quick_gelu=False,
+        layer_scale=True,
+        pre_norm=False,
+        norm_eps=1e-6,
+        text_width=128,
+        text_layers=4 if text else 0,
+        text_heads=4,
+    )
+    name = "compact-clip" if text else "compact-clip-image"
+    return TowerConfig(name, "clip", arch, source="bundle:compact-dinov2-s14")
+
+
+def _compact(member: str) -> MemberConfig:
+    side = COMPACT_SIDE
+    optim = OptimConfig(
+        lr=2e-4,
+        head_lr=1e-3,
+        weight_decay=0.05,
+        decoupled=True,
+        warmup_steps=100,
+        clip_norm=1.0,
+        final_lr=0.0,
+    )
+    train = TrainConfig(epochs=2, batch=32, accumulate=1, precision="bf16")
+    augment = AugmentConfig(crop_p=0.5, self_blend_p=0.1)
+    lora = AdapterConfig("lora", rank=16, alpha=32.0, dropout=0.05)
+    shared = {"optim": optim, "train": train, "augment": augment}
+    image, face = ViewConfig("image", side, side), ViewConfig("face", side, side)
+    if member == "global":
+        shared |= {
+            "optim": replace(optim, layer_decay=0.75),
+            "train": replace(train, epochs=8),
+        }
+        return MemberConfig(
+            "global", image, _compact_tower(), AdapterConfig("full"), **shared
+        )
+    if member == "face":
+        return MemberConfig("face", face, _compact_tower(), lora, **shared)
+    if member == "fusion":
+        shared["train"] = replace(
+            train, head_epochs=1, head_lr=1e-3, head_warmup_steps=50
+        )
+        return MemberConfig(
+            "fusion",
+            image,
+            _compact_tower(),
+            lora,
+            clip=_compact_clip(text=False),
+            **shared,
+        )
+    if member == "qtfp":
+        return MemberConfig("qtfp", image, _compact_tower(), lora, **shared)
+    vlaforge = VlaforgeConfig(
+        width=96,
+        blocks=4,
+        queries=32,
+        input_side=side // 14 * 16,
+        decoder_hidden=128,
+        decoder_out=64,
+        fusion_layers=(1, 4, 8),
+        train_text=True,
+    )
+    view = ViewConfig("image", side // 14 * 16, side // 14 * 16)
+    tower = _compact_clip(text=True)
+    return MemberConfig(
+        "vlaforge", view, tower, AdapterConfig("none"), vlaforge=vlaforge, **shared
+    )
+
+
+def _ntire26(member: str) -> MemberConfig:
+    """The published entry: `giant`'s three streams, with ImageNet statistics into CLIP as its weights were trained."""
+    require(
+        member in ("global", "face", "fusion"),
+        f"the published entry has no member {member!r}",
+    )
+    config = _giant(member)
+    if config.clip is not None:
+        config = replace(
+            config,
+            clip=replace(
+                _clip_large("imagenet", text=False), name="clip-vit-l14-image-ntire26"
+            ),
+        )
+    return config
+
+
+PRESETS = {"giant": _giant, "compact": _compact, "ntire26": _ntire26}
+NTIRE26_VOTE = VoteConfig({"global": 2, "face": 1, "fusion": 2}, mean="levels_rounded")
+
+
+def preset(name: str, member: str) -> MemberConfig:
+    """The configuration of `member` in the preset `name` (`giant`, `compact`, `ntire26`)."""
+    require(name in PRESETS, f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
+    require(
+        member in MEMBERS, f"member {member!r} is unknown; known: {', '.join(MEMBERS)}"
+    )
+    return PRESETS[name](member)
+
+
+# ---------------------------------------------------------------------------------------------------- to and from JSON
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass of this room as plain JSON values (tuples become lists)."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type, values: dict[str, Any], where: str = "") -> Any:
+    """The dataclass `kind` from JSON values.
+
+    Raises:
+        ConfigError: an unknown or missing field or a value of the wrong type, with its dotted name.
+    """
+    require(
+        isinstance(values, dict),
+        f"{where or kind.__name__}: expected an object, found {type(values).__name__}",
+    )
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    require(
+        not unknown,
+        f"{where or kind.__name__}: unknown field {', '.join(unknown)}; known: {', '.join(hints)}",
+    )
+    given = {
+        name: _typed(hints[name], value, f"{where}.{name}".strip("."), values)
+        for name, value in values.items()
+    }
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise ConfigError(f"{where or kind.__name__}: {error}") from None
+
+
+def _typed(hint: Any, value: Any, where: str, siblings: dict[str, Any]) -> Any:
+    """`value` (JSON) as the type `hint`; numbers widen from int to float and nothing else is converted."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        options = [o for o in typing.get_args(hint) if o is not type(None)]
+        if value is None and len(options) < len(typing.get_args(hint)):
+            return None
+        if Dinov2Arch in options:
+            hint = Dinov2Arch if siblings.get("kind") == "dinov2" else ClipArch
+        else:
+            hint = options[0]
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        require(
+            isinstance(value, list | tuple),
+            f"{where}: expected a list, found {value!r}",
+        )
+        return tuple(_typed(item, v, f"{where}[{i}]", {}) for i, v in enumerate(value))
+    if typing.get_origin(hint) is dict:
+        item = typing.get_args(hint)[1]
+        require(
+            isinstance(value, dict), f"{where}: expected an object, found {value!r}"
+        )
+        return {k: _typed(item, v, f"{where}.{k}", {}) for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    correct = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    require(correct, f"{where}: expected {hint.__name__}, found {value!r}")
+    return value
+
+
+def override(config: Any, settings: list[str] | tuple[str, ...]) -> Any:
+    """`config` with each `dotted.field=value` applied in order, every value typed by its field.
+
+    Lists are comma-separated (`degradation.ops=blur,jpeg`), `none` is None where the field allows it, and
+    `vlaforge.losses=paper|code` also sets the weights of that preset.
+
+    Raises:
+        ConfigError: a setting without `=`, an unknown field, or a value that does not fit its field.
+    """
+    for setting in settings:
+        path, separator, text = setting.partition("=")
+        require(bool(separator), f"--set {setting}: expected field=value")
+        if path == "vlaforge.losses" and text in VLAFORGE_LOSSES:
+            defaults = VlaforgeConfig()
+            weights = {
+                n: getattr(defaults, n) for n in VLAFORGE_LOSSES["code"]
+            } | VLAFORGE_LOSSES[text]
+            config = replace(config, vlaforge=replace(config.vlaforge, **weights))
+            continue
+        config = _override_one(config, path.split("."), text, path)
+    return config
+
+
+def _override_one(config: Any, names: list[str], text: str, where: str) -> Any:
+    name, *rest = names
+    known = [f.name for f in dataclasses.fields(config)]
+    require(
+        name in known,
+        f"--set {where}: unknown field {name!r}; known: {', '.join(known)}",
+    )
+    current = getattr(config, name)
+    if rest:
+        require(
+            dataclasses.is_dataclass(current), f"--set {where}: {name!r} has no fields"
+        )
+        return replace(config, **{name: _override_one(current, rest, text, where)})
+    hint = typing.get_type_hints(type(config))[name]
+    return replace(config, **{name: _parse(hint, text, where)})
+
+
+def _parse(hint: Any, text: str, where: str) -> Any:
+    """The text of a `--set` as a value of type `hint`."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if text.lower() == "none":
+            return None
+        hint = next(o for o in typing.get_args(hint) if o is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return tuple(
+            _parse(typing.get_args(hint)[0], part, where)
+            for part in text.split(",")
+            if part
+        )
+    if hint is bool:
+        require(
+            text.lower() in ("true", "false", "1", "0"),
+            f"--set {where}: expected true or false, found {text!r}",
+        )
+        return text.lower() in ("true", "1")
+    require(
+        hint in (int, float, str), f"--set {where}: set the fields inside it one by one"
+    )
+    try:
+        return hint(text)
+    except ValueError:
+        raise ConfigError(
+            f"--set {where}: expected {hint.__name__}, found {text!r}"
+        ) from None
