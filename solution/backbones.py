@@ -486,6 +486,23 @@ def build_tower(config: TowerConfig, *, device: str | torch.device = "cpu") -> T
     return Tower(config, model)
 
 
+def empty_tower(
+    config: TowerConfig,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tower:
+    """The tower with unset weights, to be filled by `load_state`: no time or second copy spent on random ones."""
+    tower = build_tower(config, device="meta")
+    tower.model.to(dtype).to_empty(device=device)
+    tower.to(device)  # the normalisation buffers
+    if config.kind == "clip" and config.arch.text_layers:  # a buffer that no file fills
+        length = config.arch.context
+        mask = torch.full((length, length), float("-inf"), device=device).triu_(1)
+        tower.model.attn_mask = mask
+    return tower
+
+
 def _dinov2(arch: Dinov2Arch) -> nn.Module:
     from transformers import Dinov2Config, Dinov2Model
 

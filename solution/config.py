@@ -393,6 +393,9 @@ class SamplingConfig:
     cap: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     frames: int = 8
+    fully_generated: tuple[
+        str, ...
+    ] = ()  # generators that make whole faces: their forgery mask is the face region
     on_unreadable: str = "fail"  # or `drop`: counted, reported
 
     def __post_init__(self) -> None:
@@ -688,6 +691,54 @@ def _compact(member: str) -> MemberConfig:
     )
 
 
+def _tiny(member: str) -> MemberConfig:
+    """`compact` with towers of a few thousand random weights: smoke runs and tests of the whole path, no detector."""
+    side = 56
+    dino = Dinov2Arch(width=32, layers=2, heads=2, swiglu=False, image_side=side)
+    clip = ClipArch(
+        width=32,
+        layers=2,
+        heads=2,
+        image_side=side,
+        embed_dim=16,
+        quick_gelu=False,
+        layer_scale=True,
+        pre_norm=False,
+        norm_eps=1e-6,
+        text_width=16,
+        text_layers=1 if member == "vlaforge" else 0,
+        text_heads=2,
+    )
+    config = _compact(member)
+    tower = TowerConfig("tiny-dinov2", "dinov2", dino)
+    clip_name = "tiny-clip" if member == "vlaforge" else "tiny-clip-image"
+    clip_tower = TowerConfig(clip_name, "clip", clip, source="bundle:tiny-dinov2")
+    vlaforge = VlaforgeConfig(
+        width=24,
+        blocks=3,
+        heads=3,
+        queries=8,
+        input_side=64,
+        decoder_hidden=16,
+        decoder_out=8,
+        fusion_after=(1,),
+        fusion_layers=(1,),
+        train_text=True,
+    )
+    small = 64 if member == "vlaforge" else side
+    return replace(
+        config,
+        view=ViewConfig(config.view.source, small, small),
+        tower=clip_tower if member == "vlaforge" else tower,
+        clip=clip_tower if member == "fusion" else None,
+        vlaforge=vlaforge,
+        optim=replace(config.optim, warmup_steps=2),
+        train=replace(
+            config.train, epochs=2, batch=4, precision="float32", head_warmup_steps=2
+        ),
+    )
+
+
 def _ntire26(member: str) -> MemberConfig:
     """The published entry: `giant`'s three streams, with ImageNet statistics into CLIP as its weights were trained."""
     require(
@@ -705,7 +756,7 @@ def _ntire26(member: str) -> MemberConfig:
     return config
 
 
-PRESETS = {"giant": _giant, "compact": _compact, "ntire26": _ntire26}
+PRESETS = {"giant": _giant, "compact": _compact, "tiny": _tiny, "ntire26": _ntire26}
 NTIRE26_VOTE = VoteConfig({"global": 2, "face": 1, "fusion": 2}, mean="levels_rounded")
 
 

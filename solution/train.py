@@ -1,0 +1,759 @@
+"""Entry: train one member.
+
+`python -m solution.train --member NAME --preset giant|compact --data MANIFEST --out DIR`. Leaves in DIR/NAME: the best
+weights (`config.json`, `model.safetensors`; a tower trained whole in DIR/towers), `checkpoint.pt` to go on from, and
+`metrics.jsonl`. The same command goes on where it stopped, bit for bit on CPU. `torchrun` spreads it over processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from solution.backbones import (
+    Tower,
+    WeightsError,
+    build_tower,
+    count_parameters,
+    load_state,
+)
+from solution.config import (
+    MEMBERS,
+    PRESETS,
+    ConfigError,
+    DegradationConfig,
+    MemberConfig,
+    OptimConfig,
+    override,
+    preset,
+    to_dict,
+)
+from solution.data import (
+    Item,
+    ManifestError,
+    Sample,
+    TrainingViews,
+    ValidationViews,
+    locate_faces,
+    plan_epoch,
+    read_manifest,
+    select,
+    training_loader,
+    validation_loader,
+)
+from solution.images import UnreadableInput
+from solution.member import Member
+from solution.members import build_member, fill_tower, save_member, tower_configs
+from solution.metrics import auc
+from solution.records import Batch, MemberOutput
+from solution.submission import write_atomically
+from solution.weights import tower_weights
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on; the message says what was found and what to do."""
+
+
+# ------------------------------------------------------------------------------------------------ schedule
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one optimizer: which parameters, for how many epochs, at which rate."""
+
+    name: str  # `head`: the member's own parts alone; `all`: whatever the member trains
+    epochs: int
+    optim: OptimConfig
+
+
+def phases(config: MemberConfig) -> list[Phase]:
+    """The phases of a member's training: fusion trains its head first, the others have one phase."""
+    train, optim = config.train, config.optim
+    if not train.head_epochs:
+        return [Phase("all", train.epochs, optim)]
+    if train.head_epochs >= train.epochs:
+        raise ConfigError(
+            f"train.head_epochs {train.head_epochs} must be below train.epochs {train.epochs}"
+        )
+    head = replace(
+        optim,
+        lr=train.head_lr,
+        head_lr=train.head_lr,
+        warmup_steps=train.head_warmup_steps,
+    )
+    return [
+        Phase("head", train.head_epochs, head),
+        Phase("all", train.epochs - train.head_epochs, optim),
+    ]
+
+
+def rate_factor(step: int, total: int, optim: OptimConfig, rate: float) -> float:
+    """The learning rate at optimizer step `step` (from 0) of `total`, as a multiple of `rate`.
+
+    Linear from `warmup_start` over `warmup_steps`, then cosine to `final_lr` (or constant).
+    """
+    if step < optim.warmup_steps:
+        return optim.warmup_start + (1 - optim.warmup_start) * step / optim.warmup_steps
+    if optim.schedule == "constant":
+        return 1.0
+    progress = (step - optim.warmup_steps) / max(1, total - optim.warmup_steps)
+    floor = min(1.0, optim.final_lr / rate)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def parameter_groups(member: Member, phase: Phase) -> list[dict[str, Any]]:
+    """Adam's groups with their base rates; sets `requires_grad` for the phase.
+
+    The head has `head_lr` where that is set; a tower trained whole has rates falling by `layer_decay` towards its input.
+    """
+    optim = phase.optim
+    adapted = adapted_parameters(member)
+    for parameter in adapted:
+        parameter.requires_grad_(phase.name == "all")
+    groups = [
+        _group(p, optim.head_lr or optim.lr, optim) for p in member.head_parameters()
+    ]
+    if phase.name == "all":
+        depths = depth_of(member.tower)
+        for parameter in adapted:
+            rate = optim.lr * optim.layer_decay ** depths.get(id(parameter), 0)
+            groups.append(_group(parameter, rate, optim))
+    return groups
+
+
+def adapted_parameters(member: Member) -> list[nn.Parameter]:
+    """What the member trains of its tower: its adapter, or the tower's own weights that its file stores."""
+    start = (".effort_u0", ".effort_s0", ".effort_v0")  # stored, but not trained
+    return [
+        parameter
+        for key, parameter in member.stored_state().items()
+        if not key.startswith("own.") and not key.endswith(start)
+    ]
+
+
+def depth_of(tower: Tower) -> dict[int, int]:
+    """Parameter id -> number of blocks between it and the output (0: the last block and the final norm)."""
+    count = len(tower.layers)
+    depths = {id(p): count for p in tower.model.parameters()}  # embeddings: deepest
+    for index, layer in enumerate(tower.layers):
+        depths |= {id(p): count - 1 - index for p in layer.parameters()}
+    final = (
+        tower.model.layernorm
+        if tower.config.kind == "dinov2"
+        else tower.model.visual.ln_post
+    )
+    return depths | {id(p): 0 for p in final.parameters()}
+
+
+def _group(parameter: nn.Parameter, rate: float, optim: OptimConfig) -> dict[str, Any]:
+    # Decoupled decay leaves one-dimensional parameters alone (norms, biases); Adam's L2 term covers all, as published.
+    decay = 0.0 if optim.decoupled and parameter.ndim < 2 else optim.weight_decay
+    return {"params": [parameter], "lr": rate, "rate": rate, "weight_decay": decay}
+
+
+def make_optimizer(member: Member, phase: Phase) -> torch.optim.Optimizer:
+    """Adam or AdamW over the phase's groups; each group keeps its base rate as `rate`."""
+    kind = torch.optim.AdamW if phase.optim.decoupled else torch.optim.Adam
+    return kind(parameter_groups(member, phase))
+
+
+# ------------------------------------------------------------------------------------------------ processes
+@dataclass(frozen=True)
+class World:
+    """This process among its siblings."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def processes(device: torch.device) -> Iterator[World]:
+    """Join torchrun's process group when there is one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World()
+        return
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class TrainingStep(nn.Module):
+    """Forward and loss as one module, so that DistributedDataParallel sees every use of a parameter."""
+
+    def __init__(self, member: Member):
+        super().__init__()
+        self.member = member
+
+    def forward(
+        self, batch: Batch
+    ) -> tuple[torch.Tensor, dict[str, float], MemberOutput]:
+        output = self.member(batch.images)
+        loss, parts = self.member.loss(output, batch)
+        return loss, parts, output
+
+
+# ------------------------------------------------------------------------------------------------ the run
+class Run:
+    """One member's training: where it stands, and how it goes on. `run()` does the work."""
+
+    def __init__(
+        self,
+        member: Member,
+        items: list[Item],
+        validation: list[Item],
+        folder: Path,
+        *,
+        faces: dict,
+        device: torch.device,
+        world: World = World(),
+        workers: int = 0,
+        provenance: dict[str, Any] | None = None,
+        progress: bool = True,
+    ):
+        self.member, self.config, self.folder = member.to(device), member.config, folder
+        self.items, self.validation, self.faces = items, validation, faces
+        self.device, self.world, self.workers, self.progress = (
+            device,
+            world,
+            workers,
+            progress,
+        )
+        self.provenance = provenance or {}
+        self.labels = np.array([item.label for item in items])
+        self.sources = [item.source for item in items]
+        self.bf16 = self.config.train.precision == "bf16" or (
+            self.config.train.precision == "auto" and device.type == "cuda"
+        )
+        member.tower.checkpointing = self.config.train.grad_checkpointing
+        self.stopping = False
+        self.state = {
+            "phase": 0,
+            "step": 0,
+            "total": 0,
+            "best": -1.0,
+            "pictures": 0,
+            "seconds": 0.0,
+        }
+        self.history: list[dict[str, Any]] = []
+
+    # -- plan
+    def epoch_plan(self, epoch: int) -> list[list[Sample]]:
+        """This rank's micro-batches of the epoch (counted over all phases)."""
+        size = self.config.train.batch
+        plan = plan_epoch(
+            self.labels,
+            self.sources,
+            sampling=self.config.sampling,
+            blend_p=self.config.augment.self_blend_p,
+            batch=size * self.world.size,
+            seed=self.config.train.seed,
+            epoch=epoch,
+        )
+        if not plan:
+            raise TrainingError(
+                f"{len(self.items)} pictures do not fill one batch of {size * self.world.size}; lower train.batch"
+            )
+        mine = slice(self.world.rank * size, (self.world.rank + 1) * size)
+        return [batch[mine] for batch in plan]
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch; the last one may gather fewer micro-batches."""
+        return math.ceil(len(self.epoch_plan(0)) / self.config.train.accumulate)
+
+    # -- run
+    def run(self) -> dict[str, Any]:
+        """Train to the end, or to the next step boundary after an interruption (`stopping`)."""
+        checkpoint = self._read_checkpoint()
+        first = self.state["phase"]
+        offset = 0
+        for number, phase in enumerate(phases(self.config)):
+            if number >= first:
+                self._run_phase(
+                    number, phase, offset, checkpoint if number == first else None
+                )
+                if self.stopping:
+                    break
+                self.state |= {"phase": number + 1, "step": 0}
+            offset += phase.epochs
+        return dict(self.state)
+
+    def _run_phase(
+        self, number: int, phase: Phase, first_epoch: int, checkpoint: dict | None
+    ) -> None:
+        optimizer = make_optimizer(self.member, phase)
+        per_epoch = self.steps_per_epoch()
+        total = phase.epochs * per_epoch
+        if self.config.train.max_steps:
+            total = min(total, self.config.train.max_steps)
+        if (
+            checkpoint is not None
+            and checkpoint["state"]["phase"] == number
+            and checkpoint["optimizer"] is not None
+        ):
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            torch.set_rng_state(checkpoint["rng"])
+        step_module: nn.Module = TrainingStep(self.member)
+        if self.world.size > 1:
+            step_module = nn.parallel.DistributedDataParallel(
+                step_module, find_unused_parameters=self.config.name == "vlaforge"
+            )
+        bar = tqdm(
+            total=total,
+            initial=self.state["step"],
+            desc=f"{self.config.name} {phase.name}",
+            unit="step",
+            disable=not (self.progress and self.world.leads),
+        )
+        with bar:
+            while self.state["step"] < total and not self.stopping:
+                self._run_epoch(
+                    step_module, optimizer, phase, first_epoch, per_epoch, total, bar
+                )
+        if self.stopping:
+            self._write_checkpoint(optimizer)
+        else:
+            self.state["phase"] = number + 1
+            kept, self.state["step"] = self.state["step"], 0
+            self._write_checkpoint(None)
+            self.state |= {"phase": number, "step": kept}
+
+    def _run_epoch(
+        self, module, optimizer, phase, first_epoch, per_epoch, total, bar
+    ) -> None:
+        epoch = first_epoch + self.state["step"] // per_epoch
+        done = self.state["step"] % per_epoch
+        gather = self.config.train.accumulate
+        plan = self.epoch_plan(epoch)[done * gather :]
+        views = TrainingViews(
+            self.items, self.config, self.faces, self.config.train.seed
+        )
+        batches = iter(training_loader(views, plan, workers=self.workers))
+        self.member.train()
+        for start in range(0, len(plan), gather):
+            began = time.perf_counter()
+            micro = min(gather, len(plan) - start)
+            factor = [
+                rate_factor(self.state["step"], total, phase.optim, g["rate"])
+                for g in optimizer.param_groups
+            ]
+            for group, f in zip(optimizer.param_groups, factor):
+                group["lr"] = group["rate"] * f
+            line = self._optimizer_step(module, optimizer, batches, micro, phase)
+            self.state["step"] += 1
+            self.state["total"] += 1
+            self.state["pictures"] += line.pop("pictures")
+            self.state["seconds"] += time.perf_counter() - began
+            line |= {
+                "step": self.state["total"],
+                "phase": phase.name,
+                "epoch": epoch,
+                "lr": optimizer.param_groups[-1]["lr"],
+            }
+            self.history.append(line)
+            rate = self.state["pictures"] / self.state["seconds"]
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, {rate:.1f} images/s")
+            bar.update()
+            self._between_steps(optimizer, per_epoch, total)
+            if self.stopping or self.state["step"] >= total:
+                return
+
+    def _optimizer_step(
+        self, module, optimizer, batches, micro: int, phase: Phase
+    ) -> dict[str, Any]:
+        """One optimizer step over `micro` micro-batches: the gradient of their mean loss."""
+        optimizer.zero_grad(set_to_none=True)
+        line: dict[str, float] = {}
+        pictures = 0
+        for index in range(micro):
+            batch = next(batches)
+            if batch is None:
+                raise TrainingError(
+                    "every picture of a batch was unreadable; look at the manifest"
+                )
+            batch = batch.to(self.device)
+            synchronise = index == micro - 1 or self.world.size == 1
+            with contextlib.nullcontext() if synchronise else module.no_sync():
+                with torch.autocast(
+                    self.device.type, torch.bfloat16, enabled=self.bf16
+                ):
+                    loss, parts, output = module(batch)
+                if not torch.isfinite(loss):
+                    raise TrainingError(
+                        f"loss is {loss.item()} at step {self.state['total']}; batch: {batch.names[:8]}"
+                    )
+                (loss / micro).backward()
+            pictures += len(batch.labels) * self.world.size
+            for name, value in ({"loss": loss.item()} | parts).items():
+                line[name] = (
+                    line.get(name, 0.0) + value / micro
+                    if isinstance(value, float)
+                    else value
+                )
+        if phase.optim.clip_norm:
+            trained = [
+                p
+                for g in optimizer.param_groups
+                for p in g["params"]
+                if p.grad is not None
+            ]
+            line["grad_norm"] = float(
+                nn.utils.clip_grad_norm_(trained, phase.optim.clip_norm)
+            )
+        optimizer.step()
+        with torch.no_grad():
+            line |= self.member.after_step(output, batch)
+        return line | {"pictures": pictures}
+
+    def _between_steps(self, optimizer, per_epoch: int, total: int) -> None:
+        """Validate and save where it is due."""
+        step, train = self.state["step"], self.config.train
+        every = train.validate_every or per_epoch
+        if step % every == 0 or step == total:
+            self.validate()
+        if step % train.save_every == 0 and step < total:
+            self._write_checkpoint(optimizer)
+
+    # -- validation
+    def validate(self) -> None:
+        """AUC on clean and on degraded validation pictures; the best mean of the two keeps its weights."""
+        if not self.validation or not self.world.leads:
+            return
+        labels = np.array([item.label for item in self.validation])
+        line: dict[str, Any] = {"step": self.state["total"], "validation": len(labels)}
+        for name, degradation in (
+            ("clean", None),
+            ("degraded", DegradationConfig(global_p=1.0)),
+        ):
+            line[name] = auc(labels, self.score(degradation))
+        line["mean"] = (line["clean"] + line["degraded"]) / 2
+        self.history.append(line)
+        if line["mean"] > self.state["best"]:
+            self.state["best"] = line["mean"]
+            self.save_best(line)
+        self.member.train()
+
+    def score(self, degradation: DegradationConfig | None) -> np.ndarray:
+        """Logits (N,) of the validation pictures."""
+        views = ValidationViews(
+            self.validation, self.config, degradation, self.config.train.validation_seed
+        )
+        loader = validation_loader(
+            views, batch=2 * self.config.train.batch, workers=self.workers
+        )
+        self.member.eval()
+        logits = []
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16),
+        ):
+            for images in tqdm(
+                loader, desc="validation", leave=False, disable=not self.progress
+            ):
+                logits.append(self.member(images.to(self.device)).logit.float().cpu())
+        return torch.cat(logits).double().numpy()
+
+    def save_best(self, line: dict[str, Any]) -> None:
+        """Write the member's folder: these are the weights that a bundle takes."""
+        training = self.provenance | {
+            "best": line,
+            "pictures_seen": self.state["pictures"],
+        }
+        training["seconds"] = round(self.state["seconds"], 1)
+        save_member(self.member, self.folder, training=training)
+
+    # -- checkpoints
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def _write_checkpoint(self, optimizer: torch.optim.Optimizer | None) -> None:
+        if not self.world.leads:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "config": json.dumps(to_dict(self.config)),
+            "state": dict(self.state),
+            "weights": {k: t.detach() for k, t in self.member.stored_state().items()},
+            "optimizer": None if optimizer is None else optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        part = self.checkpoint_path.with_suffix(".part")
+        torch.save(content, part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(self.checkpoint_path)
+        self._write_history()
+
+    def _read_checkpoint(self) -> dict | None:
+        if not self.checkpoint_path.exists():
+            return None
+        try:
+            content = torch.load(
+                self.checkpoint_path, map_location="cpu", weights_only=True
+            )
+        except Exception as error:
+            raise WeightsError(
+                f"{self.checkpoint_path}: unreadable ({error}); delete it or pass --restart"
+            ) from error
+        if json.loads(content["config"]) != json.loads(
+            json.dumps(to_dict(self.config))
+        ):
+            raise ConfigError(
+                f"{self.checkpoint_path} was written under another configuration; pass --restart or another --out"
+            )
+        load_state(
+            self.member.stored_state(), content["weights"], str(self.checkpoint_path)
+        )
+        self.state = content["state"]
+        torch.set_rng_state(content["rng"])
+        path = self.folder / "metrics.jsonl"
+        lines = (
+            [json.loads(text) for text in path.read_text().splitlines()]
+            if path.exists()
+            else []
+        )
+        self.history = [line for line in lines if line["step"] <= self.state["total"]]
+        return content
+
+    def _write_history(self) -> None:
+        write_atomically(
+            self.folder / "metrics.jsonl",
+            "".join(json.dumps(line) + "\n" for line in self.history),
+        )
+
+
+# ------------------------------------------------------------------------------------------------ entry
+def make_towers(
+    config: MemberConfig, sources: dict[str, str], *, random: bool = False
+) -> dict[str, Tower]:
+    """The member's towers with their starting weights: `sources` by tower name, else where the config says."""
+    towers = {}
+    for name, tower in tower_configs([config]).items():
+        other = (
+            tower.source.partition(":")[2]
+            if tower.source.startswith("bundle:")
+            else name
+        )
+        if random:
+            towers[name] = build_tower(tower)
+        elif tower.source.startswith("bundle") and not (
+            other in sources or name in sources
+        ):
+            raise WeightsError(
+                f"tower {other!r} has no public source; pass --tower {other}=PATH (a folder as on the Hub, or the "
+                ".safetensors of an earlier training)"
+            )
+        else:
+            override_source = sources.get(name) or sources.get(other)
+            towers[name] = fill_tower(tower, tower_weights(tower, override_source))
+    return towers
+
+
+def start_from(member: Member, folder: Path) -> None:
+    """Copy the adapter of a trained member (fusion starts from the trained global stream)."""
+    from safetensors.torch import load_file
+
+    given = {
+        k: t
+        for k, t in load_file(folder / "model.safetensors").items()
+        if k.startswith("adapter.")
+    }
+    target = {
+        k: t for k, t in member.stored_state().items() if k.startswith("adapter.")
+    }
+    if not given:
+        return  # it trained its tower whole: --tower already brings that
+    load_state(target, given, f"{folder}: adapter for {member.config.name}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m solution.train", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--member", required=True, choices=MEMBERS)
+    parser.add_argument("--preset", default="compact", choices=list(PRESETS))
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        help="manifest: CSV, DeepfakeBench JSON, or folder",
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, help="folder of the trained members"
+    )
+    parser.add_argument(
+        "--tower",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="starting weights of a tower",
+    )
+    parser.add_argument(
+        "--random-towers",
+        action="store_true",
+        help="towers start at random (smoke runs)",
+    )
+    parser.add_argument(
+        "--start-from",
+        type=Path,
+        metavar="DIR",
+        help="trained member whose adapter is the start",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="e.g. optim.lr=1e-5",
+    )
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        help="loader processes",
+    )
+    parser.add_argument(
+        "--validation-limit",
+        type=int,
+        default=0,
+        help="at most so many validation pictures",
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="ignore an earlier checkpoint"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args(argv)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU of this process where there is one, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run:
+    """Everything before the first step: config, data, faces, towers, member."""
+    config = override(preset(args.preset, args.member), args.set)
+    torch.manual_seed(config.train.seed + world.rank)
+    folder = args.out / config.name
+    if args.restart and world.leads:
+        for name in ("checkpoint.pt", "metrics.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+    items, report = read_manifest(args.data, split="train")
+    items, capped = select(items, config.sampling, config.train.seed)
+    validation, _ = read_manifest(args.data, split="val")
+    if args.validation_limit and len(validation) > args.validation_limit:
+        order = np.random.default_rng(config.train.validation_seed).permutation(
+            len(validation)
+        )
+        validation = [validation[i] for i in sorted(order[: args.validation_limit])]
+    sources = dict(text.partition("=")[::2] for text in args.tower)
+    torch.manual_seed(config.train.seed)  # the same initial weights on every rank
+    member = build_member(
+        config, make_towers(config, sources, random=args.random_towers)
+    )
+    if args.start_from is not None:
+        start_from(member, args.start_from)
+    needs_faces = config.view.source == "face" or config.augment.self_blend_p > 0
+    faces = (
+        locate_faces(items, config, args.out / "faces.jsonl", progress=not args.quiet)
+        if needs_faces
+        else {}
+    )
+    torch.manual_seed(config.train.seed + 1000 * (world.rank + 1))
+    provenance = {
+        "command": shlex.join(["python", "-m", "solution.train", *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "device": str(device),
+        "processes": world.size,
+        "pictures": len(items),
+        "dropped": len(report.dropped) + len(capped.dropped),
+    }
+    if world.leads and not args.quiet:
+        trainable, total = count_parameters(member)
+        for text in (report.summary(), capped.summary()):
+            if text:
+                print(text, file=sys.stderr)
+        print(json.dumps(to_dict(config)), file=sys.stderr)
+        print(
+            f"{config.name}: {len(items)} training and {len(validation)} validation pictures, device {device}, "
+            f"{trainable:,} of {total:,} parameters train",
+            file=sys.stderr,
+        )
+    return Run(
+        member,
+        items,
+        validation,
+        folder,
+        faces=faces,
+        device=device,
+        world=world,
+        workers=args.workers,
+        provenance=provenance,
+        progress=not args.quiet,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train one member; exit codes: 0 done, 2 usage, 3 environment or weights, 130 interrupted and resumable."""
+    args = parse(argv)
+    device = pick_device(args.device)
+    try:
+        with processes(device) as world:
+            run = prepare(args, world, device)
+
+            def stop(*_: Any) -> None:
+                run.stopping = True
+
+            previous = {
+                s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)
+            }
+            try:
+                state = run.run()
+            finally:
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
+    except (ConfigError, ManifestError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+    except (WeightsError, TrainingError, UnreadableInput) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 3
+    if run.stopping:
+        print("train: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    if world.leads:
+        run._write_history()
+        best = state["best"]
+        print(
+            f"{run.config.name}: {state['total']} steps, best mean validation AUC {best:.4f}, in {run.folder}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
