@@ -681,21 +681,35 @@ def adapter_state(tower: Tower, name: str) -> dict[str, torch.Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------ weights of a tower
-def tower_state(tower: Tower) -> dict[str, torch.Tensor]:
-    """The tower's own parameters (no adapters, no normalisation buffers) under stable keys, sharing storage."""
-    layout = "dinov2" if tower.config.kind == "dinov2" else "open_clip"
+def _library_names(tower: Tower) -> dict[str, torch.Tensor]:
+    """The tower's own parameters under the library's names, whatever adapters wrap them."""
     raw: dict[str, torch.Tensor] = {}
     for key, tensor in tower.model.state_dict(keep_vars=True).items():
         if ".factors." in key or ".lora_" in key:
             continue
-        raw[key.replace(".base_layer.", ".").replace(".attn.q.base.", ".attn.q.")] = (
-            tensor
-        )
-    raw = {
-        re.sub(r"\.base\.(weight|bias)$", r".\1", key): tensor
-        for key, tensor in raw.items()
+        key = key.replace(".base_layer.", ".")
+        raw[re.sub(r"\.base\.(weight|bias)$", r".\1", key)] = tensor
+    return raw
+
+
+def _layout(tower: Tower) -> str:
+    return "dinov2" if tower.config.kind == "dinov2" else "open_clip"
+
+
+def tower_state(tower: Tower) -> dict[str, torch.Tensor]:
+    """The tower's own parameters (no adapters, no normalisation buffers) under stable keys, sharing storage.
+
+    Some are views in another shape; what an optimizer takes is in `tower_parameters`.
+    """
+    return to_stable(_library_names(tower), _layout(tower))
+
+
+def tower_parameters(tower: Tower) -> dict[str, nn.Parameter]:
+    """The tower's own parameters as the library holds them, by stable key."""
+    names = {k: stable_name(k, _layout(tower)) for k in _library_names(tower)}
+    return {
+        names[k]: p for k, p in _library_names(tower).items() if names[k] is not None
     }
-    return to_stable(raw, layout)
 
 
 def load_state(

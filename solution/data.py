@@ -92,16 +92,16 @@ def read_manifest(
         ManifestError: nothing usable in it, an unknown layout, a bad label, or a missing column.
     """
     source = Path(source)
+    if not source.exists():
+        raise ManifestError(
+            f"{source}: no such manifest; expected a CSV, a DeepfakeBench JSON, or a folder"
+        )
     if source.is_dir():
         rows = _folder_rows(source)
     elif source.suffix.lower() == ".csv":
         rows = _csv_rows(source)
     elif source.suffix.lower() == ".json":
         rows = _deepfakebench_rows(source)
-    elif not source.exists():
-        raise ManifestError(
-            f"{source}: no such manifest; expected a CSV, a DeepfakeBench JSON, or a folder"
-        )
     else:
         raise ManifestError(
             f"{source}: expected a .csv, a .json, or a folder with real/ and fake/"

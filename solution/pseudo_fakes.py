@@ -3,15 +3,23 @@
 Takes uint8 RGB (H, W, 3) and a `FaceBox` in its pixels; returns uint8 RGB (H, W, 3) and a float32 mask (H, W) in
 [0, 1], 1 where forged. A picture is blended with a slightly changed copy of itself: what is left to learn is the
 mismatch that any face swap leaves (colour, sharpness, geometry, a blending boundary), not one generator's trace.
+
+`python -m solution.pseudo_fakes --input DIR --out DIR` writes examples for the eye: picture, fake and mask side by side.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
 
+from solution.config import FaceConfig
+from solution.faces import FaceDetectorMissing, FaceLocator, choose_face
+from solution.images import InputError, UnreadableInput, decode_image, find_inputs
 from solution.records import FaceBox
 
 # A frontal face in units of the eye distance, origin between the eyes, x to the viewer's right, y down.
@@ -255,3 +263,66 @@ def _check(image: np.ndarray) -> None:
         raise ValueError(
             f"expected uint8 RGB (H, W, 3), found {image.dtype} {image.shape}"
         )
+
+
+# ------------------------------------------------------------------------------------------------ examples
+def side_by_side(*parts: np.ndarray) -> np.ndarray:
+    """Pictures (H, W, 3) uint8 and maps (H, W) in [0, 1] of one height -> one picture (H, sum of W, 3) uint8."""
+    panels = [
+        part
+        if part.ndim == 3
+        else np.repeat(np.rint(part * 255).astype(np.uint8)[:, :, None], 3, axis=2)
+        for part in parts
+    ]
+    return np.concatenate(panels, axis=1)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m solution.pseudo_fakes",
+        description="Write self-blended fakes of real faces: picture, fake and mask side by side.",
+    )
+    add = parser.add_argument
+    add("--input", type=Path, required=True, help="a folder of pictures of real faces")
+    add("--out", type=Path, required=True, help="a folder for the examples")
+    add("--count", type=int, default=24, help="how many pictures (default 24)")
+    add("--seed", type=int, default=0, help="another seed, other fakes (default 0)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the examples; exit codes: 0 done, 2 usage, 3 no face detector, 4 done with unreadable pictures."""
+    args = parse(argv)
+    cv2.setNumThreads(1)
+    config = FaceConfig()
+    locator, failed, written = FaceLocator(config), 0, 0
+    try:
+        inputs = [i for i in find_inputs(args.input) if i.kind == "image"]
+        args.out.mkdir(parents=True, exist_ok=True)
+        for number, item in enumerate(inputs[: args.count]):
+            try:
+                image = decode_image(item.path)
+            except UnreadableInput as error:
+                print(f"pseudo_fakes: {error}", file=sys.stderr)
+                failed += 1
+                continue
+            faces = locator.locate(image)
+            face = choose_face(faces, *image.shape[:2], config)
+            rng = np.random.default_rng([args.seed, number])
+            panel = side_by_side(image, *self_blend(image, face, rng))
+            path = args.out / f"{item.name.replace('/', '_')}.png"
+            if not cv2.imwrite(str(path), panel[:, :, ::-1]):
+                raise OSError(f"{path}: cannot be written")
+            written += 1
+    except (InputError, OSError) as error:
+        print(f"pseudo_fakes: {error}", file=sys.stderr)
+        return 2
+    except FaceDetectorMissing as error:
+        print(f"pseudo_fakes: {error}", file=sys.stderr)
+        return 3
+    print(f"{written} examples in {args.out}, {failed} pictures unreadable")
+    return 4 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -29,9 +29,11 @@ from tqdm import tqdm
 from solution.backbones import (
     Tower,
     WeightsError,
+    adapter_state,
     build_tower,
     count_parameters,
     load_state,
+    tower_parameters,
 )
 from solution.config import (
     MEMBERS,
@@ -138,11 +140,13 @@ def parameter_groups(member: Member, phase: Phase) -> list[dict[str, Any]]:
 def adapted_parameters(member: Member) -> list[nn.Parameter]:
     """What the member trains of its tower: its adapter, or the tower's own weights that its file stores."""
     start = (".effort_u0", ".effort_s0", ".effort_v0")  # stored, but not trained
-    return [
-        parameter
-        for key, parameter in member.stored_state().items()
-        if not key.startswith("own.") and not key.endswith(start)
-    ]
+    state = (
+        {} if member.adapter is None else adapter_state(member.tower, member.adapter)
+    )
+    adapter = [p for key, p in state.items() if not key.endswith(start)]
+    keys = member.trained_tower_keys()
+    tower = tower_parameters(member.tower) if keys else {}
+    return adapter + [tower[key] for key in keys]
 
 
 def depth_of(tower: Tower) -> dict[int, int]:

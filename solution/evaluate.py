@@ -1,0 +1,684 @@
+"""Entry: metrics, robustness sweep, report.
+
+    python -m solution.evaluate --data MANIFEST --weights BUNDLE --out DIR [--degraded] [--robustness]
+    python -m solution.evaluate --preds preds.csv --labels labels.csv --out DIR
+
+Pictures go in; `evaluation.json` (every number with its protocol), `scores.csv`, `report.html` and `figures/*.png` come
+out. Raw logits of each condition (clean, degraded with a seed, one op at one strength, ...) are kept in `DIR/scores`,
+under the hashes of bundle, pictures and condition: an interrupted sweep goes on, a finished one only reports again.
+
+Arrays: logits, P(fake) and votes are (N,) float64 in the order of the pictures, by member name; `ensemble` is the vote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from solution import calibration, report
+from solution.calibration import Calibrator
+from solution.config import OPS, DegradationConfig, VoteConfig
+from solution.fit import fit_ensemble  # noqa: F401  (for whoever looks for it here)
+from solution.measure import (
+    ENSEMBLE,
+    Condition,
+    EvaluationError,
+    Pictures,
+    Run,
+    measure,
+)
+from solution.submission import atomic_file, write_atomically
+from solution.vote import combine
+
+STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+JPEG_QUALITIES = (100, 90, 80, 70, 60, 50, 40, 30, 20, 10, 5)  # the paper's sweep
+NOISE_SIGMAS = (0, 10, 20, 30, 40, 50, 60)  # of 255, the paper's sweep
+CHUNK = 512  # pictures between two steps of the progress bar
+NAME_COLUMNS = ("image", "name", "path", "file", "filename")
+SCORE_COLUMNS = ("score", "p_fake", "p", "probability", "prob")
+
+Logits = dict[str, np.ndarray]
+Scorer = Callable[..., Logits]  # (items, *, degradation, seed, progress) -> logits
+
+
+class Ensemble(Protocol):
+    """What evaluation needs to know of a bundle; `predict.load_ensemble` gives it."""
+
+    vote: VoteConfig
+    calibrators: Mapping[str, Calibrator]
+    hash: str
+
+
+# ------------------------------------------------------------------------------------------------ conditions
+CLEAN = Condition("clean", "clean", "as they are")
+
+
+def degraded_conditions(seeds: Sequence[int]) -> list[Condition]:
+    """Every picture through the whole engine, its ops and strengths drawn from (seed, picture name)."""
+    config = DegradationConfig(global_p=1.0)
+    text = f"degraded (engine, global_p 1, op_p {config.op_p}, strength ~ Beta({config.beta}, {config.beta}))"
+    return [
+        Condition(f"degraded, seed {s}", "degraded", text, float(s), s, config)
+        for s in seeds
+    ]
+
+
+def sweep_conditions(seed: int) -> list[Condition]:
+    """Every op alone and the random mix at rising strength, JPEG quality and Gaussian noise (the paper's sweeps)."""
+    found = []
+    for op in ("mix", *OPS):
+        for strength in STRENGTHS:
+            config = DegradationConfig(global_p=1.0, strength=strength)
+            text = f"random mix of all ops (op_p {config.op_p}) at strength {strength}"
+            if op != "mix":
+                config = _single(op, strength=strength, distractor_p=1.0)
+                text = f"{op.replace('_', ' ').replace('jpeg', 'JPEG')} alone at strength {strength}"
+            found.append(
+                Condition(f"{op} {strength}", op, text, strength, seed, config)
+            )
+    for quality in JPEG_QUALITIES:
+        config = _single("jpeg", jpeg_quality=(quality, quality))
+        name, text = f"jpeg_quality {quality}", f"JPEG at quality {quality}"
+        found.append(Condition(name, "jpeg_quality", text, quality, seed, config))
+    for sigma in NOISE_SIGMAS:
+        config = _single("gaussian_noise", noise_sigma=float(sigma))
+        name, text = f"noise_sigma {sigma}", f"Gaussian noise of sigma {sigma}/255"
+        found.append(Condition(name, "noise_sigma", text, sigma, seed, config))
+    return found
+
+
+def _single(op: str, **settings: Any) -> DegradationConfig:
+    """One op, always, and nothing else."""
+    return DegradationConfig(global_p=1.0, op_p=1.0, cycle_p=0.0, ops=(op,), **settings)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+def limit_items(items: Sequence[Any], limit: int, seed: int) -> list[Any]:
+    """At most `limit` items, drawn in proportion from each (source, label), in their old order; 0: all."""
+    if not 0 < limit < len(items):
+        return list(items)
+    rng = np.random.default_rng(seed)
+    strata: dict[tuple[str, int], list[int]] = {}
+    for index, item in enumerate(items):
+        strata.setdefault((item.source, item.label), []).append(index)
+    exact = {k: limit * len(rows) / len(items) for k, rows in strata.items()}
+    counts = {k: int(value) for k, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda k: (counts[k] - exact[k], k))
+    for key in by_remainder[: limit - sum(counts.values())]:
+        counts[key] += 1
+    chosen = [int(i) for k in strata for i in rng.permutation(strata[k])[: counts[k]]]
+    return [items[i] for i in sorted(chosen)]
+
+
+def limit_frames(items: Sequence[Any], frames: int) -> list[Any]:
+    """At most `frames` items of each (source, label, video), evenly spaced in their order; 0: all."""
+    if frames <= 0:
+        return list(items)
+    rows: dict[tuple[str, int, str], list[int]] = {}
+    kept = []
+    for index, item in enumerate(items):
+        if item.video:
+            rows.setdefault((item.source, item.label, item.video), []).append(index)
+        else:
+            kept.append(index)
+    for of_video in rows.values():
+        count = min(frames, len(of_video))
+        # The middle frame of each of `count` equal stretches.
+        kept += [of_video[int((k + 0.5) * len(of_video) / count)] for k in range(count)]
+    return [items[i] for i in sorted(kept)]
+
+
+# ------------------------------------------------------------------------------------------------ scoring
+def score_conditions(
+    items: Sequence[Any],
+    conditions: Sequence[Condition],
+    *,
+    scorer: Scorer,
+    ensemble: Ensemble,
+    folder: Path,
+    progress: bool = True,
+) -> list[Run]:
+    """A run per condition; logits come from `folder` where it has them and are put there as soon as they are known."""
+    from tqdm import tqdm
+
+    pictures = Pictures.of(items)
+    fingerprint = pictures.fingerprint()
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = []
+    total = len(items) * len(conditions)
+    with tqdm(total=total, unit="picture", disable=not progress) as bar:
+        for condition in conditions:
+            bar.set_description(condition.name)
+            path = folder / _score_file(condition, ensemble.hash, fingerprint)
+            if path.exists():
+                logits = _read_logits(path, pictures.names)
+                bar.update(len(items))
+            else:
+                logits = _score(items, condition, scorer, bar.update)
+                _write_logits(path, pictures.names, logits)
+            runs.append(calibrated(condition, logits, ensemble))
+    return runs
+
+
+def calibrated(condition: Condition, logits: Logits, ensemble: Ensemble) -> Run:
+    """Logits to P(fake) of each member and the ensemble's vote."""
+    strangers = sorted(set(logits) - set(ensemble.calibrators))
+    if strangers:
+        raise EvaluationError(
+            f"scores of {', '.join(strangers)}, whose calibrator the bundle lacks (it has {', '.join(ensemble.calibrators)})"
+        )
+    p = {name: ensemble.calibrators[name].apply(x) for name, x in logits.items()}
+    raw = {name: calibration.sigmoid(x) for name, x in logits.items()}
+    return Run(condition, {**p, ENSEMBLE: combine(p, ensemble.vote)}, raw)
+
+
+def _score(
+    items: Sequence[Any],
+    condition: Condition,
+    scorer: Scorer,
+    done: Callable[[int], Any],
+) -> Logits:
+    """The scorer's logits, chunk by chunk, checked."""
+    parts: list[Logits] = []
+    for start in range(0, len(items), CHUNK):
+        chunk = items[start : start + CHUNK]
+        logits = scorer(
+            chunk,
+            degradation=condition.degradation,
+            seed=condition.seed,
+            progress=False,
+        )
+        for name, values in logits.items():
+            if np.shape(values) != (len(chunk),) or not np.isfinite(values).all():
+                raise EvaluationError(
+                    f"{name}, {condition.name}: expected {len(chunk)} finite logits, found "
+                    f"{int(np.isfinite(values).sum())} finite in shape {np.shape(values)}"
+                )
+        parts.append(logits)
+        done(len(chunk))
+    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+
+def _score_file(condition: Condition, bundle: str, fingerprint: str) -> str:
+    degradation = condition.degradation
+    key = {
+        "bundle": bundle,
+        "pictures": fingerprint,
+        "degradation": degradation and dataclasses.asdict(degradation),
+        "seed": condition.seed if degradation else None,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    slug = "".join(c if c.isalnum() or c == "." else "-" for c in condition.name)
+    return f"{slug}-{digest[:16]}.npz"
+
+
+def _write_logits(path: Path, names: Sequence[str], logits: Logits) -> None:
+    """Whole or not at all: an interrupted write leaves no score file."""
+    arrays = {f"of {name}": values for name, values in logits.items()}
+    with atomic_file(path, binary=True) as file:
+        np.savez(file, names=np.array(names), **arrays)
+
+
+def _read_logits(path: Path, names: Sequence[str]) -> Logits:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise EvaluationError(
+            f"{path}: not a file of scores ({error}); delete it and run again"
+        ) from None
+    if tuple(arrays.pop("names", ())) != tuple(names):
+        raise EvaluationError(
+            f"{path}: holds other pictures than its name says; delete it and run again"
+        )
+    return {name.removeprefix("of "): x for name, x in arrays.items()}
+
+
+# ------------------------------------------------------------------------------------------------ anyone's scores
+def read_predictions(
+    preds: Path, labels: Path, *, logits: bool = False, by_name: bool = False
+) -> tuple[Pictures, Run, str]:
+    """Scores joined to labels by picture name, and a note on predictions without a label (which are left out).
+
+    preds: CSV with a column of names and one of scores (`image,score` as submit.py writes it). labels: CSV with names
+    and `label` (0 or real, 1 or fake), and perhaps `source`, `split`, `video`. logits: the scores are logits, not
+    probabilities. by_name: compare file names without their folders.
+    """
+    key = (lambda n: n.replace("\\", "/").rpartition("/")[2]) if by_name else str
+    scores, name_column, score_column = {}, None, None
+    for number, row in _csv(preds):
+        name_column = name_column or _column(preds, row, NAME_COLUMNS)
+        score_column = score_column or _column(preds, row, SCORE_COLUMNS)
+        name = key(row[name_column])
+        if name in scores:
+            raise EvaluationError(f"{preds}, line {number}: {name} occurs twice")
+        scores[name] = _score_value(
+            row[score_column], f"{preds}, line {number}", logits
+        )
+    rows, column = [], None
+    for number, row in _csv(labels):
+        column = column or _column(labels, row, NAME_COLUMNS)
+        rows.append((key(row[column]), row))
+    names = [name for name, _ in rows]
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise EvaluationError(f"{labels}: {twice} occurs twice")
+    missing = [name for name in names if name not in scores]
+    if missing:
+        raise EvaluationError(
+            f"{preds}: no score for {len(missing)} of {len(names)} pictures of {labels} (the first: {missing[0]}); "
+            "score them too, leave them out of the labels, or compare file names alone with --by-name"
+        )
+    pictures = Pictures(
+        names=tuple(names),
+        paths=tuple(str(labels.parent / row[column]) for _, row in rows),
+        labels=np.array([_label(row, labels) for _, row in rows], dtype=np.int64),
+        sources=tuple(row.get("source") or "" for _, row in rows),
+        videos=tuple(row.get("video") or "" for _, row in rows),
+    )
+    extra = len(set(scores) - set(names))
+    note = f"{extra} predictions without a label left out" if extra else ""
+    p = np.array([scores[name] for name in names])
+    given = Condition("given", "given", "scores as given")
+    return pictures, Run(given, {"scores": p}), note
+
+
+def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """(line number, row) of a CSV with a header and at least one row."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(enumerate(csv.DictReader(file), start=2))
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path}: cannot be read as CSV: {error}") from None
+    if not rows:
+        raise EvaluationError(f"{path}: no rows below its header")
+    return rows
+
+
+def _column(path: Path, row: Mapping[str, str], wanted: Sequence[str]) -> str:
+    found = [name for name in wanted if name in row]
+    if not found:
+        raise EvaluationError(
+            f"{path}: none of the columns {', '.join(wanted)}; found {', '.join(map(str, row))}"
+        )
+    return found[0]
+
+
+def _score_value(text: str, where: str, logits: bool) -> float:
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not np.isfinite(value):
+        raise EvaluationError(f"{where}: the score is {text!r}; expected a number")
+    if logits:
+        return float(calibration.sigmoid(np.array(value)))
+    if not 0 <= value <= 1:
+        raise EvaluationError(
+            f"{where}: the score is {value:g}; expected P(fake) in [0, 1] (--logits takes raw logits)"
+        )
+    return value
+
+
+def _label(row: Mapping[str, str], path: Path) -> int:
+    text = (row.get("label") or "").strip().lower()
+    if text not in ("0", "1", "real", "fake"):
+        raise EvaluationError(f"{path}: label {text!r}; expected 0 or real, 1 or fake")
+    return int(text in ("1", "fake"))
+
+
+# ------------------------------------------------------------------------------------------------ output
+def write_results(
+    out: Path,
+    pictures: Pictures,
+    runs: Sequence[Run],
+    results: Mapping[str, Any],
+    *,
+    thumbnails: bool = True,
+) -> None:
+    """`evaluation.json`, `scores.csv` (clean and degraded), and the report with its figures, under `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=1, allow_nan=False)
+    write_atomically(out / "evaluation.json", text + "\n")
+    with atomic_file(out / "scores.csv") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        who = list(runs[0].p)
+        writer.writerow(["condition", "image", "label", "source", "video", *who])
+        for run in runs:
+            if run.condition.family in ("clean", "degraded", "given"):
+                known = (
+                    pictures.names,
+                    pictures.labels,
+                    pictures.sources,
+                    pictures.videos,
+                )
+                for *row, p in zip(*known, np.stack([run.p[w] for w in who], axis=1)):
+                    writer.writerow(
+                        [run.condition.name, *row, *(f"{x:.6f}" for x in p)]
+                    )
+    report.write_report(results, out, thumbnails=thumbnails)
+
+
+def text_table(results: Mapping[str, Any]) -> str:
+    """The numbers of `evaluation.json` as lines for a terminal, each block under its protocol."""
+    lines, last = [], None
+    head = f"{'':14} {'AUC':>6} {'95 %':>13} {'AP':>6} {'EER':>6} {'acc.':>6} {'TPR@1':>6} {'TPR@5':>6} {'ECE':>6} {'loss':>6} {'Brier':>6}"
+    ordered = sorted(results["rows"], key=lambda r: r["who"] != ENSEMBLE)
+    blocks = dict.fromkeys(
+        (r["condition"], r["unit"], r["scope"]) for r in results["rows"]
+    )
+    for block in blocks:
+        for r in ordered:
+            if (r["condition"], r["unit"], r["scope"]) != block:
+                continue
+            if block != last:
+                title = (
+                    f"{r['condition']}, per {r['unit']}, {r['scope']}: {r['protocol']}"
+                )
+                lines += ["", title, head]
+                last = block
+            lines.append(
+                f"{r['who']:14} {r['auc']:6.4f} {r['auc_low']:.4f}-{r['auc_high']:.4f} {r['average_precision']:6.4f} "
+                f"{r['eer']:6.4f} {r['accuracy']:6.4f} {r['tpr_at_fpr_1']:6.4f} {r['tpr_at_fpr_5']:6.4f} {r['ece']:6.4f} "
+                f"{r['log_loss']:6.4f} {r['brier']:6.4f}"
+            )
+    for r in results["single_class"]:
+        lines.append(
+            f"{r['condition']}, {r['scope']}, {r['who']}: {r['n']} {r['label']} only, accuracy {r['accuracy']:.4f}, "
+            f"mean score {r['mean_score']:.4f}"
+        )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ entry
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate a bundle on a manifest, or anyone's scores; 0 done, 2 usage, 3 environment or weights."""
+    arguments = _parser().parse_args(argv)
+    if (arguments.data is None) == (arguments.preds is None):
+        print(
+            "give either --data with --weights, or --preds with --labels",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        if arguments.preds is not None:
+            return _evaluate_predictions(arguments)
+        return _evaluate_bundle(arguments)
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted; the same command goes on where it stopped", file=sys.stderr
+        )
+        return 130
+    except ValueError as error:  # every refusal of the rooms is one
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m solution.evaluate", description=__doc__.splitlines()[0]
+    )
+    add = parser.add_argument
+    add("--data", type=Path, help="manifest: CSV, DeepfakeBench JSON, or a folder")
+    add("--weights", help="the bundle to evaluate")
+    add("--preds", type=Path, help="CSV of anyone's scores, `image,score`")
+    add("--labels", type=Path, help="CSV of their labels, `path,label[,source,video]`")
+    add("--logits", action="store_true", help="the scores of --preds are logits")
+    add("--by-name", action="store_true", help="join --preds by file name alone")
+    add("--threshold", type=float, default=0.5, help="of --preds: fake at or above")
+    add("--out", type=Path, required=True, help="folder for report, JSON and scores")
+    add("--split", help="rows of this split only, such as val")
+    add("--degraded", action="store_true", help="also with every picture degraded")
+    add(
+        "--robustness", action="store_true", help="also every op, JPEG and noise sweeps"
+    )
+    add("--seeds", type=int, nargs="+", default=[7], help="of the degradation")
+    add("--frames", type=int, default=0, help="frames of each video; 0: no video files")
+    add(
+        "--limit",
+        type=int,
+        default=0,
+        help="pictures, drawn from each source and label",
+    )
+    add(
+        "--pool",
+        action="append",
+        default=[],
+        metavar="NAME=A+B",
+        help="sources together",
+    )
+    add("--draws", type=int, default=1000, help="bootstrap draws of an interval")
+    add("--device", default="auto")
+    add("--batch-size", type=int, default=0, help="0: automatic")
+    add("--workers", type=int, default=0)
+    add("--quiet", action="store_true", help="no progress bar")
+    add(
+        "--no-thumbnails",
+        dest="thumbnails",
+        action="store_false",
+        help="a report without pictures, to pass on where they must not be",
+    )
+    return parser
+
+
+def _pools(texts: Sequence[str]) -> dict[str, list[str]]:
+    pools = {}
+    for text in texts:
+        name, separator, sources = text.partition("=")
+        if not (name and separator and sources):
+            raise EvaluationError(f"--pool {text}: expected NAME=SOURCE+SOURCE")
+        pools[name] = sources.split("+")
+    return pools
+
+
+def _evaluate_predictions(arguments: argparse.Namespace) -> int:
+    if arguments.labels is None:
+        raise EvaluationError("--preds needs --labels")
+    pictures, run, note = read_predictions(
+        arguments.preds,
+        arguments.labels,
+        logits=arguments.logits,
+        by_name=arguments.by_name,
+    )
+    protocol = {
+        "title": arguments.preds.name,
+        "origin": f"scores {arguments.preds.name} {_file_hash(arguments.preds)[:12]}, "
+        f"labels {arguments.labels.name} {_file_hash(arguments.labels)[:12]}",
+        "pictures": len(pictures.names),
+        "threshold": {"scores": arguments.threshold},
+        "bootstrap": _bootstrap_text(arguments),
+        **({"left out": note} if note else {}),
+    }
+    results = measure(
+        pictures,
+        [run],
+        thresholds={"scores": arguments.threshold},
+        protocol=protocol,
+        pools=_pools(arguments.pool),
+        seed=arguments.seeds[0],
+        draws=arguments.draws,
+    )
+    write_results(
+        arguments.out, pictures, [run], results, thumbnails=arguments.thumbnails
+    )
+    print(f"{text_table(results)}\n\n{arguments.out / 'report.html'}")
+    return 0
+
+
+def _evaluate_bundle(arguments: argparse.Namespace) -> int:
+    # Here and not above: scoring brings torch, which a report on given scores does without.
+    from solution import predict
+    from solution.backbones import WeightsError
+
+    if arguments.weights is None:
+        raise EvaluationError("--data needs --weights")
+    items, notes = read_items(
+        arguments.data,
+        split=arguments.split,
+        frames=arguments.frames,
+        out=arguments.out,
+    )
+    items = limit_items(items, arguments.limit, arguments.seeds[0])
+    try:
+        ensemble = predict.load_ensemble(arguments.weights, arguments.device)
+    except WeightsError as error:
+        print(error, file=sys.stderr)
+        return 3
+
+    def scorer(chunk: Sequence[Any], **settings: Any) -> Logits:
+        sizes = {"batch_size": arguments.batch_size, "workers": arguments.workers}
+        return predict.score_pictures(ensemble, chunk, **sizes, **settings)
+
+    results = run(
+        items,
+        scorer=scorer,
+        ensemble=ensemble,
+        out=arguments.out,
+        conditions=[
+            CLEAN,
+            *(degraded_conditions(arguments.seeds) if arguments.degraded else []),
+            *(sweep_conditions(arguments.seeds[0]) if arguments.robustness else []),
+        ],
+        protocol={
+            "title": f"{Path(arguments.weights).name} on {arguments.data.name}",
+            "manifest": arguments.data.name,
+            "split": arguments.split or "all rows",
+            "limit": f"{arguments.limit} pictures, in proportion to source and label, seed {arguments.seeds[0]}"
+            if arguments.limit
+            else "none",
+            "frames": f"at most {arguments.frames} a video"
+            if arguments.frames
+            else "all",
+            "bootstrap": _bootstrap_text(arguments),
+            "left out": notes or "nothing",
+        },
+        pools=_pools(arguments.pool),
+        seed=arguments.seeds[0],
+        draws=arguments.draws,
+        progress=not arguments.quiet,
+        thumbnails=arguments.thumbnails,
+    )
+    print(f"{text_table(results)}\n\n{arguments.out / 'report.html'}")
+    return 0
+
+
+def run(
+    items: Sequence[Any],
+    *,
+    scorer: Scorer,
+    ensemble: Ensemble,
+    out: Path,
+    conditions: Sequence[Condition],
+    protocol: Mapping[str, Any],
+    pools: Mapping[str, Sequence[str]] | None = None,
+    seed: int = 0,
+    draws: int = 1000,
+    progress: bool = True,
+    thumbnails: bool = True,
+) -> dict[str, Any]:
+    """Score `items` under every condition (or take up the scores there are), measure, and write everything to `out`."""
+    runs = score_conditions(
+        items,
+        conditions,
+        scorer=scorer,
+        ensemble=ensemble,
+        folder=out / "scores",
+        progress=progress,
+    )
+    pictures = Pictures.of(items)
+    vote, fingerprint = ensemble.vote, pictures.fingerprint()
+    thresholds = {who: vote.threshold if who == ENSEMBLE else 0.5 for who in runs[0].p}
+    rule = ""
+    if vote.false_alarm is not None:
+        rule = f" (at most {vote.false_alarm:.0%} false alarms on the pictures it was fitted on)"
+    protocol = {
+        **protocol,
+        "origin": f"bundle {ensemble.hash[:12]}, pictures {fingerprint[:12]}",
+        "bundle": ensemble.hash,
+        "pictures": f"{len(items)}, fingerprint {fingerprint}",
+        "vote": dataclasses.asdict(vote),
+        "calibrators": {
+            name: f"{c.kind}, fitted on {c.fitted_on} ({c.n_real} real, {c.n_fake} fake)"
+            for name, c in ensemble.calibrators.items()
+        },
+        "threshold": f"ensemble {vote.threshold:.4g}{rule}, members 0.5",
+    }
+    results = measure(
+        pictures,
+        runs,
+        thresholds=thresholds,
+        protocol=protocol,
+        pools=pools,
+        seed=seed,
+        draws=draws,
+    )
+    write_results(out, pictures, runs, results, thumbnails=thumbnails)
+    return results
+
+
+def read_items(
+    manifest: Path, *, split: str | None, frames: int, out: Path
+) -> tuple[list[Any], str]:
+    """The manifest's pictures, and what it lost. With `frames`, video files become that many PNGs under `out/frames`."""
+    from solution import data
+    from solution.images import VIDEO_SUFFIXES
+
+    items, dropped = data.read_manifest(manifest, split=split, videos=frames > 0)
+    pictures = []
+    for item in items:
+        if item.path.suffix.lower() in VIDEO_SUFFIXES:
+            pictures += _frames_of(item, frames, out / "frames")
+        else:
+            pictures.append(item)
+    return limit_frames(pictures, frames), dropped.summary()
+
+
+def _frames_of(item: Any, frames: int, folder: Path) -> list[Any]:
+    """An item per sampled frame, written once as PNG and found again by a later run."""
+    import cv2
+
+    from solution.images import sample_frames
+
+    known = f"{item.name}, {os.path.getsize(item.path)} bytes, {frames} frames"
+    folder = folder / hashlib.sha256(known.encode()).hexdigest()[:16]
+    listing = folder / "frames.json"  # written last: with it, the folder is complete
+    if not listing.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        names = []
+        for index, frame in sample_frames(item.path, frames):
+            names.append(f"{index:06d}.png")
+            if not cv2.imwrite(str(folder / names[-1]), frame[:, :, ::-1]):
+                raise EvaluationError(f"{folder / names[-1]}: cannot be written")
+        write_atomically(listing, json.dumps(names))
+    return [
+        dataclasses.replace(
+            item,
+            name=f"{item.name}#{name}",
+            path=folder / name,
+            video=item.video or item.name,
+        )
+        for name in json.loads(listing.read_text())
+    ]
+
+
+def _bootstrap_text(arguments: argparse.Namespace) -> str:
+    return f"95 % intervals, {arguments.draws} BCa bootstrap draws within each class, seed {arguments.seeds[0]}"
+
+
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,750 @@
+"""The query-token member with its losses: queries gather the patches that look forged, [CLS] is not classified.
+
+Takes the member's view (B, 3, H, W); returns `QtfpOutput`. The losses and the prototypes take tokens (B, P, D) and
+nothing else, so the synthetic study (`python -m solution.qtfp --study`) runs the very code that trains the member.
+Source: Wang et al., "Beyond [CLS] Token", CVPR 2026; no code is public, and what the paper leaves open is marked `ours`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import distributed, nn
+from torch.autograd.function import once_differentiable
+
+from solution import metrics
+from solution.backbones import (
+    Tower,
+    add_adapter,
+    build_tower,
+    count_parameters,
+    merge_heads,
+    patch_attention,
+    split_heads,
+)
+from solution.config import MemberConfig, preset, require
+from solution.member import Member
+from solution.records import Batch, MemberOutput
+from solution.streams import as_two_class, two_class_logit
+
+# Below this the positives' share of a row, at worst e^(-2 / tau), nears float32's smallest numbers.
+MIN_TEMPERATURE = 0.03
+
+
+# ------------------------------------------------------------------------------------------------ queries
+class QueryPool(nn.Module):
+    """K learnable queries that know nothing of the pre-training gather patch tokens (paper, section 3).
+
+    A = softmax(Q Z^T / sqrt(D)), Z~ = A Z, mean over the queries. With `heads` > 1 (ours) each head does so on its own
+    D / heads channels. No projections: the queries are all that is trained here.
+    """
+
+    def __init__(self, width: int, queries: int, *, heads: int, std: float):
+        super().__init__()
+        self.heads = heads
+        self.queries = nn.Parameter(torch.randn(queries, width) * std)
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patch tokens (B, P, D) -> gathered (B, D) and attention (B, K, P) float32, rows summing to one."""
+        q = split_heads(self.queries[None], self.heads)  # (1, heads, K, d)
+        z = split_heads(tokens, self.heads)  # (B, heads, P, d)
+        scores = (q @ z.transpose(-1, -2)) * q.shape[-1] ** -0.5  # (B, heads, K, P)
+        attention = scores.float().softmax(dim=-1)
+        gathered = merge_heads(attention.to(z.dtype) @ z)  # (B, K, D)
+        return gathered.mean(dim=1), attention.mean(dim=1)
+
+
+# ------------------------------------------------------------------------------------------------ prototypes
+def unit_tokens(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens (..., D) at length one, in float32 or wider: the losses compare directions (ours)."""
+    wide = tokens if tokens.dtype == torch.float64 else tokens.float()
+    return F.normalize(wide, dim=-1)
+
+
+def fake_likeness(unit: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
+    """delta = sim(z, mu_f) - sim(z, mu_r): unit tokens (..., D), prototypes (2, D) real, fake -> (...).
+
+    Never in bf16: deltas differ by little of what they have in common.
+    """
+    with torch.autocast(unit.device.type, enabled=False):
+        return unit @ (prototypes[1] - prototypes[0]).to(unit.dtype)
+
+
+class Prototypes(nn.Module):
+    """Moving averages of the real and the fake mean patch token, and the signal-to-noise ratios against them.
+
+    mean: (2, D) real, fake, of unit tokens. updates: (2,) int64, how often each class was seen; 0: no prototype yet.
+    Both are buffers, stored and restored with the member. Decay 0.99 (ours), but never more than n / (n + 1) at the
+    n-th update: the first batches are averaged evenly instead of the very first one ruling for hundreds of steps.
+    """
+
+    def __init__(self, width: int, *, decay: float):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("mean", torch.zeros(2, width))
+        self.register_buffer("updates", torch.zeros(2, dtype=torch.int64))
+
+    @property
+    def ready(self) -> bool:
+        """Whether both classes have been seen."""
+        return bool((self.updates > 0).all())
+
+    @torch.no_grad()
+    def observe(self, tokens: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        """Measure tokens (B, P, D) with labels (B,) against the prototypes as they were, then update these.
+
+        On several ranks the sums of all of them are used, so every rank keeps the same prototypes and reports the same.
+        Returns the numbers of `signal_to_noise`; none for a batch without both classes.
+        """
+        sums = class_sums(unit_tokens(tokens), labels, self.mean)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(sums)
+        numbers = signal_to_noise(sums, self.mean if self.ready else None)
+        for kind in (0, 1):
+            count = sums[kind, 0]
+            if count > 0:
+                seen = int(self.updates[kind])
+                keep = min(self.decay, seen / (seen + 1))
+                self.mean[kind].lerp_(sums[kind, 3:] / count, 1 - keep)
+                self.updates[kind] += 1
+        return numbers
+
+
+def class_sums(
+    unit: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor
+) -> torch.Tensor:
+    """Sums over the patches of each class that add up over batches and ranks: (2, 3 + D) float32.
+
+    Columns: patches n, sum |z|^2, sum delta^2, sum z. unit: (B, P, D). labels: (B,). prototypes: (2, D), for delta.
+    """
+    square = unit.square().sum(dim=-1)  # (B, P)
+    delta_square = fake_likeness(unit, prototypes).square()  # (B, P)
+    extra = torch.stack([torch.ones_like(square), square, delta_square], dim=-1)
+    per_image = torch.cat([extra, unit], dim=-1).sum(dim=1)  # (B, 3 + D)
+    return torch.stack([per_image[labels == kind].sum(dim=0) for kind in (0, 1)])
+
+
+def signal_to_noise(
+    sums: torch.Tensor, prototypes: torch.Tensor | None
+) -> dict[str, float]:
+    """The signal-to-noise ratios of a batch, from its `class_sums` and from prototypes of earlier batches (2, D).
+
+    snr_ema: ||mu_r - mu_f|| / sigma (paper) with the prototypes of other images; sigma is the batch's standard
+        deviation per dimension within a class.
+    snr_held_out: how far the batch's own classes lie apart *along* the direction of those prototypes, in standard
+        deviations of real patches. Unlike a norm it is signed, so without a signal it averages to zero.
+    snr_batch: ||mu_r - mu_f|| / sigma with the batch's own means, for contrast only. A norm of means of n images with
+        P patches is never zero: with no signal at all it is sqrt(2 D (s / n + (1 - s) / (n P))), where s is the share of
+        a token's variance that all patches of an image have in common. At 8 + 8 images, P = 256, D = 1024 that is 1.0
+        for s = 0 and 5.2 for s = 0.1, the very size of the 2.5 to 3 that is published for a trained model. A ratio
+        above 1 is evidence only if the prototypes come from other images.
+
+    All three compare the means over *all* patches of fake images, so a forged share f dilutes them to f ||d|| / sigma.
+    What does not depend on f is the direction mu_f - mu_r, and with it the separation of a forged patch from a real one
+    along it, ||d|| / sigma: that is why FLCL needs no mask (the study measures it with the planted masks).
+    """
+    count = sums[:, 0]
+    if not bool((count > 0).all()):
+        return {}
+    mean = sums[:, 3:] / count[:, None]  # (2, D)
+    within = sums[:, 1] - count * mean.square().sum(dim=1)  # (2,) sums of squares
+    sigma = (within.sum() / (count.sum() * mean.shape[1])).sqrt()
+    numbers = {"snr_batch": ((mean[1] - mean[0]).norm() / sigma).item()}
+    if prototypes is not None:
+        numbers["snr_ema"] = ((prototypes[1] - prototypes[0]).norm() / sigma).item()
+        delta = fake_likeness(mean, prototypes)  # (2,) class means of delta
+        real_std = (sums[0, 2] / count[0] - delta[0].square()).clamp_min(0).sqrt()
+        numbers["snr_held_out"] = ((delta[1] - delta[0]) / real_std).item()
+    return numbers
+
+
+# ------------------------------------------------------------------------------------------------ losses
+@torch.no_grad()
+def patch_weights(
+    unit: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor, tau: float
+) -> torch.Tensor:
+    """w = sigmoid((delta - mean_real delta) / (tau std_real delta)) (ours): (B, P) in (0, 1), without gradient.
+
+    unit: (B, P, D). labels: (B,), with at least one real image. prototypes: (2, D). tau: the weight's temperature.
+    """
+    delta = fake_likeness(unit, prototypes)  # (B, P)
+    real = delta[labels == 0]
+    std = real.std(correction=0).clamp_min(torch.finfo(delta.dtype).tiny)
+    return ((delta - real.mean()) / (tau * std)).sigmoid()
+
+
+def fake_likelihood_loss(
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    prototypes: torch.Tensor,
+    *,
+    temperature: float,
+    weight_temperature: float,
+    chunk: int = 0,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The fake-likelihood contrastive loss (FLCL; paper, section 3; the reading of positives is ours).
+
+    L = - mean over the patches i of fake images of w_i log(sum_pos e^(z_i z_j / tau) / sum_all e^(z_i z_j / tau)), on unit
+    tokens. pos: the patches of all fake images but i; all: every patch of the batch but i. (With positives from the same
+    image only, as the formula may be read, numerator and denominator would be one.) No gradient passes w.
+
+    tokens: (B, P, D). labels: (B,), both classes present. prototypes: (2, D), of other images.
+    chunk: rows of the similarity matrix that exist at once; 0: all. dtype: of that matrix; None: of the tokens.
+
+    Raises:
+        ValueError: one class is missing, or the fake images have a single patch between them.
+    """
+    unit = unit_tokens(tokens)
+    fake, real = unit[labels == 1].flatten(0, 1), unit[labels == 0].flatten(0, 1)
+    if len(fake) < 2 or len(real) == 0:
+        raise ValueError(
+            f"FLCL contrasts fake with real patches: found {len(fake)} fake and {len(real)} real ones, "
+            "expected at least 2 and 1; use balanced batches"
+        )
+    weights = patch_weights(unit, labels, prototypes, weight_temperature)
+    weights = weights[labels == 1].flatten()  # (fake patches,)
+    ordered = torch.cat([fake, real])  # (patches, D), fake ones first
+    return _WeightedContrast.apply(
+        ordered, weights, temperature, chunk or len(fake), dtype or ordered.dtype
+    )
+
+
+class _WeightedContrast(torch.autograd.Function):
+    """FLCL on ordered unit tokens with its gradient by hand, so that one chunk of one matrix is all that ever exists.
+
+    With e_ij = exp(z_i z_j / tau): dL / d(z_i z_j / tau) = (w_i / n) (e_ij / all_i - [j in pos] e_ij / pos_i). The
+    chunk is recomputed in the backward pass and turned into this gradient in place. Row sums are float32 at least.
+    """
+
+    @staticmethod
+    def forward(ctx, ordered, weights, temperature, chunk, dtype):
+        unit = ordered.to(dtype)
+        n = len(weights)
+        positive, total = torch.empty_like(weights), torch.empty_like(weights)
+        for rows in _chunks(n, chunk):
+            e = _exponentials(unit, rows, temperature)  # (rows, patches)
+            positive[rows] = e[:, :n].sum(dim=1, dtype=weights.dtype)
+            total[rows] = e.sum(dim=1, dtype=weights.dtype)
+            del e
+        ctx.save_for_backward(unit, weights, positive, total)
+        ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, ordered.dtype
+        return -(weights * (positive / total).log()).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        unit, weights, positive, total = ctx.saved_tensors
+        n = len(weights)
+        scale = grad * weights / n
+        against_all = scale / total
+        against_fake = against_all - scale / positive
+        gradient = torch.zeros(unit.shape, dtype=ctx.dtype, device=unit.device)
+        for rows in _chunks(n, ctx.chunk):
+            e = _exponentials(unit, rows, ctx.temperature)
+            e[:, :n].mul_(against_fake[rows, None].to(e.dtype))
+            e[:, n:].mul_(against_all[rows, None].to(e.dtype))
+            gradient[rows] += e @ unit
+            gradient += e.T @ unit[rows]
+            del e
+        return gradient / ctx.temperature, None, None, None, None
+
+
+def _chunks(n: int, chunk: int) -> Iterator[slice]:
+    for start in range(0, n, chunk):
+        yield slice(start, min(start + chunk, n))
+
+
+def _exponentials(unit: torch.Tensor, rows: slice, temperature: float) -> torch.Tensor:
+    """exp(z_i z_j / tau - the row's maximum) for i in `rows`, 0 at j = i: (rows, patches), made in place."""
+    e = (unit[rows] / temperature) @ unit.T
+    e.diagonal(rows.start).fill_(-torch.inf)
+    return e.sub_(e.amax(dim=1, keepdim=True)).exp_()
+
+
+def attention_alignment_loss(
+    attention: torch.Tensor, reference: torch.Tensor
+) -> torch.Tensor:
+    """Real-attention alignment (RAAL; paper, section 3): mean over images and queries of KL(a^Q_k || a^CLS).
+
+    attention: (R, K, P), the queries' rows on real images. reference: (R, P), CLS -> patch attention; it is detached.
+    """
+    tiny = torch.finfo(attention.dtype).tiny
+    log_reference = reference.detach().to(attention.dtype).clamp_min(tiny).log()
+    divergence = attention.clamp_min(tiny).log() - log_reference[:, None]
+    return (attention * divergence).sum(dim=-1).mean()
+
+
+# ------------------------------------------------------------------------------------------------ the member
+@dataclass(frozen=True, kw_only=True)
+class QtfpOutput(MemberOutput):
+    """What QTFP says of a batch, and what its losses read.
+
+    patch_tokens: (B, P, D) after the tower's final LayerNorm. last_input: (B, 1 + P, D), what the last block received.
+    query_attention: (B, K, P) float32; None when [CLS] is classified (`qtfp.pool=cls`).
+    """
+
+    patch_tokens: torch.Tensor
+    last_input: torch.Tensor
+    query_attention: torch.Tensor | None = None
+
+
+class Qtfp(Member):
+    """`qtfp`: an adapted tower, `QueryPool`, Linear D -> 2; inference needs no more than these.
+
+    Ablations: `qtfp.pool=cls` classifies [CLS] instead, `qtfp.flcl=0` and `qtfp.raal=0` drop a loss.
+    """
+
+    def __init__(self, config: MemberConfig, tower: Tower):
+        super().__init__(config, tower)
+        options = config.qtfp
+        require(
+            tower.width % options.heads == 0,
+            f"qtfp.heads is {options.heads}; it must divide the tower's width {tower.width}",
+        )
+        require(
+            options.temperature >= MIN_TEMPERATURE,
+            f"qtfp.temperature is {options.temperature}; it must be at least {MIN_TEMPERATURE}",
+        )
+        require(
+            options.raal_reference == "adapted" or config.adapter.kind != "full",
+            "qtfp.raal_reference=pretrained needs an untouched tower, but adapter.kind=full trains it; "
+            "use qtfp.raal_reference=adapted, or adapter.kind=lora or effort",
+        )
+        self.pool = None
+        if options.pool == "queries":
+            self.pool = QueryPool(
+                tower.width,
+                options.queries,
+                heads=options.heads,
+                std=options.query_std,
+            )
+        self.head = nn.Linear(tower.width, 2)
+        self.prototypes = Prototypes(tower.width, decay=options.ema_decay)
+
+    def forward(self, images: torch.Tensor) -> QtfpOutput:
+        tokens = self.tower(images, adapter=self.adapter)
+        pooled, attention, evidence = tokens.cls_token, None, {}
+        if self.pool is not None:
+            pooled, attention = self.pool(tokens.patch_tokens)  # (B, D), (B, K, P)
+            evidence["query_attention"] = attention.unflatten(-1, tokens.grid)
+        return QtfpOutput(
+            logit=two_class_logit(self.head(pooled)),
+            features=pooled,
+            evidence=evidence,
+            patch_tokens=tokens.patch_tokens,
+            last_input=tokens.last_input,
+            query_attention=attention,
+        )
+
+    def loss(
+        self, output: QtfpOutput, batch: Batch
+    ) -> tuple[torch.Tensor, dict[str, float | str]]:
+        """L = L_CE + flcl L_FLCL + raal L_RAAL (paper, section 3).
+
+        A batch without the pictures that a loss needs leaves it out: its part is 0 and `skipped` says why.
+        """
+        options = self.config.qtfp
+        loss = F.cross_entropy(as_two_class(output.logit), batch.labels)
+        parts: dict[str, float | str] = {"ce": loss.item()}
+        skipped = []
+        for name, weight, obstacle, compute in (
+            ("flcl", options.flcl, self._flcl_obstacle, self._flcl),
+            ("raal", options.raal, self._raal_obstacle, self._raal),
+        ):
+            if weight == 0:
+                continue
+            reason = obstacle(batch)
+            if reason:
+                skipped.append(f"{name}: {reason}")
+                parts[name] = 0.0
+                continue
+            part = compute(output, batch)
+            parts[name] = part.item()
+            loss = loss + weight * part
+        if skipped:
+            parts["skipped"] = "; ".join(skipped)
+        return loss, parts
+
+    @torch.no_grad()
+    def after_step(self, output: QtfpOutput, batch: Batch) -> dict[str, float]:
+        """Update the prototypes with the step's last batch; returns its `signal_to_noise` numbers."""
+        return self.prototypes.observe(output.patch_tokens, batch.labels)
+
+    def _flcl_obstacle(self, batch: Batch) -> str:
+        if not bool((batch.labels == 1).any()):
+            return "no fake picture"
+        if not bool((batch.labels == 0).any()):
+            return "no real picture"
+        return "" if self.prototypes.ready else "no prototypes yet"
+
+    def _flcl(self, output: QtfpOutput, batch: Batch) -> torch.Tensor:
+        options = self.config.qtfp
+        device = output.patch_tokens.device.type
+        half = torch.is_autocast_enabled(device)
+        return fake_likelihood_loss(
+            output.patch_tokens,
+            batch.labels,
+            self.prototypes.mean,
+            temperature=options.temperature,
+            weight_temperature=options.weight_temperature,
+            chunk=options.chunk,
+            dtype=torch.get_autocast_dtype(device) if half else None,
+        )
+
+    def _raal_obstacle(self, batch: Batch) -> str:
+        if self.pool is None:
+            return "no queries"
+        return "" if bool((batch.labels == 0).any()) else "no real picture"
+
+    def _raal(self, output: QtfpOutput, batch: Batch) -> torch.Tensor:
+        real = batch.labels == 0
+        reference = self._cls_attention(output.last_input[real], batch.images[real])
+        return attention_alignment_loss(output.query_attention[real], reference)
+
+    @torch.no_grad()
+    def _cls_attention(
+        self, last_input: torch.Tensor, images: torch.Tensor
+    ) -> torch.Tensor:
+        """CLS -> patch attention of the last block (R, P): of the tower as adapted, or of the plain one."""
+        if self.config.qtfp.raal_reference == "adapted":
+            heads = self.tower.cls_attention(last_input, adapter=self.adapter)
+        else:
+            plain = self.tower(images)
+            heads = self.tower.cls_attention(plain.last_input)
+            # Checkpointed blocks are run again in the backward pass, with whatever adapter is in use by then.
+            self.tower.use(self.adapter)
+        return patch_attention(heads)
+
+
+# ------------------------------------------------------------------------------------------------ synthetic study
+@dataclass(frozen=True)
+class Planted:
+    """Images of random patch tokens of which a share is forged: every number of the study.
+
+    A token is a common mean + an offset of its image (`image_share` of the variance) + noise, variance 1 in all; a
+    forged one has the planted d added, ||d|| = `snr`. Train: `images` real + `images` fake fresh ones a step.
+    """
+
+    patches: int = 40
+    width: int = 64
+    snr: float = 3.0  # the paper reports 2.5 to 3
+    image_share: float = 0.1
+    images: int = 8
+    steps: int = 100
+    rate: float = 1e-2
+    test_images: int = 300
+
+
+FRACTIONS = (0.05, 0.1, 0.25, 0.5)
+# Name -> what is classified, weight of FLCL, weight of RAAL (the paper's).
+VARIANTS = {
+    "mean pooling": ("mean", 0.0, 0.0),
+    "CLS-like pooling": ("cls", 0.0, 0.0),
+    "queries": ("queries", 0.0, 0.0),
+    "queries + FLCL": ("queries", 0.14, 0.0),
+    "queries + RAAL": ("queries", 0.0, 1.0),
+    "queries + FLCL + RAAL": ("queries", 0.14, 1.0),
+}
+
+
+class PlantedWorld:
+    """One seeded world of the study: its common mean, its forgery direction, and what its CLS looks at."""
+
+    def __init__(self, planted: Planted, fraction: float, seed: int):
+        self.planted, self.fraction = planted, fraction
+        self.generator = torch.Generator().manual_seed(seed)
+        common, direction, self.gaze = self._normal(3, planted.width)
+        self.common = common
+        self.forgery = planted.snr * F.normalize(direction, dim=0)
+
+    def _normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def draw(self, images: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`images` real and as many fake ones: tokens (2n, P, D), labels (2n,), forged mask (2n, P)."""
+        p = self.planted
+        offset = p.image_share**0.5 * self._normal(2 * images, 1, p.width)
+        noise = (1 - p.image_share) ** 0.5 * self._normal(
+            2 * images, p.patches, p.width
+        )
+        labels = torch.arange(2).repeat_interleave(images)
+        order = torch.rand((2 * images, p.patches), generator=self.generator).argsort(1)
+        forged = (order < round(self.fraction * p.patches)) & (labels[:, None] == 1)
+        tokens = self.common + offset + noise + forged[..., None] * self.forgery
+        return tokens, labels, forged
+
+    def cls_attention(self, tokens: torch.Tensor) -> torch.Tensor:
+        """A near-uniform attention along global semantics unrelated to forgery: (B, P, D) -> (B, P)."""
+        scores = 0.5 * (tokens - self.common) @ F.normalize(self.gaze, dim=0)
+        return scores.softmax(dim=-1)
+
+
+class _StudyModel(nn.Module):
+    """A linear residual adapter of the tokens, a pooling, a linear head: the member without its tower."""
+
+    def __init__(self, world: PlantedWorld, pool: str):
+        super().__init__()
+        width = world.planted.width
+        self.world, self.kind = world, pool
+        self.adapter = nn.Linear(width, width, bias=False)
+        nn.init.zeros_(self.adapter.weight)
+        self.pool = QueryPool(width, 4, heads=1, std=0.02)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        tokens = raw + self.adapter(raw)  # (B, P, D)
+        gathered, attention = self.pool(tokens)
+        if self.kind == "mean":
+            gathered = tokens.mean(dim=1)
+        elif self.kind == "cls":
+            gathered = (self.world.cls_attention(raw)[..., None] * tokens).sum(dim=1)
+        return self.head(gathered), tokens, attention
+
+
+def study_auc(planted: Planted, variant: str, fraction: float, seed: int) -> float:
+    """Train one variant of the study on fresh images of its world; its AUC on images it has not seen."""
+    pool, flcl, raal = VARIANTS[variant]
+    world = PlantedWorld(planted, fraction, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _StudyModel(world, pool)
+    prototypes = Prototypes(planted.width, decay=0.99)
+    optimizer = torch.optim.Adam(model.parameters(), lr=planted.rate)
+    for _ in range(planted.steps):
+        raw, labels, _ = world.draw(planted.images)
+        logits, tokens, attention = model(raw)
+        loss = F.cross_entropy(logits, labels)
+        if flcl and prototypes.ready:
+            loss = loss + flcl * fake_likelihood_loss(
+                tokens,
+                labels,
+                prototypes.mean,
+                temperature=0.1,
+                weight_temperature=1.0,
+            )
+        if raal:
+            real = labels == 0
+            reference = world.cls_attention(raw[real])
+            loss = loss + raal * attention_alignment_loss(attention[real], reference)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if flcl:
+            prototypes.observe(tokens.detach(), labels)
+    with torch.no_grad():
+        raw, labels, _ = world.draw(planted.test_images)
+        scores = two_class_logit(model(raw)[0])
+    return metrics.auc(labels.numpy(), scores.numpy())
+
+
+def study_snr(planted: Planted, fraction: float, seed: int) -> dict[str, float]:
+    """The signal-to-noise ratios of planted tokens after 400 batches of prototypes, mean over 50 further batches.
+
+    `patch`: forged against real patches along the held-out prototypes' direction, in standard deviations of real
+    patches, by the planted masks; the others are those of `signal_to_noise`.
+    """
+    world = PlantedWorld(planted, fraction, seed)
+    prototypes = Prototypes(planted.width, decay=0.99)
+    for _ in range(400):
+        prototypes.observe(*world.draw(planted.images)[:2])
+    collected: dict[str, list[float]] = {}
+    for _ in range(50):
+        tokens, labels, forged = world.draw(planted.images)
+        delta = fake_likeness(unit_tokens(tokens), prototypes.mean)
+        real = delta[labels == 0]
+        apart = (delta[forged].mean() - real.mean()) / real.std()
+        numbers = prototypes.observe(tokens, labels) | {"patch": apart.item()}
+        for name, value in numbers.items():
+            collected.setdefault(name, []).append(value)
+    return {name: statistics.fmean(values) for name, values in collected.items()}
+
+
+def snr_trap(image_share: float, seed: int) -> float:
+    """The in-batch ratio of 8 + 8 images with 256 patches of width 1024 and no signal at all."""
+    planted = Planted(patches=256, width=1024, snr=0.0, image_share=image_share)
+    tokens, labels, _ = PlantedWorld(planted, 0.0, seed).draw(8)
+    sums = class_sums(tokens, labels, torch.zeros(2, planted.width))
+    return signal_to_noise(sums, None)["snr_batch"]
+
+
+def _report_study(seeds: int) -> None:
+    planted = Planted()
+    print(
+        f"planted ||d|| / sigma = {planted.snr}; {planted.images} real + {planted.images} fake images of "
+        f"{planted.patches} tokens of width {planted.width} a step, {planted.steps} steps; {seeds} seeds"
+    )
+    print("\nAUC on unseen images, mean +- standard deviation over the seeds")
+    _print_row("forged share of patches", [f"{f:.0%}" for f in FRACTIONS])
+    for variant in VARIANTS:
+        cells = [
+            [study_auc(planted, variant, f, seed) for seed in range(seeds)]
+            for f in FRACTIONS
+        ]
+        _print_row(variant, [_spread(values) for values in cells])
+    print("\nsignal-to-noise ratios, mean +- standard deviation over the seeds")
+    settings = {f"{f:.0%}": (planted, f) for f in FRACTIONS}
+    settings["no signal"] = (Planted(snr=0.0), 0.25)
+    _print_row("forged share of patches", list(settings))
+    found = {
+        column: [study_snr(p, f, seed) for seed in range(seeds)]
+        for column, (p, f) in settings.items()
+    }
+    rows = {
+        "patch": "forged patches, held out",
+        "snr_held_out": "images, held out",
+        "snr_ema": "||mu_r - mu_f||/sigma, EMA",
+        "snr_batch": "||mu_r - mu_f||/sigma, in batch",
+    }
+    for name, title in rows.items():
+        values = [[numbers[name] for numbers in runs] for runs in found.values()]
+        _print_row(title, [_spread(v) for v in values])
+    print(
+        "\nthe trap: no signal at all, 8 + 8 images, 256 patches, width 1024, prototypes from the same batch: "
+        f"{snr_trap(0.0, 0):.1f}; with a tenth of the variance per image: {snr_trap(0.1, 0):.1f}"
+    )
+
+
+def _spread(values: list[float]) -> str:
+    """`mean +- standard deviation`; a single value alone."""
+    mean = statistics.fmean(values)
+    return (
+        f"{mean:.3f} +- {statistics.stdev(values):.3f}"
+        if len(values) > 1
+        else f"{mean:.3f}"
+    )
+
+
+def _print_row(title: str, cells: list[str]) -> None:
+    print(f"{title:<32}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ memory and time
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of the fastest measured training step, and the peak memory of the process or GPU in bytes."""
+
+    batch: int
+    seconds: float
+    peak: int
+
+
+def _peak_memory(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on every system, and for this measurement alone
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def measure_steps(
+    member: Qtfp, sizes: tuple[int, ...], *, device: str, repeats: int
+) -> Iterator[StepCost]:
+    """Train `member` for 1 + `repeats` steps on noise at each batch size (rising; half real, half fake).
+
+    The first step fills the prototypes, so that FLCL takes part in the others. On a GPU under bf16.
+    """
+    side = member.config.view.side
+    trained = [p for p in member.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=member.config.optim.lr)
+    for size in sizes:
+        images = torch.randint(
+            0, 256, (size, 3, side, side), dtype=torch.uint8, device=device
+        )
+        batch = Batch(images, torch.arange(size, device=device) % 2)
+        fastest = float("inf")
+        for _ in range(1 + repeats):
+            start = time.perf_counter()
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                output = member(batch.images)
+                loss, parts = member.loss(output, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            member.after_step(output, batch)
+            del output, loss
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if "skipped" not in parts:
+                fastest = min(fastest, time.perf_counter() - start)
+        yield StepCost(size, fastest, _peak_memory(device))
+
+
+def _report_memory() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = preset("giant", "qtfp")
+    start = time.perf_counter()
+    tower = build_tower(config.tower)
+    # Random weights, and Effort's factors left at zero: the same tensors and operations, without 96 decompositions.
+    add_adapter(tower, config.name, config.adapter, decompose=False)
+    member = Qtfp(config, tower).to(device).train()
+    trained, total = count_parameters(member)
+    where = "GPU, bf16" if device == "cuda" else "CPU, float32"
+    print(
+        f"{config.tower.name} at {config.view.side} px, effort rank {config.adapter.rank}, on {where}, "
+        f"{torch.get_num_threads()} CPU threads: {trained:,} of {total:,} parameters train; "
+        f"built in {time.perf_counter() - start:.0f} s, weights {total * 4 / 1e9:.2f} GB, "
+        f"peak so far {_peak_memory(device) / 1e9:.2f} GB"
+    )
+    sizes = (2, 4, 16) if device == "cuda" else (2, 4)
+    costs = []
+    for cost in measure_steps(member, sizes, device=device, repeats=2):
+        costs.append(cost)
+        print(
+            f"batch {cost.batch}: {cost.seconds:.2f} s a step, peak {cost.peak / 1e9:.2f} GB",
+            flush=True,
+        )
+    _print_batch_16(costs[0], costs[1])
+    patches = (config.view.side // config.tower.arch.patch) ** 2
+    rows, columns = 8 * patches, 16 * patches
+    print(
+        f"on top of that FLCL's matrix, which grows with the square: {rows} fake rows x {columns} patches = "
+        f"{rows * columns * 4 / 1e6:.1f} MB in float32, {rows * columns * 2 / 1e6:.1f} MB in bf16, one at a time; "
+        f"qtfp.chunk=256 makes it {256 * columns * 2 / 1e6:.1f} MB in bf16"
+    )
+
+
+def _print_batch_16(small: StepCost, large: StepCost) -> None:
+    """The straight line through two measured batch sizes, drawn to 16."""
+    pictures, further = large.batch - small.batch, 16 - large.batch
+    for title, a, b, unit in (
+        ("peak", small.peak / 1e9, large.peak / 1e9, "GB"),
+        ("step", small.seconds, large.seconds, "s"),
+    ):
+        slope = (b - a) / pictures
+        print(
+            f"{title} at batch 16, extrapolated: ({b:.2f} - {a:.2f}) / {pictures} = {slope:.3f} {unit} a picture; "
+            f"{b:.2f} + {further} x {slope:.3f} = {b + further * slope:.1f} {unit}"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`--study`: the synthetic study. `--memory`: peak memory and step time at giant scale."""
+    parser = argparse.ArgumentParser(
+        prog="python -m solution.qtfp", description=main.__doc__
+    )
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--study", action="store_true")
+    action.add_argument("--memory", action="store_true")
+    parser.add_argument("--seeds", type=int, default=5, help="of the study")
+    arguments = parser.parse_args(argv)
+    if arguments.seeds < 1:
+        parser.error(f"--seeds is {arguments.seeds}; it must be at least 1")
+    if arguments.study:
+        _report_study(arguments.seeds)
+    else:
+        _report_memory()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
