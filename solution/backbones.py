@@ -619,7 +619,12 @@ def add_adapter(
     decompose: False skips Effort's decomposition when its factors are about to be loaded from a file.
     """
     if not any(_is_lora(m) or isinstance(m, EffortLinear) for m in tower.modules()):
-        tower.requires_grad_(config.kind == "full")
+        tower.requires_grad_(False)
+        if (
+            config.kind == "full"
+        ):  # all that its file holds; DINOv2's mask token is unused
+            for parameter in tower_parameters(tower).values():
+                parameter.requires_grad_(True)
     if config.kind in ("none", "full"):
         return
     chosen = {

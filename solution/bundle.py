@@ -519,8 +519,10 @@ def load_members(
         source = overrides.get(name) or overrides.get(stored_name(config))
         source = source or _own_file(bundle, config)
         state = tower_weights(config, source, offline=bundle.offline)
+        # A derived tower is made in float32: casting it whole would also cast its normalisation buffers.
+        early = torch.float32 if config.source.startswith("bundle:") else dtype
         towers[name] = fill_tower(
-            config, state, device=device, dtype=dtype, what=str(state.path)
+            config, state, device=device, dtype=early, what=str(state.path)
         )
     members = {name: load_member(bundle.folder / name, towers) for name in chosen}
     for member in members.values():

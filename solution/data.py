@@ -544,6 +544,7 @@ def training_loader(
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=_worker_init,
+        generator=torch.Generator(),  # else starting it would draw from the generator of the members' dropout
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
@@ -565,6 +566,7 @@ def validation_loader(
         num_workers=workers,
         collate_fn=stack_views,
         worker_init_fn=_worker_init,
+        generator=torch.Generator(),
     )
 
 

@@ -217,17 +217,25 @@ def _score_file(condition: Condition, bundle: str, fingerprint: str) -> str:
         "pictures": fingerprint,
         "degradation": degradation and dataclasses.asdict(degradation),
         "seed": condition.seed if degradation else None,
+        "engine": _engine_hash() if degradation else None,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     slug = "".join(c if c.isalnum() or c == "." else "-" for c in condition.name)
     return f"{slug}-{digest[:16]}.npz"
 
 
+def _engine_hash() -> str:
+    """Of the engine's source: degraded scores that an older engine made are not taken for this one's."""
+    folder = Path(__file__).parent
+    sources = [(folder / f"degradation{part}.py").read_bytes() for part in ("", "_ops")]
+    return hashlib.sha256(b"".join(sources)).hexdigest()
+
+
 def _write_logits(path: Path, names: Sequence[str], logits: Logits) -> None:
     """Whole or not at all: an interrupted write leaves no score file."""
     arrays = {f"of {name}": values for name, values in logits.items()}
     with atomic_file(path, binary=True) as file:
-        np.savez(file, names=np.array(names), **arrays)
+        np.savez_compressed(file, names=np.array(names), **arrays)
 
 
 def _read_logits(path: Path, names: Sequence[str]) -> Logits:
@@ -256,16 +264,7 @@ def read_predictions(
     probabilities. by_name: compare file names without their folders.
     """
     key = (lambda n: n.replace("\\", "/").rpartition("/")[2]) if by_name else str
-    scores, name_column, score_column = {}, None, None
-    for number, row in _csv(preds):
-        name_column = name_column or _column(preds, row, NAME_COLUMNS)
-        score_column = score_column or _column(preds, row, SCORE_COLUMNS)
-        name = key(row[name_column])
-        if name in scores:
-            raise EvaluationError(f"{preds}, line {number}: {name} occurs twice")
-        scores[name] = _score_value(
-            row[score_column], f"{preds}, line {number}", logits
-        )
+    scores = _read_scores(preds, key, logits)
     rows, column = [], None
     for number, row in _csv(labels):
         column = column or _column(labels, row, NAME_COLUMNS)
@@ -292,6 +291,26 @@ def read_predictions(
     p = np.array([scores[name] for name in names])
     given = Condition("given", "given", "scores as given")
     return pictures, Run(given, {"scores": p}), note
+
+
+def _read_scores(
+    preds: Path, key: Callable[[str], str], logits: bool
+) -> dict[str, float]:
+    """P(fake) by picture name."""
+    scores: dict[str, float] = {}
+    columns: tuple[str, str] | None = None
+    for number, row in _csv(preds):
+        where = f"{preds}, line {number}"
+        if columns is None:
+            columns = (
+                _column(preds, row, NAME_COLUMNS),
+                _column(preds, row, SCORE_COLUMNS),
+            )
+        name = key(row[columns[0]])
+        if name in scores:
+            raise EvaluationError(f"{where}: {name} occurs twice")
+        scores[name] = _score_value(row[columns[1]], where, logits)
+    return scores
 
 
 def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
@@ -550,19 +569,7 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
             *(degraded_conditions(arguments.seeds) if arguments.degraded else []),
             *(sweep_conditions(arguments.seeds[0]) if arguments.robustness else []),
         ],
-        protocol={
-            "title": f"{Path(arguments.weights).name} on {arguments.data.name}",
-            "manifest": arguments.data.name,
-            "split": arguments.split or "all rows",
-            "limit": f"{arguments.limit} pictures, in proportion to source and label, seed {arguments.seeds[0]}"
-            if arguments.limit
-            else "none",
-            "frames": f"at most {arguments.frames} a video"
-            if arguments.frames
-            else "all",
-            "bootstrap": _bootstrap_text(arguments),
-            "left out": notes or "nothing",
-        },
+        protocol=_asked(arguments, notes),
         pools=_pools(arguments.pool),
         seed=arguments.seeds[0],
         draws=arguments.draws,
@@ -571,6 +578,21 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
     )
     print(f"{text_table(results)}\n\n{arguments.out / 'report.html'}")
     return 0
+
+
+def _asked(arguments: argparse.Namespace, notes: str) -> dict[str, str]:
+    """The part of the protocol that the command line says."""
+    name, frames = Path(arguments.weights).name, arguments.frames
+    draw = f"in proportion to source and label, seed {arguments.seeds[0]}"
+    return {
+        "title": f"{name} on {arguments.data.name}",
+        "manifest": arguments.data.name,
+        "split": arguments.split or "all rows",
+        "limit": f"{arguments.limit} pictures, {draw}" if arguments.limit else "none",
+        "frames": f"at most {frames} a video" if frames else "all",
+        "bootstrap": _bootstrap_text(arguments),
+        "left out": notes or "nothing",
+    }
 
 
 def run(
@@ -597,16 +619,31 @@ def run(
         progress=progress,
     )
     pictures = Pictures.of(items)
+    limit = ensemble.vote.threshold
+    thresholds = {who: limit if who == ENSEMBLE else 0.5 for who in runs[0].p}
+    results = measure(
+        pictures,
+        runs,
+        thresholds=thresholds,
+        protocol={**protocol, **_bundle_protocol(ensemble, pictures)},
+        pools=pools,
+        seed=seed,
+        draws=draws,
+    )
+    write_results(out, pictures, runs, results, thumbnails=thumbnails)
+    return results
+
+
+def _bundle_protocol(ensemble: Ensemble, pictures: Pictures) -> dict[str, Any]:
+    """What a report says of the bundle and the pictures; `origin` stands beside every number."""
     vote, fingerprint = ensemble.vote, pictures.fingerprint()
-    thresholds = {who: vote.threshold if who == ENSEMBLE else 0.5 for who in runs[0].p}
     rule = ""
     if vote.false_alarm is not None:
         rule = f" (at most {vote.false_alarm:.0%} false alarms on the pictures it was fitted on)"
-    protocol = {
-        **protocol,
+    return {
         "origin": f"bundle {ensemble.hash[:12]}, pictures {fingerprint[:12]}",
         "bundle": ensemble.hash,
-        "pictures": f"{len(items)}, fingerprint {fingerprint}",
+        "pictures": f"{len(pictures.names)}, fingerprint {fingerprint}",
         "vote": dataclasses.asdict(vote),
         "calibrators": {
             name: f"{c.kind}, fitted on {c.fitted_on} ({c.n_real} real, {c.n_fake} fake)"
@@ -614,17 +651,6 @@ def run(
         },
         "threshold": f"ensemble {vote.threshold:.4g}{rule}, members 0.5",
     }
-    results = measure(
-        pictures,
-        runs,
-        thresholds=thresholds,
-        protocol=protocol,
-        pools=pools,
-        seed=seed,
-        draws=draws,
-    )
-    write_results(out, pictures, runs, results, thumbnails=thumbnails)
-    return results
 
 
 def read_items(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,18 @@ from solution.vote import (
 WAYS = ("probability", "logit", "levels", "levels_rounded")
 
 Logits = dict[str, np.ndarray]
+
+
+class Known(NamedTuple):
+    """What is known of the rows (R,) of some logits: label, picture (a group stays in one fold), `clean` or `degraded`."""
+
+    labels: np.ndarray
+    groups: np.ndarray
+    conditions: np.ndarray
+
+    def at(self, rows: np.ndarray) -> Known:
+        """The same of these rows."""
+        return Known(*(values[rows] for values in self))
 
 
 def fit_ensemble(
@@ -49,36 +61,36 @@ def fit_ensemble(
     clean, degraded: raw validation logits (N,) by member, of the same N pictures in the same order; both are fitted
     together, because a submission does not say which pictures are degraded. The threshold calls at most `false_alarm`
     of these reals (clean and degraded) fake; `unsure_share` of the pictures nearest to it are called unsure.
+    folds: fewer where a class has less than two pictures a fold; four of each class are the least.
 
     Returns the comparison as plain JSON values. All its figures are cross-validated: calibrators, votes, the best
     single member and the threshold are chosen on the other folds, a picture's two versions staying together.
     """
     labels = np.asarray(labels)
-    stacked = _stacked(clean, degraded, labels)
-    everything = {
-        "labels": np.tile(labels, 2),
-        "groups": np.tile(np.arange(len(labels)), 2),
-        "conditions": np.repeat(["clean", "degraded"], len(labels)),
-    }
+    logits = _stacked(clean, degraded, labels)
+    rarest = int(min(np.sum(labels == 0), np.sum(labels == 1)))
+    if rarest < 4:
+        raise ValueError(
+            f"{rarest} pictures of the rarer class: fitting an ensemble needs four real and four fake ones"
+        )
+    folds = min(folds, rarest // 2)
+    index = np.arange(len(labels))
+    conditions = np.repeat(["clean", "degraded"], len(labels))
+    known = Known(np.tile(labels, 2), np.tile(index, 2), conditions)
     options = {"step": step, "max_vote": max_vote, "penalty": penalty}
-    rows = np.arange(2 * len(labels))
-    calibrators, search = _fit_part(stacked, everything, rows, options, folds, seed)
+    calibrators, search = _fit_part(logits, known, options, folds, seed)
     calibrators = {
         name: dataclasses.replace(fitted, fitted_on=fitted_on or fitted.fitted_on)
         for name, fitted in calibrators.items()
     }
-    p = {name: calibrators[name].apply(x) for name, x in stacked.items()}
-    vote = VoteConfig(dict(search.weights), step=step, mean=mean)
-    scores = combine(p, vote)
-    threshold = threshold_at_false_alarm(everything["labels"], scores, false_alarm)
-    vote = dataclasses.replace(
-        vote,
-        threshold=threshold,
-        unsure=unsure_band(scores, threshold, unsure_share),
-        false_alarm=false_alarm,
-    )
-    held = _held_out(stacked, everything, vote, options, folds, seed)
-    comparison = _comparison(stacked, everything, held, vote, seed, draws)
+    vote = VoteConfig(search.weights, step=step, mean=mean, false_alarm=false_alarm)
+    scores = combine(_applied(calibrators, logits), vote)
+    threshold = threshold_at_false_alarm(known.labels, scores, false_alarm)
+    band = unsure_band(scores, threshold, unsure_share)
+    vote = dataclasses.replace(vote, threshold=threshold, unsure=band)
+    held = _held_out(logits, known, vote, options, folds, seed)
+    comparison = _comparison(logits, known, held, seed, draws)
+    comparison["at_threshold"]["asked"] = false_alarm
     comparison["search"] = {**search._asdict(), **options}
     return calibrators, vote, comparison
 
@@ -102,123 +114,120 @@ def _stacked(
     return {name: np.concatenate([clean[name], degraded[name]]) for name in clean}
 
 
+def _applied(calibrators: Mapping[str, Calibrator], logits: Logits) -> Logits:
+    """P(fake) of each member."""
+    return {name: calibrators[name].apply(x) for name, x in logits.items()}
+
+
 def _fit_part(
-    logits: Logits,
-    known: Mapping[str, np.ndarray],
-    rows: np.ndarray,
-    options: Mapping[str, Any],
-    folds: int,
-    seed: int,
+    logits: Logits, known: Known, options: Mapping[str, Any], folds: int, seed: int
 ) -> tuple[dict[str, Calibrator], VoteSearch]:
-    """Calibrators and the vote search, fitted on `rows` alone."""
-    labels, groups = known["labels"][rows], known["groups"][rows]
+    """Calibrators and the vote search, fitted on these rows alone."""
     calibrators = {
-        name: calibration.fit(x[rows], labels, groups=groups, folds=folds, seed=seed)
+        name: calibration.fit(
+            x, known.labels, groups=known.groups, folds=folds, seed=seed
+        )
         for name, x in logits.items()
     }
-    p = {name: calibrators[name].apply(x[rows]) for name, x in logits.items()}
-    conditions = known["conditions"][rows]
-    return calibrators, search_weights(p, labels, groups=conditions, **options)
+    p = _applied(calibrators, logits)
+    search = search_weights(p, known.labels, groups=known.conditions, **options)
+    return calibrators, search
 
 
 def _held_out(
     logits: Logits,
-    known: Mapping[str, np.ndarray],
+    known: Known,
     vote: VoteConfig,
     options: Mapping[str, Any],
     folds: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Scores (2 N,) of every member and every way of voting on pictures that neither fitted nor chose anything."""
-    labels, conditions = known["labels"], known["conditions"]
+    """Every member and every way of voting on pictures that neither fitted nor chose anything: `p` and `scores` (R,) by
+    name, `fake` (R,) bool verdicts at the threshold, and each fold's `weights`."""
+    count = len(known.labels)
     ways = [way for way in WAYS if way != "levels_rounded" or vote.step in (0.1, 0.01)]
-    scores = {
-        name: np.empty(len(labels)) for name in [*ways, "equal votes", "best single"]
-    }
-    p = {name: np.empty(len(labels)) for name in logits}
-    fake = np.empty(len(labels), dtype=bool)
-    weights = []
-    parts = calibration.split(labels, known["groups"], folds=folds, seed=seed)
+    names = [*ways, "equal votes", "best single"]
+    scores = {name: np.empty(count) for name in names}
+    p = {name: np.empty(count) for name in logits}
+    fake, weights = np.empty(count, dtype=bool), []
+    parts = calibration.split(known.labels, known.groups, folds=folds, seed=seed)
     for train, held in parts:
-        calibrators, search = _fit_part(logits, known, train, options, folds, seed)
-        weights.append(dict(search.weights))
-        of_train = {n: calibrators[n].apply(x[train]) for n, x in logits.items()}
-        of_held = {n: calibrators[n].apply(x[held]) for n, x in logits.items()}
+        of_train = {name: x[train] for name, x in logits.items()}
+        at_train = known.at(train)
+        calibrators, search = _fit_part(of_train, at_train, options, folds, seed)
+        weights.append(search.weights)
+        p_train = _applied(calibrators, of_train)
+        p_held = _applied(calibrators, {n: x[held] for n, x in logits.items()})
         for name in logits:
-            p[name][held] = of_held[name]
+            p[name][held] = p_held[name]
         for way in ways:
             config = VoteConfig(search.weights, step=vote.step, mean=way)
-            scores[way][held] = combine(of_held, config)
+            scores[way][held] = combine(p_held, config)
         equal = VoteConfig(dict.fromkeys(logits, 1), step=vote.step)
-        scores["equal votes"][held] = combine(of_held, equal)
-        areas = {
-            name: np.mean(
-                [
-                    metrics.auc(labels[train][rows], x[rows])
-                    for rows in (conditions[train] == c for c in ("clean", "degraded"))
-                ]
-            )
-            for name, x in of_train.items()
-        }
-        best = max(areas, key=areas.__getitem__)
-        scores["best single"][held] = of_held[best]
+        scores["equal votes"][held] = combine(p_held, equal)
+        scores["best single"][held] = p_held[_best_single(p_train, at_train)]
         config = VoteConfig(search.weights, step=vote.step, mean=vote.mean)
-        chosen = combine(of_train, config)
-        at = threshold_at_false_alarm(labels[train], chosen, vote.false_alarm)
-        fake[held] = combine(of_held, config) >= at
+        votes = combine(p_train, config)
+        at = threshold_at_false_alarm(at_train.labels, votes, vote.false_alarm)
+        fake[held] = combine(p_held, config) >= at
     return {"scores": scores, "p": p, "fake": fake, "weights": weights}
 
 
+def _best_single(p: Logits, known: Known) -> str:
+    """The member of highest AUC, averaged over the conditions."""
+
+    def area(name: str) -> float:
+        parts = [known.conditions == c for c in np.unique(known.conditions)]
+        return sum(metrics.auc(known.labels[rows], p[name][rows]) for rows in parts)
+
+    return max(p, key=area)
+
+
 def _comparison(
-    logits: Logits,
-    known: Mapping[str, np.ndarray],
-    held: Mapping[str, Any],
-    vote: VoteConfig,
-    seed: int,
-    draws: int,
+    logits: Logits, known: Known, held: Mapping[str, Any], seed: int, draws: int
 ) -> dict[str, Any]:
     """What `_held_out` found, per condition: AUCs with intervals, differences to the best single member, ECE."""
     ways: dict[str, Any] = {name: {} for name in held["scores"]}
     members: dict[str, Any] = {name: {} for name in logits}
     alarms = {}
+
+    def area(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+        found = metrics.auc_interval(labels, scores, seed=seed, draws=draws)
+        return found._asdict()
+
     for condition in ("clean", "degraded"):
-        rows = known["conditions"] == condition
-        labels = known["labels"][rows]
+        rows = known.conditions == condition
+        labels = known.labels[rows]
+
         single = held["scores"]["best single"][rows]
         for name, scores in held["scores"].items():
-            interval = metrics.auc_interval(
-                labels, scores[rows], seed=seed, draws=draws
-            )
             test = metrics.paired_auc_test(
                 labels, scores[rows], single, method="bootstrap", seed=seed
             )
+            told = {k: getattr(test, k) for k in ("difference", "low", "high", "p")}
             ways[name][condition] = {
-                **interval._asdict(),
-                "minus_best_single": {
-                    k: getattr(test, k) for k in ("difference", "low", "high", "p")
-                },
+                **area(labels, scores[rows]),
+                "minus_best_single": told,
             }
         for name, p in held["p"].items():
-            raw = calibration.sigmoid(logits[name][rows])
-            interval = metrics.auc_interval(labels, p[rows], seed=seed, draws=draws)
-            members[name][condition] = {
-                **interval._asdict(),
-                "ece_before": metrics.ece(labels, raw),
-                "ece_after": metrics.ece(labels, p[rows]),
-                "log_loss_before": metrics.log_loss(labels, raw),
-                "log_loss_after": metrics.log_loss(labels, p[rows]),
-            }
+            found = area(labels, p[rows])
+            for when, x in (
+                ("before", calibration.sigmoid(logits[name])),
+                ("after", p),
+            ):
+                found[f"ece_{when}"] = metrics.ece(labels, x[rows])
+                found[f"log_loss_{when}"] = metrics.log_loss(labels, x[rows])
+            members[name][condition] = found
         fake = held["fake"][rows]
         alarms[condition] = {
             "false_alarms": float(fake[labels == 0].mean()),
             "fakes_found": float(fake[labels == 1].mean()),
         }
-    n = len(known["labels"]) // 2
     return {
-        "protocol": f"{n} pictures, each clean and degraded; {len(held['weights'])}-fold cross-validation over "
-        f"pictures, everything chosen on the other folds; {draws} bootstrap draws, seed {seed}",
+        "protocol": f"{len(known.labels) // 2} pictures, each clean and degraded; {len(held['weights'])}-fold "
+        f"cross-validation over pictures, everything chosen on the other folds; {draws} bootstrap draws, seed {seed}",
         "ways": ways,
         "members": members,
         "weights_by_fold": held["weights"],
-        "at_threshold": {"asked": vote.false_alarm, **alarms},
+        "at_threshold": alarms,
     }

@@ -69,6 +69,8 @@ def fetch(
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError  # httpx's, by whatever name
 
+    if force and (stale := cached(ref, filename)):
+        stale.unlink()  # huggingface_hub leaves a link to another blob as it is
     try:
         path = hf_hub_download(
             ref.repo,

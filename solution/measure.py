@@ -100,13 +100,9 @@ def measure(
     families: dict[str, list[Run]] = {}
     for run in runs:
         families.setdefault(run.condition.family, []).append(run)
-    headline = {
-        name: of_family
-        for name, of_family in families.items()
-        if name in ("clean", "degraded", "given")
-    }
+    headline = {f: families[f] for f in ("clean", "degraded", "given") if f in families}
     scopes = _scopes(pictures, pools or {})
-    rows, single_class = [], []
+    told: list[dict[str, Any]] = []
     for name, of_family in headline.items():
         for who in of_family[0].p:
             scores = np.stack([run.p[who] for run in of_family])
@@ -115,17 +111,17 @@ def measure(
                 for unit, found in _units(*arguments, seed=seed, draws=draws).items():
                     text = _protocol_text(found, of_family, protocol)
                     key = {"who": who, "condition": name, "scope": scope, "unit": unit}
-                    into = rows if "auc" in found else single_class
-                    into.append({**key, **found, "protocol": text})
+                    told.append({**key, **found, "protocol": text})
     clean = families["clean"][0] if "clean" in families else None
+    options = {"thresholds": thresholds, "protocol": protocol}
     return {
         "protocol": dict(protocol),
-        "rows": rows,
-        "single_class": single_class,
-        "comparisons": _comparisons(pictures, headline, protocol, seed),
+        "rows": [row for row in told if "auc" in row],
+        "single_class": [row for row in told if "auc" not in row],
+        "comparisons": _comparisons(pictures, headline, seed),
         "calibration": _calibration(pictures, headline),
         "robustness": _robustness(
-            pictures, runs, clean, thresholds, protocol, seed, draws
+            pictures, runs, clean, **options, seed=seed, draws=draws
         ),
         "figures": _figures(pictures, headline),
         "worst": {n: _worst(pictures, f[0], thresholds) for n, f in headline.items()},
@@ -219,10 +215,7 @@ def _protocol_text(
 
 
 def _comparisons(
-    pictures: Pictures,
-    headline: Mapping[str, Sequence[Run]],
-    protocol: Mapping[str, Any],
-    seed: int,
+    pictures: Pictures, headline: Mapping[str, Sequence[Run]], seed: int
 ) -> list[dict[str, Any]]:
     """Is the ensemble better than each member? DeLong and paired bootstrap, over the mean of the family's runs."""
     found = []
@@ -266,6 +259,7 @@ def _robustness(
     pictures: Pictures,
     runs: Sequence[Run],
     clean: Run | None,
+    *,
     thresholds: Mapping[str, float],
     protocol: Mapping[str, Any],
     seed: int,

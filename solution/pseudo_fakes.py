@@ -39,7 +39,7 @@ _REGIONS = {
 _REGION_P = (0.55, 0.25, 0.1, 0.1)
 # Without landmarks: an ellipse in the face box (fractions of its sides), or in a picture that is itself a face crop.
 _BOX_ELLIPSE, _CROP_ELLIPSE = (0.47, 0.52), (0.33, 0.42)
-_RATIOS = (0.25, 0.5, 0.75, 1.0, 1.0, 1.0)  # SBI, section 3.2
+_RATIOS = (0.25, 0.5, 0.75, 1.0, 1.0, 1.0)  # SBI's blending ratios
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _MASK_SIDE = 256  # masks of larger pictures are made at this longer side and resized
 
@@ -47,7 +47,7 @@ _MASK_SIDE = 256  # masks of larger pictures are made at this longer side and re
 def self_blend(
     image: np.ndarray, face: FaceBox | None, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A fake made of `image` alone, and where it is forged (SBI, section 3).
+    """A fake made of `image` alone, and where it is forged (SBI).
 
     The source-target step changes colour and sharpness of one of two copies; the source is resized and shifted; the
     mask is a deformed face region with a random soft edge; they are blended with a ratio drawn from 0.25 .. 1.

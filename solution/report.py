@@ -43,6 +43,9 @@ LIGHT = {
 PLACEHOLDERS = {name: f"#0a0b{index:02x}" for index, name in enumerate(LIGHT)}
 LARGE, SMALL = (300, 240), (150, 128)  # points, one panel; the page scales them little
 
+FLIPS = "Share of pictures whose verdict differs from that on the clean picture."
+CHANGE = "Mean absolute difference between the score and that of the clean picture."
+
 Panel = tuple[
     str, Callable[[Any, Mapping[str, str]], None]
 ]  # (title, draw(axes, colours))
@@ -276,35 +279,25 @@ def _robustness_section(
         drawn = _draw_severity(of_family, 0.0, "score_change")
         changes.append((_spoken(family), drawn))
     blocks = [
-        {
-            "title": "AUC against severity",
-            "size": "small",
-            "figures": figures.group("severity", aucs, SMALL),
-        },
-        {
-            "title": "Flipped verdicts against severity",
-            "size": "small",
-            "figures": figures.group("flips", flips, SMALL),
-            "note": "Share of pictures whose verdict differs from that on the clean picture.",
-        },
-        {
-            "title": "Change of score against severity",
-            "size": "small",
-            "figures": figures.group("score_change", changes, SMALL),
-            "note": "Mean absolute difference between the score and that of the clean picture.",
-        },
+        _severity_block("AUC", "severity", aucs, "", figures),
+        _severity_block("Flipped verdicts", "flips", flips, FLIPS, figures),
+        _severity_block("Change of score", "score_change", changes, CHANGE, figures),
         {"title": "At the strongest setting", "table": _strongest(rows, families)},
     ]
     text = (
         "Every op alone, always applied, at strengths 0 to 1; the random mix of all ops; JPEG quality and noise sigma. "
         "The band is the ensemble's 95 % interval; the dotted line is chance."
     )
-    return {
-        "title": "Robustness",
-        "text": text,
-        "legend": _legend(scorers),
-        "blocks": blocks,
-    }
+    legend = _legend(scorers)
+    return {"title": "Robustness", "text": text, "legend": legend, "blocks": blocks}
+
+
+def _severity_block(
+    title: str, name: str, panels: Sequence[Panel], note: str, figures: Figures
+) -> dict[str, Any]:
+    drawn = figures.group(name, panels, SMALL)
+    title = f"{title} against severity"
+    return {"title": title, "size": "small", "figures": drawn, "note": note}
 
 
 def _strongest(
@@ -459,37 +452,26 @@ def write_submission_report(
         _failures_section(failures),
     ]
     called = float(np.mean(scores >= threshold)) if len(scores) else None
-    tiles = [
-        {"label": "Pictures", "value": f"{len(rows):,}"},
-        {"label": "Failures", "value": f"{len(failures):,}"},
-        {
-            "label": f"Called fake, at {threshold:.3g} or above",
-            "value": "none scored" if called is None else f"{called:.1%}",
-        },
-    ]
+    share = "none scored" if called is None else f"{called:.1%}"
+    page = {
+        "title": title,
+        "lead": "No labels are known here: this says how the scores lie, not whether they are right.",
+        "tiles": [
+            {"label": "Pictures", "value": f"{len(rows):,}"},
+            {"label": "Failures", "value": f"{len(failures):,}"},
+            {"label": f"Called fake, at {threshold:.3g} or above", "value": share},
+        ],
+        "sections": [s for s in sections if s is not None],
+    }
     summary = {
         "title": title,
         "pictures": len(rows),
         "threshold": threshold,
         "called_fake": called,
-        "histogram": {
-            "score": histogram(scores),
-            **{m: histogram(x) for m, x in p.items()},
-        },
+        "histogram": {n: histogram(x) for n, x in {"score": scores, **p}.items()},
         "members": members,
-        "rank_correlation": rank_correlation(list(p.values()))
-        if len(scores) > 1
-        else [],
-        "failures": [
-            {k: str(row.get(k, "")) for k in ("image", "error")} for row in failures
-        ],
-    }
-    lead = "No labels are known here: this says how the scores lie, not whether they are right."
-    page = {
-        "title": title,
-        "lead": lead,
-        "tiles": tiles,
-        "sections": [s for s in sections if s is not None],
+        "rank_correlation": rank_correlation([*p.values()]) if len(scores) > 1 else [],
+        "failures": [{k: str(row[k]) for k in ("image", "error")} for row in failures],
     }
     text = json.dumps(summary, indent=1, allow_nan=False)
     write_atomically(out / "report.json", text + "\n")

@@ -94,7 +94,7 @@ def clip_pass(tower: Tower, images: torch.Tensor, keep: tuple[int, ...]) -> Clip
 
 
 def run_copies(tower: Tower, seen: ClipPass, bias: torch.Tensor) -> torch.Tensor:
-    """Copies of the class token through all blocks, each looking where its bias sends it (paper, section 3.2).
+    """Copies of the class token through all blocks, each looking where its bias sends it.
 
     A copy attends to the patches, `bias` added to the scores of every block, and to itself with bias 0; not to other
     copies nor the class token. Nobody attends to the copies, so the patches' keys and values of the plain pass serve.
@@ -187,19 +187,15 @@ def encode_prompts(
     """
     model = tower.model
     length = tokens.shape[1]
-    x = (embeddings + model.positional_embedding[:length].to(embeddings.dtype)).flatten(
-        0, 1
-    )
+    position = model.positional_embedding[:length].to(embeddings.dtype)
+    x = (embeddings + position).flatten(0, 1)  # (2B, L, W)
     causal = torch.full((length, length), -math.inf, dtype=x.dtype, device=x.device)
     x = model.transformer(x, attn_mask=causal.triu(1))
-    end = tokens.argmax(dim=-1).repeat(
-        len(embeddings)
-    )  # the end token has the largest id
-    x = (
-        model.ln_final(x[torch.arange(len(x), device=x.device), end])
-        @ model.text_projection
-    )
-    return F.normalize(x.float(), dim=-1).unflatten(0, (-1, len(tokens)))
+    # The end token has the largest id of its sentence.
+    end = tokens.argmax(dim=-1).repeat(len(embeddings))
+    ends = model.ln_final(x[torch.arange(len(x), device=x.device), end])
+    joint = (ends @ model.text_projection).float()
+    return F.normalize(joint, dim=-1).unflatten(0, (-1, len(tokens)))
 
 
 # ------------------------------------------------------------------------------------------------ the ForgePerceiver
@@ -215,8 +211,8 @@ class ForgePerceiver(nn.Module):
     """An independent small vision transformer (timm's ViT-tiny geometry) with learned queries, fed with CLIP's patches.
 
     Positions are added again before every block. After the blocks `fusion_after`, CLIP's patches of the matching layer
-    are added through a LayerNorm and a 1x1 projection (paper, figure 2; the released code made these anew, untrained,
-    in every forward, and its fusion was never called).
+    are added through a LayerNorm and a 1x1 projection (as in the paper; the released code has such a fusion, with
+    projections made anew in every forward, and never calls it).
     """
 
     def __init__(self, config: VlaforgeConfig, clip_width: int):
@@ -252,9 +248,8 @@ class ForgePerceiver(nn.Module):
         x = self.patch_embed(pixels)  # (B, N, D)
         queries = self.queries.shape[1]
         x = torch.cat([self.queries.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
-        position = torch.cat(
-            [self.query_position, self.position], dim=1
-        )  # (1, Q + N, D)
+        # (1, Q + N, D)
+        position = torch.cat([self.query_position, self.position], dim=1)
         middle = []
         for number, block in enumerate(self.blocks, start=1):
             x = block(x + position)

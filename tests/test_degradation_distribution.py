@@ -8,7 +8,7 @@ import pytest
 import reference_degradation as reference
 from scipy import stats
 
-from solution.benchmark import photo_like
+from solution.benchmark import photo_like, summary
 from solution.config import OPS, DegradationConfig
 from solution.degradation import degrade, use_one_opencv_thread
 
@@ -103,7 +103,10 @@ def test_the_growth_bound_goes_unnoticed():
 
 @pytest.mark.slow
 def test_speed_side_by_side(capsys):
-    """Processor time of both engines, by turns, at 252 px: the published code takes 15 ms on such a core, ours 1.5."""
+    """Processor time of both engines, by turns, at 252 px, so that a busy machine slows both.
+
+    The published code was measured elsewhere, at 15 ms a picture: the plain engine here is slower than that.
+    """
     use_one_opencv_thread()
     config = DegradationConfig(global_p=1.0)
     image = photo_like(252)
@@ -121,9 +124,7 @@ def test_speed_side_by_side(capsys):
     fast, plain = np.array(times["fast"]), np.array(times["plain"])
     ratio = plain.mean() / fast.mean()
     with capsys.disabled():
-        print(
-            f"\nfast {fast.mean():.2f} ms, p99 {np.quantile(fast, 0.99):.1f}, max {fast.max():.1f}; plain {plain.mean():.1f} ms; {ratio:.0f}x"
-        )
+        print(f"\nfast {summary(fast)}\nplain {summary(plain)}\nratio {ratio:.0f}")
     assert ratio > 10
-    assert np.quantile(fast, 0.99) < 12
-    assert fast.max() < 60
+    assert np.quantile(plain, 0.99) / np.quantile(fast, 0.99) > 10
+    assert plain.max() / fast.max() > 5

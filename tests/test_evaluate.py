@@ -1,5 +1,6 @@
 """Evaluation end to end with a scorer of known quality: numbers, protocol, resuming, report, and fitting a bundle."""
 
+import contextlib
 import csv
 import json
 import re
@@ -8,6 +9,7 @@ import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -74,7 +76,8 @@ def bundle(members=MEMBERS[:3], **vote):
     return SimpleNamespace(vote=vote, calibrators=calibrators, hash="ab" * 32)
 
 
-def evaluated(out, **changes):
+def evaluated(out, *, drawn=False, **changes):
+    """`evaluate.run` with the scorer and bundle above; figures only where a test looks at them."""
     settings = {
         "scorer": Scorer(),
         "ensemble": bundle(),
@@ -85,7 +88,10 @@ def evaluated(out, **changes):
         "progress": False,
     }
     given = changes.pop("items", None) or items()
-    return evaluate.run(given, **{**settings, **changes})
+    with contextlib.ExitStack() as stack:
+        if not drawn:
+            stack.enter_context(mock.patch.object(report, "write_report"))
+        return evaluate.run(given, **{**settings, **changes})
 
 
 def row_of(results, **wanted):
@@ -144,11 +150,12 @@ def test_sources_pools_and_a_source_of_one_class(tmp_path):
 def test_videos_are_source_label_and_name(tmp_path):
     results = evaluated(tmp_path, items=items(videos=True))
     row = row_of(results, who="face", condition="clean", scope="all", unit="video")
-    # Three clip names, two mixed sources, both labels: twelve videos, not three.
-    assert row["n"] == 12 and row["n_real"] == 6
-    assert re.search(
-        r"12 videos \(6 real, 6 fake\), \d+ to \d+ frames", row["protocol"]
-    )
+    # Three clip names in two sources with both labels: far more videos than three.
+    keys = {(i.source, i.label, i.video) for i in items(videos=True) if i.video}
+    reals = sum(label == 0 for _, label, _ in keys)
+    assert len(keys) > 6 and (row["n"], row["n_real"]) == (len(keys), reals)
+    told = rf"{len(keys)} videos \({reals} real, \d+ fake\), \d+ to \d+ frames"
+    assert re.search(told, row["protocol"])
 
 
 def test_every_number_has_its_protocol(tmp_path):
@@ -215,8 +222,8 @@ def test_the_sweep_reaches_the_pixels():
     from solution.degradation import degrade
 
     conditions = {c.name: c.degradation for c in evaluate.sweep_conditions(7)}
-    rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    ramp = np.linspace(0, 255, 64)
+    picture = np.stack([np.add.outer(ramp, ramp) / 2] * 3, axis=2).astype(np.uint8)
 
     def change(name, image):
         degraded = degrade(image, conditions[name], np.random.default_rng(1))
@@ -551,7 +558,8 @@ def outline(path):
 def test_the_report_stands_alone_and_follows_light_and_dark(tmp_path):
     given = items(60, folder=tmp_path)
     manifest(tmp_path, given)
-    evaluated(tmp_path, items=given, conditions=[evaluate.CLEAN, *sweep()])
+    conditions = [evaluate.CLEAN, *sweep()]
+    evaluated(tmp_path, items=given, conditions=conditions, drawn=True)
     found = outline(tmp_path / "report.html")
     assert found.links and all(x.startswith(("#", "data:")) for x in found.links)
     assert not {"script", "link", "iframe"} & set(found.seen)
@@ -578,7 +586,7 @@ def test_names_cannot_break_the_page(tmp_path):
     given = items(60)
     evil = '<script>alert(1)</script>&".png'
     given = [Item(f"{i.name}{evil}", i.path, i.label, source=evil) for i in given]
-    evaluated(tmp_path, items=given, conditions=[evaluate.CLEAN])
+    evaluated(tmp_path, items=given, conditions=[evaluate.CLEAN], drawn=True)
     assert "script" not in outline(tmp_path / "report.html").seen
 
 
@@ -620,7 +628,7 @@ def test_a_submission_without_one_score_still_reports(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ fitting
-def validation(seed=0, n=1500):
+def validation(seed=0, n=1000):
     """Two good members, overconfident and shifted, and one that guesses; clean and degraded logits."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, n)
@@ -644,7 +652,7 @@ def test_fitting_halves_the_calibration_error_of_every_member(fitted):
     calibrators, _, comparison = fitted
     for name, by_condition in comparison["members"].items():
         assert calibrators[name].fitted_on == "a drawing"
-        assert calibrators[name].n_real + calibrators[name].n_fake == 3000
+        assert calibrators[name].n_real + calibrators[name].n_fake == 2000
         for condition in ("clean", "degraded"):
             told = by_condition[condition]
             good = told["ece_after"] <= max(0.03, told["ece_before"] / 2)
@@ -722,3 +730,16 @@ def test_the_worst_errors_are_the_worst():
     assert [w["name"] for w in worst["false_alarms"]] == ["a", "b"]
     assert [w["name"] for w in worst["misses"]] == ["c"]
     assert worst["counts"] == {"false_alarms": 2, "misses": 1}
+
+
+def test_a_handful_of_pictures_is_enough_to_fit_and_fewer_refuse():
+    clean, degraded, labels = validation(n=100)
+    few = np.r_[np.flatnonzero(labels == 0)[:4], np.flatnonzero(labels == 1)[:5]]
+    sets = [{n: x[few] for n, x in c.items()} for c in (clean, degraded)]
+    calibrators, vote, comparison = fit.fit_ensemble(*sets, labels[few], draws=50)
+    assert set(calibrators) == set(vote.weights) == set(clean)
+    assert "9 pictures" in comparison["protocol"]
+    assert "2-fold" in comparison["protocol"]
+    with pytest.raises(ValueError, match="needs four real and four fake"):
+        sets = [{n: x[few[1:]] for n, x in c.items()} for c in (clean, degraded)]
+        fit.fit_ensemble(*sets, labels[few[1:]])

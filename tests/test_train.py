@@ -237,6 +237,13 @@ def entry(out, data, *arguments, **keywords):
     )
 
 
+def wait_for(path, process):
+    """Until `path` is there; a process that ends first has failed."""
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.02)
+
+
 def test_killed_at_any_moment_the_same_command_gives_the_same_weights(tmp_path):
     data = write(tmp_path / "data", train=48)
     more = [
@@ -251,8 +258,7 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_weights(tmp_path):
     assert whole.wait() == 0
     killed = entry(tmp_path / "b", data, *more)
     checkpoint = tmp_path / "b/global/checkpoint.pt"
-    while not checkpoint.exists():
-        time.sleep(0.02)
+    wait_for(checkpoint, killed)
     time.sleep(float(np.random.default_rng().uniform(0, 0.3)))
     killed.send_signal(signal.SIGKILL)
     killed.wait()
@@ -275,8 +281,7 @@ def test_an_interrupt_is_told_and_resumable(tmp_path):
         "augment.self_blend_p=0",
     ]
     run = entry(tmp_path / "a", data, *more)
-    while not (tmp_path / "a/global/checkpoint.pt").exists():
-        time.sleep(0.02)
+    wait_for(tmp_path / "a/global/checkpoint.pt", run)
     run.send_signal(signal.SIGINT)
     assert run.wait() == 130
     assert b"goes on from here" in run.stderr.read()

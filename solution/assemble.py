@@ -1,0 +1,154 @@
+"""Entry: calibrate trained members, choose their votes, and leave a bundle.
+
+`python -m solution.assemble --members DIR --names global,face,fusion --data MANIFEST --out BUNDLE`. Takes the members'
+folders that `solution.train` left in DIR; writes BUNDLE with calibrators, votes, threshold, hashes, a golden file, and
+`validation.json`: how the ways of voting compare on the validation pictures (cross-validated).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from solution import predict, weights
+from solution.backbones import WeightsError
+from solution.bundle import write_bundle
+from solution.calibration import Calibrator
+from solution.config import ConfigError, DegradationConfig, VoteConfig
+from solution.data import ManifestError, read_manifest
+from solution.fit import fit_ensemble
+from solution.submission import write_atomically
+
+
+def assemble(
+    members: Path,
+    names: list[str],
+    data: Path,
+    out: Path,
+    *,
+    seeds: tuple[int, ...] = (7,),
+    device: str = "auto",
+    workers: int = 1,
+    licence: str = "other",
+    limit: int = 0,
+    progress: bool = True,
+) -> dict:
+    """Fit and write the bundle `out`; returns the comparison that it also writes as `out/validation.json`.
+
+    Calibrators and votes are fitted on the validation split of `data`, clean and degraded (global_p = 1) together. With
+    several `seeds` the degraded pictures are drawn anew for each and the clean ones repeat.
+    limit: at most so many validation pictures, seeded (smoke runs).
+    """
+    items, _ = read_manifest(data, split="val")
+    if limit and len(items) > limit:
+        order = np.random.default_rng(0).permutation(len(items))
+        items = [items[i] for i in sorted(order[:limit])]
+    # A first, uncalibrated bundle: scoring goes the way that every submission goes.
+    plain = VoteConfig(dict.fromkeys(names, 1))
+    bundle = write_bundle(
+        out,
+        names,
+        plain,
+        {n: Calibrator() for n in names},
+        source=members,
+        licence=licence,
+    )
+    ensemble = predict.load_ensemble(str(out), device=device)
+    clean = predict.score_pictures(ensemble, items, workers=workers, progress=progress)
+    degraded = [
+        predict.score_pictures(
+            ensemble,
+            items,
+            degradation=DegradationConfig(global_p=1.0),
+            seed=seed,
+            workers=workers,
+            progress=progress,
+        )
+        for seed in seeds
+    ]
+    labels = np.array([item.label for item in items])
+    repeated = {n: np.tile(x, len(seeds)) for n, x in clean.items()}
+    joined = {n: np.concatenate([d[n] for d in degraded]) for n in clean}
+    what = f"{len(items)} validation pictures of {data.name}, clean and degraded (global_p=1, seeds {list(seeds)})"
+    calibrators, vote, comparison = fit_ensemble(
+        repeated, joined, np.tile(labels, len(seeds)), fitted_on=what
+    )
+    comparison["fitted_on"] = what
+    bundle = write_bundle(
+        out,
+        names,
+        vote,
+        calibrators,
+        licence=licence,
+        data=f"fitted on {what}",
+        report=comparison,
+    )
+    weights.add_golden(bundle)
+    write_atomically(out / "validation.json", json.dumps(comparison, indent=1) + "\n")
+    return comparison
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m solution.assemble", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--members", type=Path, required=True, help="folder of trained members"
+    )
+    parser.add_argument(
+        "--names", required=True, help="members of the bundle, comma-separated"
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="manifest with a val split"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the bundle's folder")
+    parser.add_argument(
+        "--seeds",
+        default="7",
+        help="of the degraded validation pictures, comma-separated",
+    )
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--licence", default="other", help="identifier from the Hub's list of licences"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=0, help="at most so many validation pictures"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 usage, 3 environment or weights."""
+    args = parse(argv)
+    try:
+        comparison = assemble(
+            args.members,
+            [name for name in args.names.split(",") if name],
+            args.data,
+            args.out,
+            seeds=tuple(int(s) for s in args.seeds.split(",")),
+            device=args.device,
+            workers=args.workers,
+            licence=args.licence,
+            limit=args.limit,
+            progress=not args.quiet,
+        )
+    except (ConfigError, ManifestError) as error:
+        print(f"assemble: {error}", file=sys.stderr)
+        return 2
+    except WeightsError as error:
+        print(f"assemble: {error}", file=sys.stderr)
+        return 3
+    print(json.dumps(comparison, indent=1))
+    print(f"assemble: wrote {args.out}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
