@@ -44,6 +44,7 @@ from solution.submission import write_atomically
 
 LABEL_ORDER = ("real", "fake")
 MANIFEST, GOLDEN = "ensemble.json", "golden.json"
+_MEMBER_FILES = ("config.json", "model.safetensors")
 _FIELDS = ("format", "name", "label_order", "members", "vote", "calibrators", "towers")
 _FIELDS += ("files", "report", "licence", "data", "base_model", "datasets")
 
@@ -422,27 +423,22 @@ def write_bundle(
         WeightsError: a member or tower that is not there or cannot be read, a vote for an absent member.
     """
     folder = Path(folder)
-    copies = ["config.json", "model.safetensors"]
     if source is not None and source.resolve() != folder.resolve():
-        for member in members:
-            for file in copies:
-                _copy(source / member / file, folder / member / file)
+        _collect(source, folder, members)
     configs = {member: read_config(folder / member) for member in members}
     for member, config in configs.items():
         if config.name != member:
             raise WeightsError(
                 f"{folder / member}: holds the member {config.name!r}, expected {member!r}"
             )
-    towers, files = {}, [f"{m}/{file}" for m in members for file in copies]
-    for tower in tower_configs(configs.values()).values():
-        if tower.public:
-            towers[tower.name] = {"source": tower.source, "revision": _commit(tower)}
-            continue
-        path = f"towers/{stored_name(tower)}.safetensors"
-        if source is not None and source.resolve() != folder.resolve():
-            _copy(source / path, folder / path)
-        towers[tower.name] = {"file": path}
-        files.append(path)
+    towers = {
+        tower.name: {"source": tower.source, "revision": _commit(tower)}
+        if tower.public
+        else {"file": f"towers/{stored_name(tower)}.safetensors"}
+        for tower in tower_configs(configs.values()).values()
+    }
+    files = [f"{member}/{file}" for member in members for file in _MEMBER_FILES]
+    files += [entry["file"] for entry in towers.values() if "file" in entry]
     if (folder / GOLDEN).is_file():
         files.append(GOLDEN)
     calibrators = {m: calibrators.get(m, Calibrator()) for m in members}
@@ -467,11 +463,21 @@ def write_bundle(
     return read_bundle(folder, verify=False)
 
 
-def _copy(source: Path, target: Path) -> None:
-    if not source.is_file():
-        raise WeightsError(f"{source}: missing; train that member first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+def _collect(source: Path, folder: Path, members: Sequence[str]) -> None:
+    """Copy the members and the towers that travel with them; a self-test of other weights goes."""
+    configs = [read_config(source / member) for member in members]
+    files = [f"{member}/{file}" for member in members for file in _MEMBER_FILES]
+    files += [
+        f"towers/{stored_name(tower)}.safetensors"
+        for tower in tower_configs(configs).values()
+        if not tower.public
+    ]
+    for file in files:
+        if not (source / file).is_file():
+            raise WeightsError(f"{source / file}: missing; train that member first")
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / file, folder / file)
+    (folder / GOLDEN).unlink(missing_ok=True)
 
 
 def _commit(tower: TowerConfig) -> str:

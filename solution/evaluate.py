@@ -29,7 +29,6 @@ import numpy as np
 from solution import calibration, report
 from solution.calibration import Calibrator
 from solution.config import OPS, DegradationConfig, VoteConfig
-from solution.fit import fit_ensemble  # noqa: F401  (for whoever looks for it here)
 from solution.measure import (
     ENSEMBLE,
     Condition,
@@ -439,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "\ninterrupted; the same command goes on where it stopped", file=sys.stderr
         )
         return 130
-    except ValueError as error:  # every refusal of the rooms is one
+    except ValueError as error:  # what the rooms refuse: manifests, scores, settings
         print(error, file=sys.stderr)
         return 2
 
@@ -480,7 +479,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--draws", type=int, default=1000, help="bootstrap draws of an interval")
     add("--device", default="auto")
     add("--batch-size", type=int, default=0, help="0: automatic")
-    add("--workers", type=int, default=0)
+    add("--workers", type=int, help="loader processes; default: as the machine has")
     add("--quiet", action="store_true", help="no progress bar")
     add(
         "--no-thumbnails",
@@ -539,6 +538,7 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
     # Here and not above: scoring brings torch, which a report on given scores does without.
     from solution import predict
     from solution.backbones import WeightsError
+    from solution.images import UnreadableInput
 
     if arguments.weights is None:
         raise EvaluationError("--data needs --weights")
@@ -557,7 +557,10 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
 
     def scorer(chunk: Sequence[Any], **settings: Any) -> Logits:
         sizes = {"batch_size": arguments.batch_size, "workers": arguments.workers}
-        return predict.score_pictures(ensemble, chunk, **sizes, **settings)
+        try:
+            return predict.score_pictures(ensemble, chunk, **sizes, **settings)
+        except UnreadableInput as error:
+            raise EvaluationError(f"{error}; mend it or take it out of the manifest")
 
     results = run(
         items,

@@ -7,7 +7,7 @@ Raw logits (N,) float64 by member, positive = fake, of the same N validation pic
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +42,7 @@ class Known(NamedTuple):
 
 def fit_ensemble(
     clean: Mapping[str, np.ndarray],
-    degraded: Mapping[str, np.ndarray],
+    degraded: Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]],
     labels: np.ndarray,
     *,
     fitted_on: str = "",
@@ -58,25 +58,28 @@ def fit_ensemble(
 ) -> tuple[dict[str, Calibrator], VoteConfig, dict[str, Any]]:
     """Calibrators, votes, threshold and `unsure` band of a bundle, and how they fare on pictures not fitted on.
 
-    clean, degraded: raw validation logits (N,) by member, of the same N pictures in the same order; both are fitted
-    together, because a submission does not say which pictures are degraded. The threshold calls at most `false_alarm`
+    clean, degraded: raw validation logits (N,) by member, of the same N pictures in the same order; `degraded` may be
+    several, one per seed, and the clean ones then count as often. Both are fitted together, because a submission does
+    not say which pictures are degraded. The threshold calls at most `false_alarm`
     of these reals (clean and degraded) fake; `unsure_share` of the pictures nearest to it are called unsure.
     folds: fewer where a class has less than two pictures a fold; four of each class are the least.
 
     Returns the comparison as plain JSON values. All its figures are cross-validated: calibrators, votes, the best
-    single member and the threshold are chosen on the other folds, a picture's two versions staying together.
+    single member and the threshold are chosen on the other folds, a picture's versions staying together.
     """
     labels = np.asarray(labels)
-    logits = _stacked(clean, degraded, labels)
+    drawn = [degraded] if isinstance(degraded, Mapping) else list(degraded)
+    logits = _stacked(clean, drawn, labels)
     rarest = int(min(np.sum(labels == 0), np.sum(labels == 1)))
     if rarest < 4:
         raise ValueError(
             f"{rarest} pictures of the rarer class: fitting an ensemble needs four real and four fake ones"
         )
     folds = min(folds, rarest // 2)
-    index = np.arange(len(labels))
-    conditions = np.repeat(["clean", "degraded"], len(labels))
-    known = Known(np.tile(labels, 2), np.tile(index, 2), conditions)
+    versions = 2 * len(drawn)
+    index = np.tile(np.arange(len(labels)), versions)
+    conditions = np.repeat(["clean", "degraded"], len(index) // 2)
+    known = Known(np.tile(labels, versions), index, conditions)
     options = {"step": step, "max_vote": max_vote, "penalty": penalty}
     calibrators, search = _fit_part(logits, known, options, folds, seed)
     calibrators = {
@@ -97,21 +100,24 @@ def fit_ensemble(
 
 def _stacked(
     clean: Mapping[str, np.ndarray],
-    degraded: Mapping[str, np.ndarray],
+    drawn: Sequence[Mapping[str, np.ndarray]],
     labels: np.ndarray,
 ) -> Logits:
-    """Clean then degraded logits (2 N,) of each member."""
-    if set(clean) != set(degraded) or not clean:
+    """(2 S N,) logits of each member: the clean ones S times, then those of the S seeds."""
+    if not clean or not drawn or any(set(d) != set(clean) for d in drawn):
         raise ValueError(
-            f"clean logits of {sorted(clean)}, degraded ones of {sorted(degraded)}: expected the same members"
+            f"clean logits of {sorted(clean)}, degraded ones of {[sorted(d) for d in drawn]}: expected the same members"
         )
-    for logits in (clean, degraded):
+    for logits in (clean, *drawn):
         for name, values in logits.items():
             if np.shape(values) != labels.shape:
                 raise ValueError(
                     f"{name}: {np.shape(values)} logits for {labels.shape} labels"
                 )
-    return {name: np.concatenate([clean[name], degraded[name]]) for name in clean}
+    return {
+        name: np.concatenate([clean[name]] * len(drawn) + [d[name] for d in drawn])
+        for name in clean
+    }
 
 
 def _applied(calibrators: Mapping[str, Calibrator], logits: Logits) -> Logits:
@@ -190,41 +196,42 @@ def _comparison(
     ways: dict[str, Any] = {name: {} for name in held["scores"]}
     members: dict[str, Any] = {name: {} for name in logits}
     alarms = {}
+    count = len(np.unique(known.groups))
+    labels = known.labels[:count]  # the same pictures, in the same order, in every run
 
-    def area(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-        found = metrics.auc_interval(labels, scores, seed=seed, draws=draws)
+    def area(runs: np.ndarray) -> dict[str, float]:
+        found = metrics.auc_interval(labels, runs, seed=seed, draws=draws)
         return found._asdict()
 
     for condition in ("clean", "degraded"):
         rows = known.conditions == condition
-        labels = known.labels[rows]
 
-        single = held["scores"]["best single"][rows]
+        def runs(values: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
+            return values[rows].reshape(-1, count)  # (S, N)
+
+        single = runs(held["scores"]["best single"])
         for name, scores in held["scores"].items():
             test = metrics.paired_auc_test(
-                labels, scores[rows], single, method="bootstrap", seed=seed
+                labels, runs(scores), single, method="bootstrap", seed=seed
             )
             told = {k: getattr(test, k) for k in ("difference", "low", "high", "p")}
-            ways[name][condition] = {
-                **area(labels, scores[rows]),
-                "minus_best_single": told,
-            }
+            ways[name][condition] = {**area(runs(scores)), "minus_best_single": told}
         for name, p in held["p"].items():
-            found = area(labels, p[rows])
-            for when, x in (
-                ("before", calibration.sigmoid(logits[name])),
-                ("after", p),
-            ):
-                found[f"ece_{when}"] = metrics.ece(labels, x[rows])
-                found[f"log_loss_{when}"] = metrics.log_loss(labels, x[rows])
+            found = area(runs(p))
+            raw = calibration.sigmoid(logits[name])
+            for when, x in (("before", runs(raw)), ("after", runs(p))):
+                for measured in (metrics.ece, metrics.log_loss):
+                    mean = float(np.mean([measured(labels, run) for run in x]))
+                    found[f"{measured.__name__}_{when}"] = mean
             members[name][condition] = found
-        fake = held["fake"][rows]
+        fake = runs(held["fake"])
         alarms[condition] = {
-            "false_alarms": float(fake[labels == 0].mean()),
-            "fakes_found": float(fake[labels == 1].mean()),
+            "false_alarms": float(fake[:, labels == 0].mean()),
+            "fakes_found": float(fake[:, labels == 1].mean()),
         }
+    seeds = len(known.labels) // (2 * count)
     return {
-        "protocol": f"{len(known.labels) // 2} pictures, each clean and degraded; {len(held['weights'])}-fold "
+        "protocol": f"{count} pictures, each clean and degraded ({seeds} seeds); {len(held['weights'])}-fold "
         f"cross-validation over pictures, everything chosen on the other folds; {draws} bootstrap draws, seed {seed}",
         "ways": ways,
         "members": members,

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +41,7 @@ class Scored(NamedTuple):
     error: str = ""
     frames: Sequence[int] = ()
     faces: Sequence[Sequence[float] | None] = ()
-    logits: Mapping[str, Sequence[float]] = MappingProxyType({})
+    logits: Mapping[str, Sequence[float]] | None = None
 
 
 def journal_path(out: Path | str, rank: int = 0) -> Path:
@@ -113,7 +112,7 @@ class Journal:
 
     def append(self, rows: Sequence[Scored]) -> None:
         """Write the rows of one batch, whole or not at all."""
-        offset = self._write([[*row[:-1], dict(row.logits)] for row in rows])
+        offset = self._write(rows)
         for row in rows:
             self._file[row.index], self._offset[row.index] = self.rank, offset
         if time.monotonic() - self._synced > SYNC_SECONDS:

@@ -117,7 +117,8 @@ def dump_tower(tower: Tower, path: Path, *, dtype: torch.dtype = torch.float16) 
         k: t.detach().to(dtype).cpu().contiguous()
         for k, t in tower_state(tower).items()
     }
-    meta = {"format": str(FORMAT), "tower": json.dumps(to_dict(tower.config))}
+    # One entry: safetensors writes several in an order that changes from run to run, and bundles are hashed.
+    meta = {"tower": json.dumps({"format": FORMAT} | to_dict(tower.config))}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save(state, meta))
 

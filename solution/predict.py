@@ -237,7 +237,7 @@ def load_ensemble(
         precision=precision,
         batch_size=batch_size or automatic_batch(loaded, place),
     )
-    return make_fast(ensemble, second_look=second_look)
+    return ensemble if exact else make_fast(ensemble, second_look=second_look)
 
 
 def make_fast(ensemble: Ensemble, *, second_look: bool = True) -> Ensemble:
@@ -421,37 +421,40 @@ def automatic_workers(device: torch.device) -> int:
 class Plan:
     """The batches of a run: pictures in listing order, `size` at a time, then each video alone.
 
-    They depend on the listing alone. Part `part` of `parts` (a rank, a shard) takes every `parts`-th batch.
+    They depend on the listing alone; a shard or a rank takes every n-th of them (`part`).
     """
 
     def __init__(self, inputs: Inputs, size: int) -> None:
         self.inputs = inputs
-        video = np.fromiter(
-            (item.kind == "video" for item in inputs), bool, len(inputs)
-        )
+        video = np.fromiter((i.kind == "video" for i in inputs), bool, len(inputs))
         pictures, videos = np.flatnonzero(~video), np.flatnonzero(video)
+        self.videos = len(videos)
         self._order = np.concatenate([pictures, videos])  # (N,)
         starts = range(0, len(pictures), size)
         # (batches + 1,): batch b is order[bounds[b]:bounds[b + 1]]
         self._bounds = np.array([*starts, *range(len(pictures), len(inputs) + 1)])
-        self.videos = len(videos)
+        self._numbers = np.arange(len(self._bounds) - 1)
 
-    def _batches(self, part: int, parts: int) -> Iterator[np.ndarray]:
-        for number in range(part, len(self._bounds) - 1, parts):
+    def part(self, index: int, count: int) -> Plan:
+        """Every `count`-th of these batches, from `index` (0-based) on."""
+        chosen = copy.copy(self)
+        chosen._numbers = self._numbers[index::count]
+        return chosen
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        for number in self._numbers:
             yield self._order[self._bounds[number] : self._bounds[number + 1]]
 
-    def share(self, part: int, parts: int) -> np.ndarray:
-        """(N,) bool: the inputs of a part."""
+    def share(self) -> np.ndarray:
+        """(N,) bool: the inputs in these batches."""
         mine = np.zeros(len(self.inputs), bool)
-        for batch in self._batches(part, parts):
+        for batch in self._batches():
             mine[batch] = True
         return mine
 
-    def pending(
-        self, todo: np.ndarray, part: int, parts: int
-    ) -> Iterator[list[tuple[int, Input]]]:
-        """Batches of (index, Input) of a part, of what `todo` (N,) bool says is left."""
-        for batch in self._batches(part, parts):
+    def pending(self, todo: np.ndarray) -> Iterator[list[tuple[int, Input]]]:
+        """These batches as (index, Input), of what `todo` (N,) bool says is left."""
+        for batch in self._batches():
             left = batch[todo[batch]].tolist()
             if left:
                 yield [(index, self.inputs[index]) for index in left]

@@ -22,7 +22,7 @@ from solution.submission import write_atomically
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 THUMBNAIL = 160  # px
-SHOWN = 18  # pictures in each gallery of a submission
+SHOWN = 16  # pictures in each gallery of a submission
 SHOWN_FAILURES = 100  # rows; the JSON has them all
 
 # Colours are drawn as these values; in the page they become the style sheet's variables, in PNGs the light ones.

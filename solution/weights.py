@@ -178,8 +178,9 @@ def golden_logits(members: Mapping[str, Member]) -> dict[str, list[float]]:
     logits = {}
     for name, member in members.items():
         device = next(member.parameters()).device
-        pictures = golden_pictures(member.config.view.side).to(device)
-        logits[name] = member(pictures).logit.double().tolist()
+        pictures = golden_pictures(member.config.view.side).to(device).split(1)
+        # one by one: the activations of all would come on top of a giant member's towers
+        logits[name] = [member(picture).logit.double().item() for picture in pictures]
     return logits
 
 
@@ -199,7 +200,15 @@ def _picture_hash(side: int) -> str:
 
 
 def add_golden(bundle: Bundle) -> Bundle:
-    """Compute golden.json of a bundle on CPU in float32, put it into the bundle, and open that again."""
+    """Compute golden.json of a bundle on CPU in float32, put it into the bundle, and open that again.
+
+    Raises:
+        WeightsError: the bundle lies in the Hub's cache, which is not ours to change.
+    """
+    if (bundle.folder / MANIFEST).is_symlink():
+        raise WeightsError(
+            f"{bundle.folder}: the Hub's cache is not changed; python -m solution.weights pull --out DIR makes a copy"
+        )
     golden = make_golden(load_members(bundle))
     path = bundle.folder / GOLDEN
     write_atomically(path, json.dumps(golden, indent=1) + "\n")

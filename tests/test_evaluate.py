@@ -743,3 +743,17 @@ def test_a_handful_of_pictures_is_enough_to_fit_and_fewer_refuse():
     with pytest.raises(ValueError, match="needs four real and four fake"):
         sets = [{n: x[few[1:]] for n, x in c.items()} for c in (clean, degraded)]
         fit.fit_ensemble(*sets, labels[few[1:]])
+
+
+def test_seeds_are_versions_of_a_picture_and_not_more_pictures():
+    clean, degraded, labels = validation(n=200)
+    once = fit.fit_ensemble(clean, degraded, labels, folds=2, draws=200)
+    twice = fit.fit_ensemble(clean, [degraded, degraded], labels, folds=2, draws=200)
+    assert twice[1].weights == once[1].weights
+    for way, told in once[2]["ways"].items():
+        for condition in ("clean", "degraded"):
+            again = twice[2]["ways"][way][condition]
+            assert again["high"] - again["low"] == pytest.approx(
+                told[condition]["high"] - told[condition]["low"], rel=0.3
+            )
+    assert "200 pictures" in twice[2]["protocol"] and "2 seeds" in twice[2]["protocol"]

@@ -171,6 +171,9 @@ def test_first_download_then_cache_then_offline(server, packed, monkeypatch):
     assert sorted(server.gets()) == sorted([*opened.files, "ensemble.json"])
     assert load_members(opened).keys() == {"global"}
 
+    with pytest.raises(WeightsError, match="cache is not changed"):
+        weights.add_golden(opened)
+
     server.log.clear()
     assert open_bundle("hf:tests/own").hash == opened.hash
     assert server.gets() == []  # one look at the branch, nothing fetched

@@ -132,6 +132,9 @@ def test_members_are_collected_from_a_training_folder(made, tmp_path):
     names, vote = ["face", "qtfp"], VoteConfig({"face": 2, "qtfp": 1})
     collected = write_bundle(out, names, vote, {}, source=runs, name="two")
     assert collected.name == "two" and not (out / "face/checkpoint.pt").exists()
+    weights.add_golden(collected)
+    again = write_bundle(out, names, vote, {}, source=runs, name="two")
+    assert "golden.json" not in again.files  # of weights that may be others now
     expected = logits(load_members(made, names))
     shutil.rmtree(runs)
     assert logits(load_members(open_bundle(str(out)))) == expected
