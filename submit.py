@@ -27,27 +27,97 @@ def parser() -> argparse.ArgumentParser:
     )
     add = p.add_argument
     add("--input", help="folder, picture, video, or a .txt with one path a line")
-    add("--out", type=Path, help="preds.csv; .txt: submission.txt; .zip: the challenge's zip")
-    add("--weights", default=str(SHIPPED), help="bundle's folder, hf:owner/name[@revision][:subfolder], compact, ntire26 (default: weights/compact)")
-    add("--members", help="comma-separated; `all`: those without votes too (default: those with votes)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    add("--batch-size", type=_positive, help="pictures computed at once (default: by the towers' size)")
+    add(
+        "--out",
+        type=Path,
+        help="preds.csv; .txt: submission.txt; .zip: the challenge's zip",
+    )
+    add(
+        "--weights",
+        default=str(SHIPPED),
+        help="bundle's folder, hf:owner/name[@revision][:subfolder], compact, ntire26 (default: weights/compact)",
+    )
+    add(
+        "--members",
+        help="comma-separated; `all`: those without votes too (default: those with votes)",
+    )
+    add(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, cuda:1 (default: the GPU if there is one)",
+    )
+    add(
+        "--batch-size",
+        type=_positive,
+        help="pictures computed at once (default: by the towers' size)",
+    )
     add("--workers", type=_count, help="loader processes (default: by the cores)")
     add("--decimals", type=_positive, default=6, help="of the scores (default: 6)")
-    add("--on-error", choices=("neutral", "fail"), default="neutral", help="an input that cannot be read gets 0.5, or ends the run")
+    add(
+        "--on-error",
+        choices=("neutral", "fail"),
+        default="neutral",
+        help="an input that cannot be read gets 0.5, or ends the run",
+    )
     add("--frames", type=_positive, default=32, help="of a video (default: 32)")
-    add("--video-mean", choices=("score", "logit"), default="score", help="a video's score: the mean of its frames' scores, or the vote on mean logits")
+    add(
+        "--video-mean",
+        choices=("score", "logit"),
+        default="score",
+        help="a video's score: the mean of its frames' scores, or the vote on mean logits",
+    )
     add("--exact", action="store_true", help="float32 throughout, as trained")
-    add("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the towers (default: the device's fastest)")
-    add("--fast", action="store_true", help="no second look in float32 at pictures near the edge of a level: faster, and some levels differ from --exact")
-    add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile (auto: GPU and long runs)")
+    add(
+        "--precision",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the towers (default: the device's fastest)",
+    )
+    add(
+        "--fast",
+        action="store_true",
+        help="no second look in float32 at pictures near the edge of a level: faster, and some levels differ from --exact",
+    )
+    add(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="torch.compile (auto: GPU and long runs)",
+    )
     add("--restart", action="store_true", help="ignore the journal of an earlier run")
-    add("--shard", type=_shard, metavar="I/N", help="score the I-th of N parts (1/N .. N/N); join them with python -m solution.submission merge")
-    add("--engine", choices=("local", "ray"), default="local", help="ray: batches on a Ray cluster (pip install 'ray[data]')")
-    add("--report", action="store_true", help="PREDS.report/report.html: histograms, disagreement, most uncertain, failures")
-    add("--explain", type=_explain, metavar="N", help="maps for the N highest scores (or `all`) in PREDS.explain/")
-    add("--selftest", action="store_true", help="recompute the bundle's golden logits, and end")
-    add("--doctor", action="store_true", help="say what this machine has and lacks, and end")
+    add(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="score the I-th of N parts (1/N .. N/N); join them with python -m solution.submission merge",
+    )
+    add(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: batches on a Ray cluster (pip install 'ray[data]')",
+    )
+    add(
+        "--report",
+        action="store_true",
+        help="PREDS.report/report.html: histograms, disagreement, most uncertain, failures",
+    )
+    add(
+        "--explain",
+        type=_explain,
+        metavar="N",
+        help="maps for the N highest scores (or `all`) in PREDS.explain/",
+    )
+    add(
+        "--selftest",
+        action="store_true",
+        help="recompute the bundle's golden logits, and end",
+    )
+    add(
+        "--doctor",
+        action="store_true",
+        help="say what this machine has and lacks, and end",
+    )
     return p
 
 
@@ -68,7 +138,9 @@ def _shard(text: str) -> tuple[int, int]:
     if not (slash and index.isdigit() and count.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r}; expected I/N, such as 1/3")
     if not 1 <= int(index) <= int(count):
-        raise argparse.ArgumentTypeError(f"{text}: the parts are 1/{count} to {count}/{count}")
+        raise argparse.ArgumentTypeError(
+            f"{text}: the parts are 1/{count} to {count}/{count}"
+        )
     return int(index), int(count)
 
 
@@ -84,7 +156,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.doctor:
         from solution import doctor
 
-        return doctor.main(["--weights", args.weights] + ([] if args.device == "auto" else ["--device", args.device]))
+        return doctor.main(
+            ["--weights", args.weights]
+            + ([] if args.device == "auto" else ["--device", args.device])
+        )
     if not args.selftest and not (args.input and args.out):
         p.error("--input and --out are needed (or --selftest, or --doctor)")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
@@ -118,3 +193,313 @@ def _fail(code: int, error: Exception) -> int:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def selftest(args: argparse.Namespace) -> int:
+    """Recompute the bundle's golden logits on the device, in float32; 0 when they agree, else 3."""
+    from solution.fastpath import pick_device
+    from solution.weights import open_bundle, run_selftest
+
+    bundle = open_bundle(args.weights, report=_tell)
+    result = run_selftest(bundle, pick_device(args.device))
+    print(f"{bundle.name} {bundle.hash[:12]}: {result}")
+    print(
+        "passed"
+        if result.passed
+        else "FAILED: these weights do not compute here what they should"
+    )
+    return 0 if result.passed else 3
+
+
+def score(args: argparse.Namespace) -> int:
+    """The whole pipeline; 0 done, 4 done with inputs that could not be read."""
+    from solution import predict, submission
+    from solution.images import find_inputs
+    from solution.journal import Journal, journal_path
+    from solution.weights import open_bundle
+
+    rank, ranks = (
+        int(os.environ.get("RANK", "0")),
+        int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    for path in (
+        args.out,
+        submission.members_path(args.out),
+        journal_path(args.out, rank),
+    ):
+        submission.ensure_writable(path)
+    inputs = find_inputs(args.input)
+    bundle = open_bundle(args.weights, report=_tell)
+    ensemble = predict.load_ensemble(
+        bundle,
+        args.device,
+        exact=args.exact,
+        precision=args.precision,
+        second_look=not args.fast,
+        members=chosen_members(args.members, bundle),
+        batch_size=args.batch_size,
+    )
+    if args.compile == "on" or (
+        args.compile == "auto" and ensemble.compiling_pays(len(inputs))
+    ):
+        ensemble.compile()
+    plan = predict.Plan(inputs, ensemble.batch_size)
+    if args.shard:
+        plan = plan.part(args.shard[0] - 1, args.shard[1])
+    mine = plan.part(rank, ranks)
+    faces = faces_available(ensemble)
+    header = {
+        **ensemble.fingerprint(),
+        "frames": args.frames if plan.videos else None,
+        "faces": faces,
+    }
+    journal = Journal(args.out, inputs, header, rank=rank, restart=args.restart)
+    if journal.discarded:
+        _tell(f"an earlier journal is not used: {journal.discarded}")
+    todo = mine.share() & ~journal.done
+    announce(ensemble, bundle, plan, journal, rank, ranks)
+    seconds = run(
+        args, ensemble, mine.pending(todo), journal, todo, faces=faces, rank=rank
+    )
+    if ranks > 1:
+        wait_for_ranks()
+        if rank:
+            return 0
+        journal.gather(ranks)
+    failed = write(args, ensemble, bundle, plan, journal, int(todo.sum()), seconds)
+    if args.explain is not None:
+        explain(args, ensemble, inputs)
+    return 4 if failed else 0
+
+
+def chosen_members(text: str | None, bundle) -> list[str]:
+    """The members to score with: those with votes, all, or those named."""
+    from solution.predict import voters
+
+    if text is None:
+        return voters(bundle)
+    return list(bundle.configs) if text == "all" else text.split(",")
+
+
+def faces_available(ensemble) -> bool:
+    """Whether faces are looked for; says so when they should be and cannot."""
+    from solution.faces import FaceDetectorMissing, detector_file
+
+    if all(view.face is None for view in ensemble.views):
+        return False
+    try:
+        detector_file()
+    except FaceDetectorMissing as error:
+        _tell(f"no faces are looked for, every member sees whole pictures: {error}")
+        return False
+    return True
+
+
+def announce(ensemble, bundle, plan, journal, rank: int, ranks: int) -> None:
+    """What is about to happen, in three lines."""
+    share = plan.share()
+    found = int((share & journal.done).sum())
+    if rank:
+        return
+    _tell(f"{bundle.name} {bundle.hash[:12]}: {ensemble.describe()}")
+    _tell(
+        f"vote: {ensemble.vote.mean} of {', '.join(f'{n} x{w}' for n, w in ensemble.vote.weights.items() if w)}"
+    )
+    _tell(
+        f"{int(share.sum())} inputs, {found} of them from {journal.path.name}"
+        + (f"; rank 0 of {ranks} shows its own progress" if ranks > 1 else "")
+    )
+
+
+def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> float:
+    """Score `batches` into the journal; the seconds it took."""
+    import time
+
+    from tqdm import tqdm
+
+    from solution import predict
+    from solution.images import UnreadableInput
+
+    settings = {"frames": args.frames, "faces": faces}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        join_ranks()
+    if args.engine == "ray":
+        rows_of = predict.ray_stream(ensemble, args.weights, batches, settings)
+    else:
+        reader = predict.Reader(ensemble.views, **settings)
+        rows_of = predict.stream(ensemble, batches, reader, workers=args.workers)
+    begun = time.monotonic()
+    try:
+        with tqdm(total=int(todo.sum()), unit=" images", disable=rank > 0) as bar:
+            for rows in rows_of:
+                for row in rows:
+                    if row.error and args.on_error == "fail":
+                        raise UnreadableInput(journal.inputs[row.index].path, row.error)
+                    if row.error:
+                        tqdm.write(
+                            f"cannot be read: {row.name}: {row.error}", file=sys.stderr
+                        )
+                journal.append(rows)
+                bar.update(len(rows))
+    finally:
+        journal.close()
+    return time.monotonic() - begun
+
+
+def join_ranks() -> None:
+    """Meet the other ranks of torchrun; nothing is exchanged until all are done."""
+    from datetime import timedelta
+
+    from torch import distributed
+
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))
+
+
+def wait_for_ranks() -> None:
+    """Wait until every rank's journal is complete."""
+    from torch import distributed
+
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def write(args, ensemble, bundle, plan, journal, scored: int, seconds: float) -> int:
+    """The sidecar, run.json, and last the scores, each whole; how many inputs failed."""
+    import json
+
+    import numpy as np
+
+    from solution import predict, submission
+
+    indices = np.flatnonzero(plan.share())
+    missing = int((~journal.done[indices]).sum())
+    if missing:
+        raise RunError(
+            f"{missing} inputs have no score: all ranks must see the folder of {args.out}; run the same command again"
+        )
+    scores, failed = np.empty(len(journal.inputs)), 0
+
+    def rows():
+        nonlocal failed
+        for start in range(0, len(indices), 1024):
+            part = indices[start : start + 1024]
+            places = iter(part)
+            found = list(journal.rows(part))
+            for row in predict.judge(
+                found, ensemble.vote, ensemble.calibrators, video_mean=args.video_mean
+            ):
+                if row.frame is None:
+                    scores[next(places)] = row.score
+                    failed += row.status == "failed"
+                yield row
+
+    names = list(ensemble.members)
+    submission.write_sidecar(
+        rows(),
+        submission.members_path(args.out),
+        names,
+        decimals=args.decimals,
+        frames=plan.videos > 0,
+    )
+    if args.out.suffix.lower() != ".csv":
+        warning = submission.order_warning(journal.inputs[int(i)].name for i in indices)
+        if warning:
+            _tell(f"warning: {warning}")
+    record = run_record(args, ensemble, bundle, journal)
+    record["counts"] = {
+        "inputs": len(indices),
+        "scored_now": scored,
+        "from_journal": len(indices) - scored,
+        "failed": failed,
+    }
+    record |= {
+        "seconds": round(seconds, 3),
+        "images_per_second": round(scored / seconds, 2) if scored else None,
+    }
+    submission.write_atomically(
+        submission.run_path(args.out), json.dumps(record, indent=1) + "\n"
+    )
+    submission.write_scores(
+        ((journal.inputs[int(i)].name, scores[i]) for i in indices),
+        args.out,
+        args.decimals,
+    )
+    print(
+        f"{args.out}: {len(indices)} rows, {failed} could not be read"
+        + (f"; {scored / seconds:.1f} images/s" if scored else "")
+    )
+    if args.report:
+        write_report(args, ensemble, journal.inputs)
+    return failed
+
+
+def run_record(args, ensemble, bundle, journal) -> dict:
+    """What PREDS.run.json says of how the scores came to be."""
+    import platform
+    from importlib import metadata
+
+    from solution.config import to_dict
+
+    packages = (
+        "torch",
+        "torchvision",
+        "transformers",
+        "open_clip_torch",
+        "peft",
+        "numpy",
+        "opencv-python-headless",
+        "pillow",
+    )
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in packages},
+        },
+        "weights": {"name": bundle.name, "hash": bundle.hash, "files": bundle.files},
+        **({"shard": f"{args.shard[0]}/{args.shard[1]}"} if args.shard else {}),
+        "scoring": {
+            **journal.header,
+            "merged": ensemble.merged,
+            "video_mean": args.video_mean,
+        },
+        "ensemble": ensemble.describe(),
+        "vote": to_dict(ensemble.vote),
+        "calibrators": {n: to_dict(c) for n, c in ensemble.calibrators.items()},
+        "config": {n: to_dict(c) for n, c in ensemble.configs.items()},
+        "second_looks": {**ensemble.looks},
+    }
+
+
+def write_report(args, ensemble, inputs) -> None:
+    """The label-free report of this run's sidecar."""
+    import csv
+
+    from solution import report, submission
+
+    with submission.members_path(args.out).open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if not row.get("frame")]
+    paths = {item.name: item.path for item in inputs if item.kind == "image"}
+    for row in rows:
+        row["path"] = paths.get(row["image"])
+    folder = args.out.with_suffix(".report")
+    title, threshold = f"Scores of {Path(args.input).name}", ensemble.vote.threshold
+    print(
+        report.write_submission_report(rows, folder, title=title, threshold=threshold)
+    )
+
+
+def explain(args, ensemble, inputs) -> None:
+    """Maps for the pictures with the highest scores, in PREDS.explain/."""
+    from solution import submission
+    from solution.explain import explain_pictures
+
+    scores = submission.read_scores(args.out)
+    pictures = [i for i in inputs if i.kind == "image" and i.name in scores]
+    pictures.sort(key=lambda item: -scores[item.name])
+    chosen = pictures[: args.explain or None]
+    print(explain_pictures(ensemble, chosen, args.out.with_suffix(".explain")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

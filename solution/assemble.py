@@ -39,8 +39,8 @@ def assemble(
 ) -> dict:
     """Fit and write the bundle `out`; returns the comparison that it also writes as `out/validation.json`.
 
-    Calibrators and votes are fitted on the validation split of `data`, clean and degraded (global_p = 1) together. With
-    several `seeds` the degraded pictures are drawn anew for each and the clean ones repeat.
+    Calibrators and votes are fitted on the validation split of `data`, clean and degraded (global_p = 1) together. The
+    degraded pictures are drawn anew for each of `seeds`.
     limit: at most so many validation pictures, seeded (smoke runs).
     """
     items, _ = read_manifest(data, split="val")
@@ -71,11 +71,9 @@ def assemble(
         for seed in seeds
     ]
     labels = np.array([item.label for item in items])
-    repeated = {n: np.tile(x, len(seeds)) for n, x in clean.items()}
-    joined = {n: np.concatenate([d[n] for d in degraded]) for n in clean}
     what = f"{len(items)} validation pictures of {data.name}, clean and degraded (global_p=1, seeds {list(seeds)})"
     calibrators, vote, comparison = fit_ensemble(
-        repeated, joined, np.tile(labels, len(seeds)), fitted_on=what
+        clean, degraded, labels, fitted_on=what
     )
     comparison["fitted_on"] = what
     bundle = write_bundle(

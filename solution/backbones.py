@@ -8,12 +8,10 @@ values, the attention of one block only. Parity with the libraries' forwards is 
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -740,61 +738,6 @@ def load_state(
     with torch.no_grad():
         for key, parameter in target.items():
             parameter.copy_(state[key])
-
-
-def read_tower(folder: Path, config: TowerConfig) -> dict[str, torch.Tensor]:
-    """The public weights for `config` from a local folder in the Hub's layout, under stable keys.
-
-    Reads `model.safetensors` (transformers) or `open_clip_model.safetensors` (open_clip).
-
-    Raises:
-        WeightsError: no such file, or a geometry in its config.json that is not `config.arch`'s.
-    """
-    from safetensors.torch import load_file
-
-    names = ("open_clip_model.safetensors", "model.safetensors")
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
-        raise WeightsError(
-            f"{folder}: found none of {', '.join(names)}; expected a tower in the Hub's layout"
-        )
-    state = load_file(path)
-    if config.kind == "dinov2":
-        _check_geometry(folder / "config.json", config)
-        return to_stable(state, "dinov2")
-    layout = (
-        "open_clip" if any(key.startswith("visual.") for key in state) else "hf_clip"
-    )
-    stable = to_stable(state, layout)
-    if config.arch.text_layers == 0:
-        stable = {
-            key: value
-            for key, value in stable.items()
-            if not key.startswith("text.") and key != "proj"
-        }
-    return stable
-
-
-def _check_geometry(path: Path, config: TowerConfig) -> None:
-    if not path.is_file():
-        raise WeightsError(f"{path}: missing; a tower's folder carries its config.json")
-    found = json.loads(path.read_text())
-    names = {
-        "hidden_size": "width",
-        "num_hidden_layers": "layers",
-        "num_attention_heads": "heads",
-    }
-    names |= {
-        "patch_size": "patch",
-        "image_size": "image_side",
-        "use_swiglu_ffn": "swiglu",
-    }
-    for key, name in names.items():
-        expected = getattr(config.arch, name)
-        if found.get(key, expected) != expected:
-            raise WeightsError(
-                f"{path}: {key} is {found[key]}, expected {expected} for tower {config.name}"
-            )
 
 
 def dinov2_as_clip(

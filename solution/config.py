@@ -673,6 +673,8 @@ def _compact_clip(text: bool) -> TowerConfig:
         text_width=128,
         text_layers=4 if text else 0,
         text_heads=4,
+        context=11,  # the prompts' tokens: the member maps its few words to a table of their own
+        vocab=12,
     )
     name = "compact-clip" if text else "compact-clip-image"
     return TowerConfig(name, "clip", arch, source="bundle:compact-dinov2-s14")

@@ -83,6 +83,8 @@ def _draw_op(
         extra["quality"] = config.jpeg_quality
     elif name == "distractor":
         extra["text_p"] = config.text_p
+    elif name == "gaussian_noise":
+        extra["sigma"] = config.noise_sigma
     return Op(name, ops.DRAW[name](strength, rng, **extra))
 
 

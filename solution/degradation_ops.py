@@ -443,10 +443,17 @@ def colour(
 
 
 # ------------------------------------------------------------------------------------------------ 5 Gaussian noise
-def draw_gaussian_noise(strength: float, rng: np.random.Generator) -> Params:
-    """Level U(60, 100) s (80 %) or U(2, 100) s (20 %), of 255; 70 % colour, 20 % grey, 10 % correlated."""
+def draw_gaussian_noise(
+    strength: float, rng: np.random.Generator, sigma: float | None = None
+) -> Params:
+    """Level U(60, 100) s (80 %) or U(2, 100) s (20 %), of 255; 70 % colour, 20 % grey, 10 % correlated.
+
+    sigma: this level instead, of 255 (a sweep over noise).
+    """
     low = 60.0 if rng.random() < 0.8 else 2.0
     level = _uniform(rng, low, 100.0) * strength / 255.0
+    if sigma is not None:
+        level = sigma / 255.0
     return _draw_layers(level, 0.7, 0.2, rng)
 
 

@@ -38,8 +38,8 @@ class Member(nn.Module):
 
     def loss(
         self, output: MemberOutput, batch: Batch
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The scalar training loss, and its parts as plain numbers for the log."""
+    ) -> tuple[torch.Tensor, dict[str, float | str]]:
+        """The scalar training loss, and its parts for the log: numbers, or a word on what was skipped."""
         raise NotImplementedError
 
     def after_step(self, output: MemberOutput, batch: Batch) -> dict[str, float]:

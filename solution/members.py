@@ -100,7 +100,8 @@ def fill_tower(
         tower = empty_tower(config, device=device, dtype=dtype)
         load_state(tower_state(tower), state, what or f"tower {config.name}")
         return tower
-    tower = build_tower(config).to(device=device, dtype=dtype)
+    tower = build_tower(config).to(device)
+    tower.model.to(dtype)  # not the normalisation buffers
     image = dinov2_as_clip(state, config.arch)
     own = {k: t for k, t in tower_state(tower).items() if not _is_text(k)}
     load_state(own, image, what or f"tower {config.name} from {config.source[7:]}")

@@ -1,5 +1,6 @@
 """Training: schedule, accumulation, resume to the bit, two processes, phases, overfitting."""
 
+import itertools
 import json
 import math
 import os
@@ -68,8 +69,8 @@ def test_the_rate_follows_its_schedule():
     assert rates[60] == pytest.approx(1e-6 + 0.5 * (1e-4 - 1e-6))
     last = 1e-6 + 0.5 * (1e-4 - 1e-6) * (1 + math.cos(math.pi * 0.99))
     assert rates[109] == pytest.approx(last)
-    assert all(a < b for a, b in zip(rates[:10], rates[1:11]))
-    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert all(a < b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates))
     assert rate_factor(50, 100, replace(optim, schedule="constant"), 1e-4) == 1.0
 
 
@@ -303,6 +304,7 @@ def test_two_processes_equal_one_with_the_batch_of_both(tmp_path):
     command += arguments(tmp_path / "two", data, *sets, "--set", "train.batch=4")
     done = subprocess.run(
         command,
+        check=False,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -319,7 +321,7 @@ def test_two_processes_equal_one_with_the_batch_of_both(tmp_path):
 def test_fusion_starts_from_the_trained_global_stream(tmp_path):
     lora = ["adapter.kind=lora", "adapter.rank=2"]
     first = make_run(tmp_path / "g", "global", settings=lora)
-    for key, tensor in first.member.stored_state().items():
+    for tensor in first.member.stored_state().values():
         torch.nn.init.normal_(tensor.data, std=0.1)
     from solution.members import save_member
 
