@@ -163,32 +163,62 @@ def main(argv: list[str] | None = None) -> int:
     if not args.selftest and not (args.input and args.out):
         p.error("--input and --out are needed (or --selftest, or --doctor)")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    from solution.backbones import WeightsError
-    from solution.config import ConfigError
-    from solution.images import InputError, UnreadableInput
-    from solution.submission import SubmissionError, score_format
-
     try:
-        if args.selftest:
-            return selftest(args)
-        score_format(args.out)
-        return score(args)
-    except (InputError, UnreadableInput) as error:
-        return _fail(2, error)
-    except (WeightsError, ConfigError, SubmissionError, RunError, OSError) as error:
-        return _fail(3, error)
+        if not args.selftest:
+            inputs = prepare(args)
+        from solution.backbones import WeightsError
+        from solution.config import ConfigError
+        from solution.images import UnreadableInput
+        from solution.predict import ScoringError
+
+        try:
+            return selftest(args) if args.selftest else score(args, inputs)
+        except UnreadableInput as error:  # --on-error fail
+            raise Refusal(2, error) from error
+        except (WeightsError, ConfigError, ScoringError, OSError) as error:
+            raise Refusal(3, error) from error
+    except Refusal as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return refusal.code
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
 
 
-class RunError(RuntimeError):
-    """A run that cannot go on; says why and what to do."""
+class Refusal(Exception):
+    """Why a run ends without scores, in one line, and its exit code."""
+
+    def __init__(self, code: int, reason: object) -> None:
+        super().__init__(" ".join(str(reason).split()))
+        self.code = code
 
 
-def _fail(code: int, error: Exception) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
+def prepare(args: argparse.Namespace):
+    """The inputs, and a place for every output, found before anything slow begins."""
+    from solution import submission
+    from solution.images import InputError, find_inputs
+    from solution.journal import journal_path
+
+    try:
+        submission.score_format(args.out)
+        inputs = find_inputs(args.input)
+    except (submission.SubmissionError, InputError) as error:
+        raise Refusal(2, error) from error
+    try:
+        beside = submission.members_path(args.out), journal_path(args.out, _rank())
+        for path in (args.out, *beside):
+            submission.ensure_writable(path)
+    except submission.SubmissionError as error:
+        raise Refusal(3, error) from error
+    return inputs
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))  # torchrun's
+
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _tell(line: str) -> None:
@@ -211,24 +241,13 @@ def selftest(args: argparse.Namespace) -> int:
     return 0 if result.passed else 3
 
 
-def score(args: argparse.Namespace) -> int:
+def score(args: argparse.Namespace, inputs) -> int:
     """The whole pipeline; 0 done, 4 done with inputs that could not be read."""
-    from solution import predict, submission
-    from solution.images import find_inputs
-    from solution.journal import Journal, journal_path
+    from solution import predict
+    from solution.journal import Journal
     from solution.weights import open_bundle
 
-    rank, ranks = (
-        int(os.environ.get("RANK", "0")),
-        int(os.environ.get("WORLD_SIZE", "1")),
-    )
-    for path in (
-        args.out,
-        submission.members_path(args.out),
-        journal_path(args.out, rank),
-    ):
-        submission.ensure_writable(path)
-    inputs = find_inputs(args.input)
+    rank, ranks = _rank(), _ranks()
     bundle = open_bundle(args.weights, report=_tell)
     ensemble = predict.load_ensemble(
         bundle,
@@ -256,8 +275,9 @@ def score(args: argparse.Namespace) -> int:
     journal = Journal(args.out, inputs, header, rank=rank, restart=args.restart)
     if journal.discarded:
         _tell(f"an earlier journal is not used: {journal.discarded}")
+    found = int((plan.share() & journal.done).sum())
     todo = mine.share() & ~journal.done
-    announce(ensemble, bundle, plan, journal, rank, ranks)
+    announce(ensemble, bundle, plan, found, rank, ranks)
     seconds = run(
         args, ensemble, mine.pending(todo), journal, todo, faces=faces, rank=rank
     )
@@ -266,7 +286,7 @@ def score(args: argparse.Namespace) -> int:
         if rank:
             return 0
         journal.gather(ranks)
-    failed = write(args, ensemble, bundle, plan, journal, int(todo.sum()), seconds)
+    failed = write(args, ensemble, bundle, plan, journal, found, seconds)
     if args.explain is not None:
         explain(args, ensemble, inputs)
     return 4 if failed else 0
@@ -295,20 +315,15 @@ def faces_available(ensemble) -> bool:
     return True
 
 
-def announce(ensemble, bundle, plan, journal, rank: int, ranks: int) -> None:
-    """What is about to happen, in three lines."""
-    share = plan.share()
-    found = int((share & journal.done).sum())
+def announce(ensemble, bundle, plan, found: int, rank: int, ranks: int) -> None:
+    """What is about to happen, in three lines; found: how many inputs the journal has."""
     if rank:
         return
+    votes = [f"{name} x{n}" for name, n in ensemble.vote.weights.items() if n]
     _tell(f"{bundle.name} {bundle.hash[:12]}: {ensemble.describe()}")
-    _tell(
-        f"vote: {ensemble.vote.mean} of {', '.join(f'{n} x{w}' for n, w in ensemble.vote.weights.items() if w)}"
-    )
-    _tell(
-        f"{int(share.sum())} inputs, {found} of them from {journal.path.name}"
-        + (f"; rank 0 of {ranks} shows its own progress" if ranks > 1 else "")
-    )
+    _tell(f"vote: {ensemble.vote.mean} of {', '.join(votes)}")
+    others = f"; the bar shows rank 0 of {ranks}" if ranks > 1 else ""
+    _tell(f"{int(plan.share().sum())} inputs, {found} scored before{others}")
 
 
 def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> float:
@@ -321,7 +336,7 @@ def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> fl
     from solution.images import UnreadableInput
 
     settings = {"frames": args.frames, "faces": faces}
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _ranks() > 1:
         join_ranks()
     if args.engine == "ray":
         rows_of = predict.ray_stream(ensemble, args.weights, batches, settings)
@@ -363,74 +378,71 @@ def wait_for_ranks() -> None:
     distributed.destroy_process_group()
 
 
-def write(args, ensemble, bundle, plan, journal, scored: int, seconds: float) -> int:
+def write(args, ensemble, bundle, plan, journal, found: int, seconds: float) -> int:
     """The sidecar, run.json, and last the scores, each whole; how many inputs failed."""
     import json
 
     import numpy as np
 
-    from solution import predict, submission
+    from solution import submission
 
-    indices = np.flatnonzero(plan.share())
+    indices, names = np.flatnonzero(plan.share()), list(ensemble.members)
     missing = int((~journal.done[indices]).sum())
     if missing:
-        raise RunError(
-            f"{missing} inputs have no score: all ranks must see the folder of {args.out}; run the same command again"
+        raise Refusal(
+            3,
+            f"{missing} inputs have no score: all ranks must see the folder of {args.out}; run the same command again",
         )
-    scores, failed = np.empty(len(journal.inputs)), 0
-
-    def rows():
-        nonlocal failed
-        for start in range(0, len(indices), 1024):
-            part = indices[start : start + 1024]
-            places = iter(part)
-            found = list(journal.rows(part))
-            for row in predict.judge(
-                found, ensemble.vote, ensemble.calibrators, video_mean=args.video_mean
-            ):
-                if row.frame is None:
-                    scores[next(places)] = row.score
-                    failed += row.status == "failed"
-                yield row
-
-    names = list(ensemble.members)
+    scores = np.empty(len(journal.inputs))
+    counts = {"inputs": len(indices), "from_journal": found, "failed": 0}
     submission.write_sidecar(
-        rows(),
+        verdicts(args, ensemble, journal, indices, scores, counts),
         submission.members_path(args.out),
         names,
         decimals=args.decimals,
         frames=plan.videos > 0,
     )
+    scored = len(indices) - found
+    speed = scored / seconds if scored else None
+    record = run_record(args, ensemble, bundle, journal) | {
+        "counts": {**counts, "scored_now": scored},
+        "seconds": round(seconds, 3),
+        "images_per_second": speed and round(speed, 2),
+    }
+    text = json.dumps(record, indent=1) + "\n"
+    submission.write_atomically(submission.run_path(args.out), text)
     if args.out.suffix.lower() != ".csv":
-        warning = submission.order_warning(journal.inputs[int(i)].name for i in indices)
+        warning = submission.order_warning(journal.inputs[i].name for i in indices)
         if warning:
             _tell(f"warning: {warning}")
-    record = run_record(args, ensemble, bundle, journal)
-    record["counts"] = {
-        "inputs": len(indices),
-        "scored_now": scored,
-        "from_journal": len(indices) - scored,
-        "failed": failed,
-    }
-    record |= {
-        "seconds": round(seconds, 3),
-        "images_per_second": round(scored / seconds, 2) if scored else None,
-    }
-    submission.write_atomically(
-        submission.run_path(args.out), json.dumps(record, indent=1) + "\n"
-    )
-    submission.write_scores(
-        ((journal.inputs[int(i)].name, scores[i]) for i in indices),
-        args.out,
-        args.decimals,
-    )
+    rows = ((journal.inputs[i].name, scores[i]) for i in indices)
+    submission.write_scores(rows, args.out, args.decimals)
+    told = f"; {speed:.1f} images/s" if speed else ""
     print(
-        f"{args.out}: {len(indices)} rows, {failed} could not be read"
-        + (f"; {scored / seconds:.1f} images/s" if scored else "")
+        f"{args.out}: {len(indices)} rows, {counts['failed']} could not be read{told}"
     )
     if args.report:
         write_report(args, ensemble, journal.inputs)
-    return failed
+    return counts["failed"]
+
+
+def verdicts(args, ensemble, journal, indices, scores, counts):
+    """The sidecar's rows, some at a time; fills in `scores` (N,) and counts what failed on the way."""
+    from solution.predict import judge
+
+    for start in range(0, len(indices), 1024):
+        part = indices[start : start + 1024]
+        places = iter(part)
+        for row in judge(
+            list(journal.rows(part)),
+            ensemble.vote,
+            ensemble.calibrators,
+            video_mean=args.video_mean,
+        ):
+            if row.frame is None:
+                scores[next(places)] = row.score
+                counts["failed"] += row.status == "failed"
+            yield row
 
 
 def run_record(args, ensemble, bundle, journal) -> dict:
@@ -491,8 +503,9 @@ def write_report(args, ensemble, inputs) -> None:
 
 def explain(args, ensemble, inputs) -> None:
     """Maps for the pictures with the highest scores, in PREDS.explain/."""
-    from solution import submission
     from solution.explain import explain_pictures
+
+    from solution import submission
 
     scores = submission.read_scores(args.out)
     pictures = [i for i in inputs if i.kind == "image" and i.name in scores]

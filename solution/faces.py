@@ -18,6 +18,7 @@ from solution.config import FaceConfig, ViewConfig
 from solution.images import resize_image
 from solution.records import FaceBox
 
+_SMALLEST_CANVAS = 64  # px
 _SMALLEST_SIDE = 16  # px; a copy smaller than this holds no face that YuNet sees
 _SAME_FACE = (
     0.2  # IoU of boxes in sampled frames of one video, up to a few seconds apart
@@ -119,6 +120,15 @@ class FaceLocator:
                 path, "", (320, 320), score_threshold=self.config.score_threshold
             )
             self._process = os.getpid()
+        # Below two cells of its coarsest grid (32 px) an axis collapses inside OpenCV's network, which then "finds"
+        # boxes of garbage in any picture; the rest of the canvas is black.
+        height, width = copy.shape[:2]
+        bottom, right = (
+            max(0, _SMALLEST_CANVAS - height),
+            max(0, _SMALLEST_CANVAS - width),
+        )
+        if bottom or right:
+            copy = cv2.copyMakeBorder(copy, 0, bottom, 0, right, cv2.BORDER_CONSTANT)
         self._net.setInputSize((copy.shape[1], copy.shape[0]))
         found = self._net.detect(cv2.cvtColor(copy, cv2.COLOR_RGB2BGR))[1]
         return np.empty((0, 15)) if found is None else found

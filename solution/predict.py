@@ -155,9 +155,12 @@ class Ensemble:
         """Logits (members, n) float32 of n rows, still on the device; views: per view of `self.views`, (n, 3, S, S)
         uint8 on the device. Halves the rows on out-of-memory.
         """
-        return torch.cat(
-            [self._rows(part) for part in _parts(views, self.limit)], dim=1
-        )
+        parts, start = [], 0
+        while start < len(views[0]):
+            stop = start + self.limit  # which may fall on the way
+            parts.append(self._rows([view[start:stop] for view in views]))
+            start = stop
+        return torch.cat(parts, dim=1)
 
     def _rows(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
         count = len(views[0])
@@ -224,11 +227,6 @@ class Ensemble:
         with torch.inference_mode():
             parts = [member(p).logit for p in views.split(max(1, self.limit // 2))]
         return torch.cat(parts).double().cpu().numpy()
-
-
-def _parts(views: Sequence[torch.Tensor], size: int) -> Iterator[list[torch.Tensor]]:
-    for start in range(0, len(views[0]), size):
-        yield [view[start : start + size] for view in views]
 
 
 def load_ensemble(
@@ -692,3 +690,41 @@ def _of_video(
         {name: float(values[0]) for name, values in grid.items()},
         score,
     )
+
+
+# ------------------------------------------------------------------------------------------------ on a Ray cluster
+def ray_stream(
+    batches: Iterable[Sequence[tuple[int, Input]]],
+    load: Mapping[str, Any],
+    read: Mapping[str, Any],
+    *,
+    gpu: bool,
+) -> Iterator[list[Scored]]:
+    """`stream` on Ray Data: actors that come and go, each with its own ensemble; batches end in any order.
+
+    load, read: what `load_ensemble` and `Reader` are called with in each actor (weights and inputs at the same paths
+    everywhere). gpu: one GPU an actor, else one core.
+
+    Raises:
+        ScoringError: Ray is not installed.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise ScoringError(
+            "--engine ray needs Ray: pip install 'ray[data]' (or leave --engine out)"
+        ) from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    total = ray.cluster_resources().get("GPU" if gpu else "CPU", 1)
+    rows = ray.data.from_items([{"batch": list(batch)} for batch in batches])
+    scored = rows.map_batches(
+        RayScorer,
+        fn_constructor_args=(dict(load), dict(read)),
+        batch_size=1,
+        concurrency=(1, max(1, int(total))),
+        num_gpus=1 if gpu else 0,
+        num_cpus=1,
+    )
+    for row in scored.iter_rows():
+        yield [Scored(*fields) for fields in pickle.loads(row["rows"])]

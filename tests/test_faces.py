@@ -98,10 +98,21 @@ def test_no_face_where_there_is_none(name):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (3, 20000), (20000, 3), (15, 15), (17, 300), (300, 300)]
+    "shape",
+    [
+        (1, 1),
+        (3, 20000),
+        (20000, 3),
+        (15, 15),
+        (17, 300),
+        (20, 320),
+        (300, 17),
+        (300, 300),
+    ],
 )
 def test_flat_pictures_of_any_size_hold_no_face(shape):
-    assert locator.locate(np.full((*shape, 3), 99, np.uint8)) == []
+    for _ in range(5):  # what OpenCV finds in too small a canvas depends on old memory
+        assert locator.locate(np.full((*shape, 3), 99, np.uint8)) == []
 
 
 def test_other_arrays_are_refused():
