@@ -249,15 +249,8 @@ def score(args: argparse.Namespace, inputs) -> int:
 
     rank, ranks = _rank(), _ranks()
     bundle = open_bundle(args.weights, report=_tell)
-    ensemble = predict.load_ensemble(
-        bundle,
-        args.device,
-        exact=args.exact,
-        precision=args.precision,
-        second_look=not args.fast,
-        members=chosen_members(args.members, bundle),
-        batch_size=args.batch_size,
-    )
+    members = chosen_members(args.members, bundle)
+    ensemble = predict.load_ensemble(bundle, **loading(args, members, args.batch_size))
     if args.compile == "on" or (
         args.compile == "auto" and ensemble.compiling_pays(len(inputs))
     ):
@@ -290,6 +283,18 @@ def score(args: argparse.Namespace, inputs) -> int:
     if args.explain is not None:
         explain(args, ensemble, inputs)
     return 4 if failed else 0
+
+
+def loading(args, members: list[str], batch_size: int | None) -> dict:
+    """What `load_ensemble` is called with, beside the weights."""
+    return {
+        "device": args.device,
+        "exact": args.exact,
+        "precision": args.precision,
+        "second_look": not args.fast,
+        "members": members,
+        "batch_size": batch_size,
+    }
 
 
 def chosen_members(text: str | None, bundle) -> list[str]:
@@ -339,7 +344,14 @@ def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> fl
     if _ranks() > 1:
         join_ranks()
     if args.engine == "ray":
-        rows_of = predict.ray_stream(ensemble, args.weights, batches, settings)
+        load = loading(args, list(ensemble.members), ensemble.batch_size)
+        load["weights"] = (
+            str(Path(args.weights).resolve())
+            if Path(args.weights).is_dir()
+            else args.weights
+        )
+        gpu = ensemble.device.type == "cuda"
+        rows_of = predict.ray_stream(batches, load, settings, gpu=gpu)
     else:
         reader = predict.Reader(ensemble.views, **settings)
         rows_of = predict.stream(ensemble, batches, reader, workers=args.workers)

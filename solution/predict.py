@@ -11,9 +11,11 @@ several shards compute the very same batches, and so the same bytes.
 from __future__ import annotations
 
 import copy
+import json
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -693,6 +695,23 @@ def _of_video(
 
 
 # ------------------------------------------------------------------------------------------------ on a Ray cluster
+class RayScorer:
+    """An actor of `ray_stream`: an ensemble of its own, and a batch of inputs, as JSON, to its rows, as JSON."""
+
+    def __init__(self, load: Mapping[str, Any], read: Mapping[str, Any]) -> None:
+        self.ensemble = load_ensemble(**load)
+        self.reader = Reader(self.ensemble.views, **read)
+
+    def __call__(self, given: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        (text,) = given["batch"]
+        batch = [
+            (index, Input(name, Path(path), kind))
+            for index, name, path, kind in json.loads(str(text))
+        ]
+        (rows,) = stream(self.ensemble, [batch], self.reader, workers=0)
+        return {"rows": [json.dumps(rows)]}
+
+
 def ray_stream(
     batches: Iterable[Sequence[tuple[int, Input]]],
     load: Mapping[str, Any],
@@ -716,15 +735,21 @@ def ray_stream(
         ) from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
     total = ray.cluster_resources().get("GPU" if gpu else "CPU", 1)
-    rows = ray.data.from_items([{"batch": list(batch)} for batch in batches])
-    scored = rows.map_batches(
+    listed = [
+        {"batch": json.dumps([(i, x.name, str(x.path), x.kind) for i, x in batch])}
+        for batch in batches
+    ]
+    if not listed:
+        return
+    scored = ray.data.from_items(listed).map_batches(
         RayScorer,
         fn_constructor_args=(dict(load), dict(read)),
         batch_size=1,
-        concurrency=(1, max(1, int(total))),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, int(total))),
         num_gpus=1 if gpu else 0,
         num_cpus=1,
     )
     for row in scored.iter_rows():
-        yield [Scored(*fields) for fields in pickle.loads(row["rows"])]
+        yield [Scored(*fields) for fields in json.loads(row["rows"])]

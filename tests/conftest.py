@@ -4,5 +4,4 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-
-import solution.images  # noqa: F401 - OpenCV reads its log level when it is first imported, and this room sets it
+os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"  # OpenCV reads it once, at the first video

@@ -69,8 +69,8 @@ def test_the_rate_follows_its_schedule():
     assert rates[60] == pytest.approx(1e-6 + 0.5 * (1e-4 - 1e-6))
     last = 1e-6 + 0.5 * (1e-4 - 1e-6) * (1 + math.cos(math.pi * 0.99))
     assert rates[109] == pytest.approx(last)
-    assert all(a < b for a, b in itertools.pairwise(rates))
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a < b for a, b in itertools.pairwise(rates[:11]))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rate_factor(50, 100, replace(optim, schedule="constant"), 1e-4) == 1.0
 
 
