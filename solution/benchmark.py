@@ -16,6 +16,7 @@ import numpy as np
 
 from solution import degradation
 from solution.config import DegradationConfig
+from solution.throughput import add_inference, add_parity
 
 
 # ------------------------------------------------------------------------------------------------ what stages share
@@ -455,6 +456,8 @@ STAGES = (
     add_degrade,
     add_vlaforge,
     add_faces,
+    add_inference,
+    add_parity,
 )
 
 

@@ -648,7 +648,9 @@ def _giant(member: str) -> MemberConfig:
     )
 
 
-COMPACT_SIDE = 140  # px: 10 x 10 patches; chosen on validation, see weights/README.md
+COMPACT_SIDE = (
+    112  # px: 8 x 8 patches; what two cores train well, see weights/README.md
+)
 
 
 def _compact_tower() -> TowerConfig:
@@ -684,22 +686,21 @@ def _compact(member: str) -> MemberConfig:
     side = COMPACT_SIDE
     optim = OptimConfig(
         lr=2e-4,
-        head_lr=1e-3,
+        head_lr=1e-4,
         weight_decay=0.05,
         decoupled=True,
         warmup_steps=100,
-        clip_norm=1.0,
         final_lr=0.0,
     )
-    train = TrainConfig(epochs=2, batch=32, accumulate=1, precision="bf16")
-    augment = AugmentConfig(crop_p=0.5, self_blend_p=0.15)
+    train = TrainConfig(epochs=1, batch=32, accumulate=1, precision="bf16")
+    augment = AugmentConfig(crop_p=0.5)
     lora = AdapterConfig("lora", rank=16, alpha=32.0, dropout=0.05)
     shared = {"optim": optim, "train": train, "augment": augment}
     image, face = ViewConfig("image", side, side), ViewConfig("face", side, side)
     if member == "global":
         shared |= {
             "optim": replace(optim, layer_decay=0.75),
-            "train": replace(train, epochs=5),
+            "train": replace(train, epochs=6),
         }
         return MemberConfig(
             "global", image, _compact_tower(), AdapterConfig("full"), **shared
@@ -708,7 +709,7 @@ def _compact(member: str) -> MemberConfig:
         return MemberConfig("face", face, _compact_tower(), lora, **shared)
     if member == "fusion":
         shared["train"] = replace(
-            train, head_epochs=1, head_lr=1e-3, head_warmup_steps=50
+            train, epochs=2, head_epochs=1, head_lr=2e-4, head_warmup_steps=50
         )
         return MemberConfig(
             "fusion",
@@ -730,8 +731,11 @@ def _compact(member: str) -> MemberConfig:
         fusion_layers=(1, 4, 8),
         train_text=True,
     )
+    shared["optim"] = replace(optim, lr=3e-4, head_lr=3e-4)
     view = ViewConfig("image", side // 14 * 16, side // 14 * 16)
     tower = _compact_clip(text=True)
+    # The only forgery masks that this data offers are the self-blended ones.
+    shared["augment"] = replace(augment, self_blend_p=0.3)
     return MemberConfig(
         "vlaforge", view, tower, AdapterConfig("none"), vlaforge=vlaforge, **shared
     )
@@ -888,35 +892,36 @@ def override(config: Any, settings: list[str] | tuple[str, ...]) -> Any:
     Raises:
         ConfigError: a setting without `=`, an unknown field, or a value that does not fit its field.
     """
+    values = to_dict(config)
     for setting in settings:
         path, separator, text = setting.partition("=")
         require(bool(separator), f"--set {setting}: expected field=value")
         if path == "vlaforge.losses" and text in VLAFORGE_LOSSES:
-            defaults = VlaforgeConfig()
-            weights = {
-                n: getattr(defaults, n) for n in VLAFORGE_LOSSES["code"]
-            } | VLAFORGE_LOSSES[text]
-            config = replace(config, vlaforge=replace(config.vlaforge, **weights))
+            defaults = to_dict(VlaforgeConfig())
+            weights = {name: defaults[name] for name in VLAFORGE_LOSSES["code"]}
+            values["vlaforge"] |= weights | VLAFORGE_LOSSES[text]
             continue
-        config = _override_one(config, path.split("."), text, path)
-    return config
+        *parents, name = path.split(".")
+        node, owner = values, config
+        for parent in parents:
+            _known(owner, parent, path)
+            node, owner = node[parent], getattr(owner, parent)
+            require(
+                dataclasses.is_dataclass(owner),
+                f"--set {path}: {parent!r} has no fields",
+            )
+        _known(owner, name, path)
+        hint = typing.get_type_hints(type(owner))[name]
+        node[name] = _parse(hint, text, path)
+    return from_dict(type(config), values)  # checked once, with all of them in place
 
 
-def _override_one(config: Any, names: list[str], text: str, where: str) -> Any:
-    name, *rest = names
-    known = [f.name for f in dataclasses.fields(config)]
+def _known(owner: Any, name: str, where: str) -> None:
+    known = [f.name for f in dataclasses.fields(owner)]
     require(
         name in known,
         f"--set {where}: unknown field {name!r}; known: {', '.join(known)}",
     )
-    current = getattr(config, name)
-    if rest:
-        require(
-            dataclasses.is_dataclass(current), f"--set {where}: {name!r} has no fields"
-        )
-        return replace(config, **{name: _override_one(current, rest, text, where)})
-    hint = typing.get_type_hints(type(config))[name]
-    return replace(config, **{name: _parse(hint, text, where)})
 
 
 def _parse(hint: Any, text: str, where: str) -> Any:

@@ -6,6 +6,7 @@ geometry at the end carries maps and face boxes between a view's grid and the pi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -13,9 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from solution.backbones import patch_attention
 from solution.calibration import Calibrator
 from solution.config import ViewConfig
-from solution.backbones import patch_attention
 from solution.member import Member
 
 CHANNELS = 64  # of Score-CAM unless all are asked for
@@ -90,6 +91,26 @@ def channel_maps(member: Member, sight: Sight) -> torch.Tensor:
     return tokens.transpose(1, 2).unflatten(-1, sight.grid)
 
 
+class Probe(NamedTuple):
+    """What a member's maps cost: channels of a Score-CAM, maps of its own, and seconds a forward pass in a batch."""
+
+    width: int
+    evidence: int
+    seconds: float
+
+
+def probe(member: Member, batch: int) -> Probe:
+    """Measured on `batch` grey views, after one batch to warm up."""
+    device, side = member.tower.mean.device, member.config.view.side
+    views = torch.full((batch, 3, side, side), 128, dtype=torch.uint8, device=device)
+    sight = look(member, views)
+    sight.logit.cpu()  # waits for a GPU
+    begun = time.perf_counter()
+    _forward(member, views).logit.cpu()
+    seconds = (time.perf_counter() - begun) / batch
+    return Probe(sight.last_input.shape[-1], len(sight.evidence), seconds)
+
+
 # ------------------------------------------------------------------------------------------------ Score-CAM
 def strongest(channels: torch.Tensor, count: int | None) -> torch.Tensor:
     """Indices of the `count` channels of (D, h, w) with the most energy about their mean; None: all, in order.
@@ -116,8 +137,10 @@ def score_cam(
     the channels (the paper's algorithm 1; the logit of an empty view, its baseline, cancels in the softmax). What a mask
     hides becomes the statistics' mean colour, which is zero to the tower.
 
-    A LayerNorm's channels have a sign and no natural zero, unlike the ReLU maps of the paper: each is taken from its
-    median over the patches, so that "not active" is what most of the picture shows.
+    Two departures, because a LayerNorm's channels, unlike the paper's ReLU maps, have offsets and no natural zero (in
+    DINOv2-S the mean channel's offset is four times its deviation over the patches, and decides the plain sum): what is
+    summed are the stretched maps, and weights count by how much they exceed the mean weight. A patch is positive
+    where masks that show it score above the others.
 
     view: (3, S, S) uint8. channels: (D, h, w) of `channel_maps`. count: the strongest so many (None: all).
     batch: masked views at once.
@@ -129,8 +152,9 @@ def score_cam(
         for part in chosen.split(batch)
     )
     weights = _logits(member, masked).softmax(dim=0)  # (K,)
-    centred = chosen - chosen.flatten(1).median(dim=1).values[:, None, None]
-    return (weights[:, None, None] * centred).sum(dim=0).relu()
+    shown = _stretched(chosen, chosen.shape[-1])[:, 0]  # (K, h, w) in [0, 1]
+    above = weights - weights.mean()
+    return (above[:, None, None] * shown).sum(dim=0).relu()
 
 
 def _pixels(member: Member, view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,7 +267,12 @@ def seen_rect(
     start = (view.resize - view.side) // 2
     first, last = start / view.resize, (start + view.side) / view.resize
     width, height = x1 - x0, y1 - y0
-    return x0 + first * width, y0 + first * height, x0 + last * width, y0 + last * height
+    return (
+        x0 + first * width,
+        y0 + first * height,
+        x0 + last * width,
+        y0 + last * height,
+    )
 
 
 def coverage(rect: Rect, face: Rect, grid: tuple[int, int]) -> np.ndarray:
