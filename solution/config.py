@@ -720,6 +720,7 @@ def _compact(member: str) -> MemberConfig:
             **shared,
         )
     if member == "qtfp":
+        shared["optim"] = replace(optim, head_lr=5e-4)  # queries start at 0.02
         return MemberConfig("qtfp", image, _compact_tower(), lora, **shared)
     vlaforge = VlaforgeConfig(
         width=96,

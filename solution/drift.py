@@ -180,12 +180,20 @@ def choose(items: Sequence[Item], cams: Iterable[Item], settings: Settings) -> C
 
 
 def passes(
-    probe: Probe, pictures: int, chosen: Chosen, settings: Settings, runs: int
+    probe: Probe,
+    pictures: int,
+    chosen: Chosen,
+    settings: Settings,
+    left: Sequence[Condition],
 ) -> int:
-    """Forward passes of one member under clean and `runs` - 1 further conditions."""
+    """Forward passes of one member under the conditions that are left to measure."""
     cams = int(chosen.cam.sum()) * min(settings.channels or probe.width, probe.width)
-    judged = int(chosen.judged.sum()) * judging_passes(2 + probe.evidence + RANDOM)
-    return runs * (pictures + cams) + judged + int(chosen.full.sum()) * probe.width
+    count = len(left) * (pictures + cams)
+    if CLEAN in left:
+        kinds = 2 + probe.evidence + RANDOM
+        count += int(chosen.judged.sum()) * judging_passes(kinds)
+        count += int(chosen.full.sum()) * probe.width
+    return count
 
 
 def judging_passes(count: int) -> int:
@@ -411,7 +419,7 @@ def likeness(features: Mapping[str, np.ndarray], seed: int) -> list[dict[str, An
     Where two have features of one width, their mean cosine is given too (the paper's measure between streams).
     """
     names = list(features)
-    if len(names) < 2:
+    if len(names) < 2 or len(features[names[0]]) < 8:
         return []
     order = np.random.default_rng(seed).permutation(len(features[names[0]]))
     order = order[:CKA_PICTURES]
@@ -435,6 +443,8 @@ def likeness(features: Mapping[str, np.ndarray], seed: int) -> list[dict[str, An
     for who, value in whole.items():
         without = np.array([t[who] for t in left])
         error = np.sqrt((len(left) - 1) * without.var())
+        if not np.isfinite([value, error]).all():
+            continue  # too few pictures, or features that do not vary
         row = {"who": who, "mean": value, "n": len(order)}
         row |= {"low": value - 1.96 * error, "high": value + 1.96 * error}
         a, _, b = who.partition(" & ")

@@ -18,16 +18,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from solution import drift, drift_figures, maps, predict
 from solution.backbones import WeightsError
-from solution.config import ConfigError, FaceConfig, MemberConfig
-from solution.data import ManifestError, read_manifest
-from solution.drift import locators_of, see
+from solution.config import ConfigError
+from solution.data import Item, ManifestError, read_manifest
+from solution.drift import ATTENTION, CAM, locators_of, see
 from solution.evaluate import limit_items
 from solution.explain_page import Explained, Map, MemberView, Pages
 from solution.faces import FaceLocator, crop_box, crop_square
@@ -50,6 +50,8 @@ MARGIN = (
 )
 STRENGTHS = tuple(round(0.1 * k, 1) for k in range(11))  # the paper's
 TITLES = {
+    CAM: "Score-CAM",
+    ATTENTION: "attention",
     "query_attention": "query attention",
     "localization": "localisation",
     "vla": "sentence likeness",
@@ -135,6 +137,14 @@ def _facts(ensemble: Ensemble, channels: int | None, count: int) -> dict[str, st
     }
 
 
+class Look(NamedTuple):
+    """A member's maps (h, w) by kind, what part of the picture they show, and the face's share of every patch."""
+
+    maps: dict[str, np.ndarray]
+    rect: maps.Rect
+    covered: np.ndarray | None
+
+
 class Explainer:
     """Explains one picture at a time: what every member saw, said, and looked at."""
 
@@ -146,48 +156,49 @@ class Explainer:
 
     @torch.inference_mode()
     def explain(self, item: Input) -> Explained:
-        """Raises `UnreadableInput`."""
+        """Everything about one picture.
+
+        Raises:
+            UnreadableInput: it cannot be read.
+        """
         picture = decode_image(item.path)
-        ensemble, size = self.ensemble, picture.shape[:2]
+        ensemble = self.ensemble
         seen = see(picture, ensemble.views, self.locators)
         face = None if np.isnan(seen.face).any() else tuple(seen.face.tolist())
-        tensors = [
+        views = [
             torch.from_numpy(v).permute(2, 0, 1)[None].to(ensemble.device)
             for v in seen.views
         ]
-        row = self._verdict(item.name, tensors)
-        members, joint, weight, outside = [], np.zeros(size, np.float32), 0, 0.0
-        for name in ensemble.members:
-            place, votes = ensemble.view_of[name], ensemble.vote.weights.get(name, 0)
-            rect = tuple(seen.rects[place])
-            found = self._maps(name, tensors[place][0])
-            cam = found["score_cam"]
-            covered = None
-            if face is not None:
-                covered = maps.coverage(rect, face, cam.shape)
-            if votes and cam.sum() > 0:
-                laid = maps.place(cam, rect, size)
-                joint += votes * laid / max(float(laid.sum()), 1e-12)
-                weight += votes
-                if covered is not None:
-                    outside += votes * maps.share_outside(cam, covered)
-            members.append(
-                MemberView(
-                    name,
-                    votes,
-                    row.levels[name],
-                    row.p_fake[name],
-                    seen.views[place],
-                    [_shown(kind, m, covered) for kind, m in found.items()],
-                )
-            )
-        note = ""
-        if face is not None and weight:
-            note = f"{outside / weight:.0%} outside the face"
+        row = self._verdict(item.name, views)
+        looks = {
+            name: self._look(name, views[place][0], seen.rects[place], face)
+            for name, place in ensemble.view_of.items()
+        }
+        crop, note = self._crop(picture, face)
+        joint, joint_note = self._joint(looks, picture.shape[:2])
         verdict = str(decide(np.array([row.score]), ensemble.vote)[0])
-        crop = self._crop(picture, face)
+        members = [
+            MemberView(
+                name,
+                ensemble.vote.weights.get(name, 0),
+                row.levels[name],
+                row.p_fake[name],
+                seen.views[ensemble.view_of[name]],
+                [_shown(kind, m, look.covered) for kind, m in look.maps.items()],
+            )
+            for name, look in looks.items()
+        ]
         return Explained(
-            item.name, row.score, verdict, picture, face, crop, joint, note, members
+            item.name,
+            row.score,
+            verdict,
+            picture,
+            face,
+            crop,
+            note,
+            joint,
+            joint_note,
+            members,
         )
 
     def _verdict(self, name: str, views: list[torch.Tensor]):
@@ -198,26 +209,52 @@ class Explainer:
         scored = Scored(0, name, -1, -1, faces=[None], logits=by_member)
         return predict.judge([scored], ensemble.vote, ensemble.calibrators)[0]
 
-    def _maps(self, name: str, view: torch.Tensor) -> dict[str, np.ndarray]:
-        """Score-CAM, attention and the member's own maps, (h, w) each."""
+    def _look(self, name: str, view: torch.Tensor, rect: np.ndarray, face) -> Look:
+        """Score-CAM, attention and the member's own maps."""
         member = self.ensemble.members[name]
         sight = maps.look(member, view[None])
         channels = maps.channel_maps(member, sight)[0]
         size = self.ensemble.batch_size
-        found = {
-            "score_cam": maps.score_cam(
-                member, view, channels, count=self.channels, batch=size
-            ),
-            "attention": maps.attention_map(member, sight)[0],
-        }
+        cam = maps.score_cam(member, view, channels, count=self.channels, batch=size)
+        found = {CAM: cam, ATTENTION: maps.attention_map(member, sight)[0]}
         found |= {kind: m[0] for kind, m in sight.evidence.items()}
-        return {kind: m.cpu().numpy() for kind, m in found.items()}
+        covered = None
+        if face is not None:
+            covered = maps.coverage(tuple(rect), face, sight.grid)
+        by_kind = {kind: m.cpu().numpy() for kind, m in found.items()}
+        return Look(by_kind, tuple(rect), covered)
 
-    def _crop(self, picture: np.ndarray, face) -> np.ndarray | None:
+    def _joint(
+        self, looks: Mapping[str, Look], size: tuple[int, int]
+    ) -> tuple[np.ndarray, str]:
+        """The Score-CAMs of all members on the picture (H, W), each of mass one, by their votes; and a note."""
+        joint, total, outside = np.zeros(size, np.float32), 0, 0.0
+        for name, look in looks.items():
+            votes, cam = self.ensemble.vote.weights.get(name, 0), look.maps[CAM]
+            if not votes or cam.sum() == 0:
+                continue
+            laid = maps.place(cam, look.rect, size)
+            joint += votes * laid / max(float(laid.sum()), 1e-12)
+            total += votes
+            if look.covered is not None:
+                outside += votes * maps.share_outside(cam, look.covered)
+        if not total:
+            return joint, "nothing stands out"
+        known = any(look.covered is not None for look in looks.values())
+        return joint, f"{outside / total:.0%} outside the face" if known else ""
+
+    def _crop(self, picture: np.ndarray, face) -> tuple[np.ndarray | None, str]:
+        """The face crop, and what is to be said of the face."""
+        if not self.locators:
+            return None, "No face detector is installed."
         if face is None:
-            return None
-        config = next(iter(self.locators), FaceConfig())
-        return crop_square(picture, crop_box(FaceBox(*face, 0.0), config))
+            return None, "No face was found."
+        config = next(iter(self.locators))
+        box, note = FaceBox(*face, 0.0), ""
+        area = (box.x1 - box.x0) * (box.y1 - box.y0)
+        if area < config.min_area * picture.shape[0] * picture.shape[1]:
+            note = "The face is small: every member sees the whole picture."
+        return crop_square(picture, crop_box(box, config)), note
 
 
 def _shown(kind: str, values: np.ndarray, covered: np.ndarray | None) -> Map:
@@ -227,68 +264,246 @@ def _shown(kind: str, values: np.ndarray, covered: np.ndarray | None) -> Map:
         notes.append("nothing stands out")
     elif covered is not None:
         notes.append(f"{maps.share_outside(values, covered):.0%} outside the face")
-    if kind == "attention":
+    if kind == ATTENTION:
         spread = maps.entropy(torch.from_numpy(values).flatten()).item()
         notes.append(f"{spread:.2f} of {math.log(values.size):.2f} nats")
-    title = {"score_cam": "Score-CAM"}.get(kind) or TITLES.get(kind, kind)
-    return Map(title, values, "; ".join(notes), 1.0 if kind in ABSOLUTE else None)
+    return Map(
+        TITLES[kind], values, "; ".join(notes), 1.0 if kind in ABSOLUTE else None
+    )
 
 
 # ------------------------------------------------------------------------------------------------ drift
 def run_drift(args: argparse.Namespace) -> Path:
     """The whole measurement; the path of its tables."""
-    from tqdm import tqdm
-
     items, dropped = read_manifest(args.data, split=args.split)
     for line in dropped.summary().splitlines():
         _tell(line)
     items = limit_items(items, args.limit, args.seed)
-    ensemble = _load(args)
+    ensemble = _load(args, second_look=False)
     faces = FaceLocator.available()
     if not faces:
-        _tell(
-            "no face detector is installed: members see whole pictures, nothing on backgrounds"
-        )
+        _tell("no face detector is installed: whole pictures, nothing on backgrounds")
+    cam = min(args.cam, len(items))
     settings = drift.Settings(
-        cam=min(args.cam, len(items)),
-        channels=args.channels or None,
-        full=min(args.full, args.cam),
-        seed=args.seed,
-        faces=faces,
+        cam, args.channels, min(args.full_check, cam), args.seed, faces
     )
-    cams = limit_items(items, settings.cam, args.seed) if settings.cam else []
+    cams = limit_items(items, cam, args.seed) if cam else []
     chosen = drift.choose(items, cams, settings)
-    conditions = drift.conditions(args.strengths, args.seed)
-    probes = probe_members(ensemble)
-    passes = {
-        name: drift.passes(p, len(items), chosen, settings, len(conditions))
-        for name, p in probes.items()
-    }
-    _tell(f"{len(items)} pictures under {len(conditions)} conditions")
-    _tell(_cost(probes, passes) + ", degrading and faces not counted")
     args.out.mkdir(parents=True, exist_ok=True)
-    total, disable = sum(passes.values()), args.quiet
-    with tqdm(total=total, unit=" passes", unit_scale=True, disable=disable) as bar:
-        measured = drift.measure_all(
-            ensemble,
-            items,
-            conditions,
-            chosen,
-            settings,
-            args.out / "measured",
-            workers=args.workers,
-            done=bar.update,
-        )
+    measured = _measure(args, ensemble, items, chosen, settings)
     labels = np.array([item.label for item in items])
-    results = {
-        "protocol": _protocol(args, ensemble, items, settings, chosen, measured),
-        "settings": dataclasses.asdict(settings) | {"strengths": args.strengths},
-        "names": [item.name for item in items],
-        **drift.summarise(measured, conditions, ensemble, labels, args.seed),
-    }
-    write_atomically(
-        args.out / "drift.json", json.dumps(results, indent=1, allow_nan=False) + "\n"
+    numbers = drift.summarise(
+        measured,
+        drift.conditions(args.strengths, args.seed),
+        ensemble,
+        labels,
+        args.seed,
     )
+    results = {
+        "protocol": _protocol(args, ensemble, items, settings, measured),
+        "settings": dataclasses.asdict(settings) | {"strengths": args.strengths},
+        "bundle": ensemble.fingerprint(),
+        **numbers,
+    }
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    write_atomically(args.out / "drift.json", text)
     drift_figures.draw_figures(results, args.out)
     write_atomically(args.out / "drift.md", drift_figures.markdown(results))
     return args.out / "drift.md"
+
+
+def _measure(
+    args: argparse.Namespace,
+    ensemble: Ensemble,
+    items: Sequence[Item],
+    chosen: drift.Chosen,
+    settings: drift.Settings,
+) -> dict[str, drift.Arrays]:
+    """All conditions, with the cost before and a bar while it runs."""
+    from tqdm import tqdm
+
+    folder, found = args.out / "measured", drift.conditions(args.strengths, args.seed)
+    places = (ensemble, items)
+    left = [
+        c
+        for c in found
+        if not drift.stored_path(folder, *places, c, chosen, settings).exists()
+    ]
+    probes = probe_members(ensemble)
+    passes = {
+        name: drift.passes(p, len(items), chosen, settings, left)
+        for name, p in probes.items()
+    }
+    kept = len(found) - len(left)
+    _tell(f"{len(items)} pictures under {len(found)} conditions, {kept} of them kept")
+    _tell(f"{_cost(probes, passes)}, degrading pictures and locating faces apart")
+    total = sum(passes.values())
+    with tqdm(total=total, unit=" passes", disable=args.quiet) as bar:
+        settled = {"workers": args.workers, "done": bar.update}
+        return drift.measure_all(*places, found, chosen, settings, folder, **settled)
+
+
+def _protocol(
+    args: argparse.Namespace,
+    ensemble: Ensemble,
+    items: Sequence[Item],
+    settings: drift.Settings,
+    measured: Mapping[str, drift.Arrays],
+) -> dict[str, str]:
+    """How the numbers came to be, line by line."""
+    fakes = sum(item.label for item in items)
+    faces = int((~np.isnan(measured["clean"]["faces"]).any(axis=1)).sum())
+    channels = (
+        "all" if settings.channels is None else f"the {settings.channels} strongest"
+    )
+    votes = ", ".join(f"{n} x{w}" for n, w in ensemble.vote.weights.items() if w)
+    return {
+        "weights": f"{Path(args.weights).name} {ensemble.hash[:12]}: {ensemble.describe()}",
+        "vote": f"{ensemble.vote.mean} of {votes}",
+        "pictures": f"{len(items)} of {args.data.name} ({len(items) - fakes} real, {fakes} fake), "
+        f"split {args.split or 'all rows'}, fingerprint {Pictures.of(items).fingerprint()[:12]}",
+        "degradation": "every op of the engine but the distractor, always, at one strength; drawn from "
+        f"(seed {args.seed}, picture name), so every member sees the same picture",
+        "faces": f"{faces} pictures; the box of the clean picture at every strength",
+        "Score-CAM": f"{settings.cam} pictures, {channels} channels of the last block's first LayerNorm, class fake",
+        "maps judged": f"on the fakes among them, clean; {maps.STEPS} steps, {drift.RANDOM} random maps each",
+        "intervals": f"95 %; means: {drift.DRAWS} bootstrap draws over pictures; CKA: jackknife of {drift.GROUPS} groups",
+    }
+
+
+# ------------------------------------------------------------------------------------------------ entry
+def _load(args: argparse.Namespace, *, second_look: bool) -> Ensemble:
+    ensemble = predict.load_ensemble(
+        args.weights,
+        args.device,
+        exact=args.exact,
+        second_look=second_look,
+        members=args.members and args.members.split(","),
+        batch_size=args.batch_size,
+        report=_tell,
+    )
+    _tell(ensemble.describe())
+    return ensemble
+
+
+def run_pictures(args: argparse.Namespace) -> Path:
+    """Maps of every picture of --input; the page's path."""
+    inputs = [item for item in find_inputs(args.input) if item.kind == "image"]
+    if not inputs:
+        raise InputError(f"{args.input}: no picture in it; videos have no maps")
+    ensemble = _load(args, second_look=True)
+    title = f"What the members looked at: {args.input.name}"
+    settings = {"channels": args.channels, "title": title, "progress": not args.quiet}
+    return explain_pictures(ensemble, inputs, args.out, **settings)
+
+
+def _channels(text: str) -> int | None:
+    if text == "all":
+        return None
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: at least 2 channels, or `all`")
+    return int(text)
+
+
+def _strengths(text: str) -> list[float]:
+    values = sorted({float(part) for part in text.split(",")})
+    if not (0 <= values[0] and values[-1] <= 1):
+        raise argparse.ArgumentTypeError(f"{text}: strengths lie in [0, 1]")
+    return values
+
+
+def _count(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m solution.explain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    pictures = commands.add_parser("pictures", help="maps of pictures, as a page")
+    pictures.add_argument(
+        "--input", type=Path, required=True, help="folder, picture, or .txt"
+    )
+    measure = commands.add_parser(
+        "drift", help="what degradation does to maps and features"
+    )
+    add = measure.add_argument
+    add("--data", type=Path, required=True, help="manifest: CSV, JSON, or a folder")
+    add("--split", help="rows of this split only (default: all)")
+    add(
+        "--limit",
+        type=_count,
+        default=0,
+        help="pictures, drawn from each source and label (default: all)",
+    )
+    add(
+        "--strengths",
+        type=_strengths,
+        default=list(STRENGTHS),
+        help="such as 0,.5,1 (default: 0,.1,..1)",
+    )
+    add("--cam", type=_count, default=32, help="pictures with Score-CAM (default: 32)")
+    add(
+        "--full-check",
+        type=_count,
+        default=4,
+        metavar="N",
+        help="of these, compared with the pass over all channels (default: 4)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=7,
+        help="of the degradation and every draw (default: 7)",
+    )
+    add("--workers", type=_count, default=0, help="loader processes (default: 0)")
+    for command in (pictures, measure):
+        add = command.add_argument
+        add("--weights", required=True, help="a bundle")
+        add("--out", type=Path, required=True, help="folder for what comes out")
+        add(
+            "--channels",
+            type=_channels,
+            default=maps.CHANNELS,
+            metavar="K",
+            help=f"of Score-CAM: the strongest K, or all (default: {maps.CHANNELS})",
+        )
+        add("--members", help="comma-separated (default: all of the bundle)")
+        add("--device", default="auto")
+        add(
+            "--batch-size",
+            type=int,
+            help="views computed at once (default: by the towers' size)",
+        )
+        add("--exact", action="store_true", help="float32 throughout")
+        add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 done, 2 usage or unreadable data, 3 environment or weights, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        print(run_drift(args) if args.command == "drift" else run_pictures(args))
+    except (ManifestError, InputError, EvaluationError, UnreadableInput) as error:
+        print(f"explain: {error}", file=sys.stderr)
+        return 2
+    except (WeightsError, ConfigError, OSError) as error:
+        print(f"explain: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted; drift goes on from here by the same command",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -50,7 +50,10 @@ class MemberView:
 
 @dataclass(frozen=True)
 class Explained:
-    """One picture. face: its box (x0, y0, x1, y1) in px; crop: the face crop; `joint`: the members' maps in one (H, W)."""
+    """One picture. face: its box (x0, y0, x1, y1) in px; crop: the face crop; joint: the members' maps in one (H, W).
+
+    note: on the face; joint_note: on the joint map.
+    """
 
     name: str
     score: float
@@ -58,6 +61,7 @@ class Explained:
     picture: np.ndarray
     face: tuple[float, float, float, float] | None
     crop: np.ndarray | None
+    note: str
     joint: np.ndarray
     joint_note: str
     members: Sequence[MemberView]
@@ -241,7 +245,7 @@ def _card(
         "score": f"{shown.score:.3f}",
         "verdict": shown.verdict,
         "thumbnail": thumbnail,
-        "note": "" if shown.crop is not None else "No face was found.",
+        "note": shown.note,
         "sources": [{"title": t, "uri": _uri(p), "note": n} for t, p, n in sources],
         "members": [_member(m) for m in shown.members],
     }
