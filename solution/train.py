@@ -12,12 +12,15 @@ import contextlib
 import json
 import math
 import os
+import platform
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +197,10 @@ def processes(device: torch.device) -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(hours=12),  # the others wait while rank 0 validates
+    )
     try:
         yield World(torch.distributed.get_rank(), torch.distributed.get_world_size())
     finally:
@@ -659,6 +665,30 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def commit() -> str:
+    """The commit of this checkout, with `+` when its files differ from it; empty outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:  # no git here
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def processor() -> str:
+    """The processor's name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run:
     """Everything before the first step: config, data, faces, towers, member."""
     config = override(preset(args.preset, args.member), args.set)
@@ -691,6 +721,8 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
     torch.manual_seed(config.train.seed + 1000 * (world.rank + 1))
     provenance = {
         "command": shlex.join(["python", "-m", "solution.train", *sys.argv[1:]]),
+        "commit": commit(),
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "device": str(device),
         "processes": world.size,
