@@ -181,7 +181,7 @@ class Explainer:
             MemberView(
                 name,
                 ensemble.vote.weights.get(name, 0),
-                row.levels[name],
+                row.level[name],
                 row.p_fake[name],
                 seen.views[ensemble.view_of[name]],
                 [_shown(kind, m, look.covered) for kind, m in look.maps.items()],
