@@ -156,10 +156,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.doctor:
         from solution import doctor
 
-        return doctor.main(
-            ["--weights", args.weights]
-            + ([] if args.device == "auto" else ["--device", args.device])
-        )
+        given = [] if args.weights == str(SHIPPED) else ["--weights", args.weights]
+        given += [] if args.device == "auto" else ["--device", args.device]
+        return doctor.main(given)
     if not args.selftest and not (args.input and args.out):
         p.error("--input and --out are needed (or --selftest, or --doctor)")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
@@ -460,25 +459,21 @@ def verdicts(args, ensemble, journal, indices, scores, counts):
 def run_record(args, ensemble, bundle, journal) -> dict:
     """What PREDS.run.json says of how the scores came to be."""
     import platform
-    from importlib import metadata
+
+    import cv2
+    import numpy
+    import PIL
+    import torch
+    import transformers
 
     from solution.config import to_dict
 
-    packages = (
-        "torch",
-        "torchvision",
-        "transformers",
-        "open_clip_torch",
-        "peft",
-        "numpy",
-        "opencv-python-headless",
-        "pillow",
-    )
+    libraries = torch, transformers, numpy, cv2, PIL
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in packages},
+            **{library.__name__: library.__version__ for library in libraries},
         },
         "weights": {"name": bundle.name, "hash": bundle.hash, "files": bundle.files},
         **({"shard": f"{args.shard[0]}/{args.shard[1]}"} if args.shard else {}),
@@ -515,9 +510,8 @@ def write_report(args, ensemble, inputs) -> None:
 
 def explain(args, ensemble, inputs) -> None:
     """Maps for the pictures with the highest scores, in PREDS.explain/."""
-    from solution.explain import explain_pictures
-
     from solution import submission
+    from solution.explain import explain_pictures
 
     scores = submission.read_scores(args.out)
     pictures = [i for i in inputs if i.kind == "image" and i.name in scores]

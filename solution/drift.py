@@ -256,10 +256,11 @@ class Measurement:
         if self.chosen.cam[rows].any():
             channels = maps.channel_maps(member, sight)
         for i, row in enumerate(range(rows.start, rows.stop)):
-            found = {kind: m[i].cpu().numpy() for kind, m in batch.items()}
+            found = {}
             if self.chosen.cam[row]:
                 count = self.settings.channels
                 found[CAM] = self._cam(member, views[i], channels[i], count)
+            found |= {kind: m[i].cpu().numpy() for kind, m in batch.items()}
             self._masses(name, row, found, seen[i].rects[place])
             if self.clean and self.chosen.judged[row]:
                 self._judge(name, row, views[i], found)
@@ -414,10 +415,7 @@ def _hsic(k: np.ndarray, m: np.ndarray) -> float:
 
 
 def likeness(features: Mapping[str, np.ndarray], seed: int) -> list[dict[str, Any]]:
-    """CKA of every two members and of each with the others (mean), with 95 % jackknife intervals over GROUPS groups.
-
-    Where two have features of one width, their mean cosine is given too (the paper's measure between streams).
-    """
+    """CKA of every two members and of each with the others (mean), with 95 % jackknife intervals over GROUPS groups."""
     names = list(features)
     if len(names) < 2 or len(features[names[0]]) < 8:
         return []
@@ -445,12 +443,8 @@ def likeness(features: Mapping[str, np.ndarray], seed: int) -> list[dict[str, An
         error = np.sqrt((len(left) - 1) * without.var())
         if not np.isfinite([value, error]).all():
             continue  # too few pictures, or features that do not vary
-        row = {"who": who, "mean": value, "n": len(order)}
-        row |= {"low": value - 1.96 * error, "high": value + 1.96 * error}
-        a, _, b = who.partition(" & ")
-        if b and features[a].shape == features[b].shape:
-            row["cosine"] = float(np.mean(cosine(features[a], features[b])))
-        rows.append(row)
+        row = {"who": who, "mean": value, "low": value - 1.96 * error}
+        rows.append(row | {"high": value + 1.96 * error, "n": len(order)})
     return rows
 
 
@@ -521,6 +515,10 @@ def _quantities(
     for kind in (CAM, ATTENTION, UNIFORM):
         quantity = f"outside_{kind}"
         yield quantity, ENSEMBLE, _of_vote(arrays, quantity, ensemble)
+    for a, b in itertools.combinations(ensemble.members, 2):
+        both = [arrays[f"{name}|features"] for name in (a, b)]
+        if both[0].shape == both[1].shape:  # the paper's measure between streams
+            yield "cosine_between", f"{a} & {b}", cosine(*both)
     p_clean = _scores(clean, ensemble)
     for who, p in _scores(arrays, ensemble).items():
         for label, word in enumerate(("real", "fake")):

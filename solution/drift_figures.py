@@ -40,6 +40,7 @@ PANELS = {
 }
 TABLES = {
     **{quantity: title for quantity, (title, _) in PANELS.items()},
+    "cosine_between": "Cosine between members whose features have one width",
     "outside_query_attention": "Query attention outside the face",
     "outside_localization": "Localisation outside the face",
     "outside_vla": "Likeness to the fake sentence outside the face",
@@ -160,31 +161,33 @@ def _panel(axes: Any, rows: Rows, quantity: str, colours: Mapping[str, Any]) -> 
     axes.set_title(title)
     strengths = sorted({r["strength"] for r in rows if r["strength"] is not None})
     first = strengths[0] if strengths else 0.0
-    at_clean = first - 0.12
+    at_clean, shown = first - 0.16, _of(rows, quantity)
+    with_clean = any(r["strength"] is None for points in shown.values() for r in points)
     even = _of(rows, f"outside_{UNIFORM}") if quantity.startswith("outside") else {}
-    for who, points in _of(rows, quantity).items():
+    for who, points in shown.items():
         colour = _colour(who, colours)
+        aside = 0.015 * (_place(who) - len(MEMBERS) / 2)
         curve = [r for r in points if r["strength"] is not None]
         x = [r["strength"] for r in curve]
         low, high = ([r[side] for r in curve] for side in ("low", "high"))
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
         width = 2.0 if who == ENSEMBLE else 1.4
         axes.plot(x, [r["mean"] for r in curve], color=colour, linewidth=width)
         for r in points:
             if r["strength"] is None:
                 reach = [[r["mean"] - r["low"]], [r["high"] - r["mean"]]]
-                style = {"color": colour, "markersize": 4, "linewidth": 1.2}
-                axes.errorbar([at_clean], [r["mean"]], reach, fmt="o", **style)
+                style = {"color": colour, "markersize": 3.5, "linewidth": 1.1}
+                axes.errorbar([at_clean + aside], [r["mean"]], reach, fmt="o", **style)
     for who, points in even.items():
         x = [at_clean if r["strength"] is None else r["strength"] for r in points]
         y = [r["mean"] for r in points]
         style = {"linewidth": 0.9, "linestyle": (0, (2, 2)), "alpha": 0.7}
         axes.plot(x, y, color=_colour(who, colours), zorder=1, **style)
-    ticks = [
-        at_clean,
-        *(s for i, s in enumerate(strengths) if len(strengths) < 8 or i % 2 == 0),
-    ]
-    axes.set_xticks(ticks, ["clean", *(f"{s:g}" for s in ticks[1:])])
+    every = 1 if len(strengths) < 8 else 2
+    ticks = {s: f"{s:g}" for s in strengths[::every]}
+    if with_clean:
+        ticks = {at_clean: "clean"} | ticks
+    axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set_xlabel("strength of the degradation")
     axes.set_ylabel(unit)
     axes.locator_params(axis="y", nbins=5)
@@ -195,14 +198,15 @@ def _margins(results: Mapping[str, Any], colours: Mapping[str, Any]) -> Any:
 
     kinds = [r for r in results["judged"] if r["map"] != "random"]
     labels = list(dict.fromkeys((r["who"], r["map"]) for r in kinds))
-    figure = Figure(figsize=(9.9, 0.26 * len(labels) + 1.1), layout="constrained")
+    figure = Figure(figsize=(9.9, 0.24 * len(labels) + 1.1), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     titles = {
-        "deletion": "Deletion: area less that of random maps (left is better)",
-        "insertion": "Insertion: area less that of random maps (right is better)",
+        "deletion": "Deletion (left is better)",
+        "insertion": "Insertion (right is better)",
     }
     for axes, (area, title) in zip(panels, titles.items()):
         axes.set_title(title)
+        axes.set_xlabel("area under P(fake), less that of random maps")
         axes.axvline(0, color=colours["muted"], linewidth=0.8)
         for row in kinds:
             if row["area"] == area:

@@ -27,7 +27,7 @@ from solution import drift, drift_figures, maps, predict
 from solution.backbones import WeightsError
 from solution.config import ConfigError
 from solution.data import Item, ManifestError, read_manifest
-from solution.drift import ATTENTION, CAM, locators_of, see
+from solution.drift import ATTENTION, CAM, Seen, locators_of, see
 from solution.evaluate import limit_items
 from solution.explain_page import Explained, Map, MemberView, Pages
 from solution.faces import FaceLocator, crop_box, crop_square
@@ -37,6 +37,7 @@ from solution.images import (
     UnreadableInput,
     decode_image,
     find_inputs,
+    resize_image,
 )
 from solution.journal import Scored
 from solution.measure import EvaluationError, Pictures
@@ -45,9 +46,10 @@ from solution.records import FaceBox
 from solution.submission import write_atomically
 from solution.vote import decide
 
-MARGIN = (
-    1.5  # of a stated time over the measured speed: drawing, decoding, a busy machine
-)
+# Of a stated time over the measured speed: a busy machine.
+MARGIN = 1.5
+DRAWING = 0.1  # seconds a picture
+DRAWN = 440  # px, longer side of a picture on a page
 STRENGTHS = tuple(round(0.1 * k, 1) for k in range(11))  # the paper's
 TITLES = {
     CAM: "Score-CAM",
@@ -87,11 +89,13 @@ def explain_pictures(
     faces = FaceLocator.available()
     if not faces:
         report("no face detector is installed: no face crops, nothing on backgrounds")
-    probes = probe_members(ensemble)
-    per = {n: 1 + min(channels or p.width, p.width) for n, p in probes.items()}
-    report(_cost(probes, {n: len(items) * count for n, count in per.items()}))
-    pages = Pages(out, title, len(items), _facts(ensemble, channels, len(items)))
     explainer = Explainer(ensemble, channels, faces=faces)
+    probes = probe_members(ensemble)
+    # One pass for the score, one for attention, and those of Score-CAM.
+    per = {n: 2 + min(channels or p.width, p.width) for n, p in probes.items()}
+    passes = {n: len(items) * count for n, count in per.items()}
+    report(_cost(probes, passes, len(items) * _other_seconds(explainer, items)))
+    pages = Pages(out, title, len(items), _facts(ensemble, channels, len(items)))
     begun = time.monotonic()
     for item in tqdm(items, unit="picture", desc="maps", disable=not progress):
         try:
@@ -112,9 +116,24 @@ def probe_members(ensemble: Ensemble) -> dict[str, maps.Probe]:
         }
 
 
-def _cost(probes: Mapping[str, maps.Probe], passes: Mapping[str, int]) -> str:
-    """Forward passes, exactly, and the time they take at most."""
-    seconds = MARGIN * sum(probes[n].seconds * count for n, count in passes.items())
+def _other_seconds(explainer: Explainer, items: Sequence[Input]) -> float:
+    """What a picture takes beside its forward passes, by the first that can be read."""
+    for item in items:
+        begun = time.perf_counter()
+        try:
+            explainer.prepare(item)
+        except UnreadableInput:
+            continue
+        return time.perf_counter() - begun + DRAWING
+    return 0.0
+
+
+def _cost(
+    probes: Mapping[str, maps.Probe], passes: Mapping[str, int], other: float = 0.0
+) -> str:
+    """Forward passes at most, and the time that they and `other` seconds of work take at most."""
+    busy = sum(probes[n].seconds * count for n, count in passes.items())
+    seconds = MARGIN * (busy + other)
     each = ", ".join(f"{n} {count:,}" for n, count in passes.items())
     return f"cost: {sum(passes.values()):,} forward passes ({each}), at most {_spoken(seconds)} here"
 
@@ -161,9 +180,8 @@ class Explainer:
         Raises:
             UnreadableInput: it cannot be read.
         """
-        picture = decode_image(item.path)
+        picture, seen = self.prepare(item)
         ensemble = self.ensemble
-        seen = see(picture, ensemble.views, self.locators)
         face = None if np.isnan(seen.face).any() else tuple(seen.face.tolist())
         views = [
             torch.from_numpy(v).permute(2, 0, 1)[None].to(ensemble.device)
@@ -175,7 +193,9 @@ class Explainer:
             for name, place in ensemble.view_of.items()
         }
         crop, note = self._crop(picture, face)
-        joint, joint_note = self._joint(looks, picture.shape[:2])
+        scale = min(1.0, DRAWN / max(picture.shape[:2]))
+        size = [max(1, round(scale * n)) for n in picture.shape[:2]]
+        joint, joint_note = self._joint(looks, scale, size)
         verdict = str(decide(np.array([row.score]), ensemble.vote)[0])
         members = [
             MemberView(
@@ -192,14 +212,19 @@ class Explainer:
             item.name,
             row.score,
             verdict,
-            picture,
-            face,
+            resize_image(picture, size[1], size[0]),
+            face and tuple(scale * v for v in face),
             crop,
             note,
             joint,
             joint_note,
             members,
         )
+
+    def prepare(self, item: Input) -> tuple[np.ndarray, Seen]:
+        """The picture, and what the members see of it."""
+        picture = decode_image(item.path)
+        return picture, see(picture, self.ensemble.views, self.locators)
 
     def _verdict(self, name: str, views: list[torch.Tensor]):
         """The row of the sidecar, as scoring makes it, second looks included."""
@@ -225,15 +250,18 @@ class Explainer:
         return Look(by_kind, tuple(rect), covered)
 
     def _joint(
-        self, looks: Mapping[str, Look], size: tuple[int, int]
+        self, looks: Mapping[str, Look], scale: float, size: Sequence[int]
     ) -> tuple[np.ndarray, str]:
-        """The Score-CAMs of all members on the picture (H, W), each of mass one, by their votes; and a note."""
+        """The Score-CAMs of all members on the picture, each of mass one, by their votes; and a note.
+
+        size: (H, W) of the result, `scale` times the picture.
+        """
         joint, total, outside = np.zeros(size, np.float32), 0, 0.0
         for name, look in looks.items():
             votes, cam = self.ensemble.vote.weights.get(name, 0), look.maps[CAM]
             if not votes or cam.sum() == 0:
                 continue
-            laid = maps.place(cam, look.rect, size)
+            laid = maps.place(cam, tuple(scale * v for v in look.rect), tuple(size))
             joint += votes * laid / max(float(laid.sum()), 1e-12)
             total += votes
             if look.covered is not None:

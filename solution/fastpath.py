@@ -28,9 +28,15 @@ MERGED_BYTES = {"cpu": 1 << 28, "cuda": 8 << 30}
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`: the GPU when there is one, else the CPU; otherwise the device of that name."""
+    """`auto`: a GPU when there is one, else the CPU; otherwise the device of that name.
+
+    Ranks that torchrun starts on one machine take one GPU each.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.device_count() > 1:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        name = f"cuda:{local % torch.cuda.device_count()}"
     return torch.device(name)
 
 

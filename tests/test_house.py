@@ -34,6 +34,7 @@ ORDER = [
     "published",
     "weights",
     "journal",
+    "fastpath",
     "predict",
     "train",
     "localize",
@@ -42,8 +43,13 @@ ORDER = [
     "evaluate",
     "fit",
     "assemble",
+    "maps",
+    "drift",
+    "drift_figures",
+    "explain_page",
     "explain",
     "doctor",
+    "throughput",
     "benchmark",
 ]
 
