@@ -19,7 +19,7 @@ if [[ ${1:-} == --smoke ]]; then
   OUT=${OUT:-runs/smoke} PRESET=tiny
   "$python" tests/make_smoke_data.py --out "$OUT/data" # seeded drawings, half of them with a pasted patch
   DATA=$OUT/data/manifest.csv
-  EXTRA="--random-towers --workers 0 ${EXTRA:-}"
+  EXTRA="--workers 0 ${EXTRA:-}"
 elif [[ $# -gt 0 ]]; then
   echo "train.sh: unknown argument $1; it takes its settings from variables, see its first lines" >&2
   exit 2
@@ -31,7 +31,7 @@ OUT=${OUT:-runs/$PRESET}
 MEMBERS=${MEMBERS:-global face fusion qtfp vlaforge}
 run=("$python")
 if [[ ${NPROC:-1} -gt 1 ]]; then
-  run=(torchrun --standalone --nproc-per-node "$NPROC")
+  run=("$python" -m torch.distributed.run --standalone --nproc-per-node "$NPROC")
 fi
 
 for member in $MEMBERS; do
@@ -45,13 +45,20 @@ for member in $MEMBERS; do
         from=(--tower "compact-dinov2-s14=$OUT/towers/compact-dinov2-s14.safetensors")
       fi
       ;;
+    tiny)
+      if [[ $member == global ]]; then
+        from=(--random-towers)
+      else
+        from=(--tower "tiny-dinov2=$OUT/towers/tiny-dinov2.safetensors")
+      fi
+      ;;
     giant)
       if [[ $member == fusion ]]; then from=(--start-from "$OUT/global"); fi
       ;;
   esac
   # shellcheck disable=SC2086
   "${run[@]}" -m solution.train --member "$member" --preset "$PRESET" --data "$DATA" --out "$OUT" \
-    --set "train.seed=${SEED:-0}" "${from[@]}" ${EXTRA:-}
+    --set "train.seed=${SEED:-0}" ${from[@]+"${from[@]}"} ${EXTRA:-}
 done
 
 "$python" -m solution.assemble --members "$OUT" --names "${MEMBERS// /,}" --data "$DATA" --out "$OUT/bundle"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from solution.calibration import Calibrator
 from solution.config import ConfigError, DegradationConfig, VoteConfig
 from solution.data import ManifestError, read_manifest
 from solution.fit import fit_ensemble
+from solution.images import UnreadableInput
 from solution.submission import write_atomically
 
 
@@ -34,6 +36,7 @@ def assemble(
     device: str = "auto",
     workers: int = 1,
     licence: str = "other",
+    base_model: tuple[str, ...] = (),
     limit: int = 0,
     progress: bool = True,
 ) -> dict:
@@ -47,6 +50,8 @@ def assemble(
     if limit and len(items) > limit:
         order = np.random.default_rng(0).permutation(len(items))
         items = [items[i] for i in sorted(order[:limit])]
+    final, out = out, out.with_name(f"{out.name}.part")
+    shutil.rmtree(out, ignore_errors=True)
     # A first, uncalibrated bundle: scoring goes the way that every submission goes.
     plain = VoteConfig(dict.fromkeys(names, 1))
     bundle = write_bundle(
@@ -55,6 +60,7 @@ def assemble(
         plain,
         {n: Calibrator() for n in names},
         source=members,
+        name=final.name,
         licence=licence,
     )
     ensemble = predict.load_ensemble(str(out), device=device)
@@ -81,12 +87,17 @@ def assemble(
         names,
         vote,
         calibrators,
+        name=final.name,
         licence=licence,
+        base_model=base_model,
         data=f"fitted on {what}",
         report=comparison,
     )
     weights.add_golden(bundle)
     write_atomically(out / "validation.json", json.dumps(comparison, indent=1) + "\n")
+    if final.exists():
+        shutil.rmtree(final)
+    out.rename(final)
     return comparison
 
 
@@ -134,13 +145,14 @@ def main(argv: list[str] | None = None) -> int:
             device=args.device,
             workers=args.workers,
             licence=args.licence,
+            base_model=tuple(args.base_model),
             limit=args.limit,
             progress=not args.quiet,
         )
-    except (ConfigError, ManifestError) as error:
+    except (ConfigError, ManifestError, ValueError) as error:
         print(f"assemble: {error}", file=sys.stderr)
         return 2
-    except WeightsError as error:
+    except (WeightsError, UnreadableInput) as error:
         print(f"assemble: {error}", file=sys.stderr)
         return 3
     print(json.dumps(comparison, indent=1))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import zlib
 from collections import Counter, defaultdict
@@ -85,7 +86,8 @@ def read_manifest(
     """The pictures of a manifest, in its order, and a report of the rows left out.
 
     source: a CSV (`path,label[,source,split,generator,mask,video]`, paths relative to it), a folder with `real/` and
-    `fake/`, or a DeepfakeBench JSON. split: keep only rows of that split (rows without one are kept).
+    `fake/`, or a DeepfakeBench JSON (in the folder its frames are relative to). split: keep only rows of that split; of
+    rows that name none, a tenth of the videos or pictures, by name, is `val` and the rest `train`.
     videos: keep rows whose path is a video file too; a row is otherwise a picture.
 
     Raises:
@@ -108,7 +110,7 @@ def read_manifest(
         )
     items, report, seen = [], DropReport(), set()
     for item in rows:
-        if split is not None and item.split not in ("", split):
+        if split is not None and split != (item.split or _held_out(item)):
             continue
         suffix = item.path.suffix.lower()
         if suffix not in IMAGE_SUFFIXES and not videos:
@@ -128,8 +130,13 @@ def read_manifest(
     return items, report
 
 
+def _held_out(item: Item) -> str:
+    """The split of a row that names none: a tenth of the videos (or pictures), by name, is held out as `val`."""
+    return "val" if stable_seed(item.video or item.name) % 10 == 0 else "train"
+
+
 def _csv_rows(source: Path) -> Iterator[Item]:
-    with source.open(newline="", encoding="utf-8") as file:
+    with source.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         missing = {"path", "label"} - set(reader.fieldnames or ())
         if missing:
@@ -141,6 +148,8 @@ def _csv_rows(source: Path) -> Iterator[Item]:
                 k: row.get(k) or ""
                 for k in ("source", "split", "generator", "video", "mask")
             }
+            if not row["path"] or not row["label"]:
+                raise ManifestError(f"{source}, line {number}: no path or no label")
             label = _label(row["label"], f"{source}, line {number}")
             if extra["mask"] not in ("", "whole"):
                 extra["mask"] = str(source.parent / extra["mask"])
@@ -169,7 +178,10 @@ def _folder_rows(source: Path) -> Iterator[Item]:
 
 def _deepfakebench_rows(source: Path) -> Iterator[Item]:
     """dataset -> label -> split -> [compression] -> video -> {label, frames}; frames relative to the JSON's folder."""
-    tree = json.loads(source.read_text(encoding="utf-8"))
+    try:
+        tree = json.loads(source.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ManifestError(f"{source}: no JSON ({error})") from None
     for dataset, labels in tree.items():
         for label_name, splits in labels.items():
             for split, videos in splits.items():
@@ -185,8 +197,9 @@ def _deepfakebench_videos(
         if "frames" not in entry:  # one more level: compression
             yield from _deepfakebench_videos(source, dataset, label_name, split, entry)
             continue
-        # DeepfakeBench labels are names such as FF-real, CelebDFv2_fake, or a generator's: real says so.
-        label = 0 if "real" in str(entry.get("label", label_name)).lower() else 1
+        # DeepfakeBench labels are names such as FF-real, DFDC_Real or a generator's; WhichisReal is one of those.
+        words = re.split(r"[^a-z0-9]+", str(entry.get("label", label_name)).lower())
+        label = 0 if words[-1] == "real" else 1
         for frame in entry["frames"]:
             name = frame.replace("\\", "/")
             path = Path(name) if Path(name).is_absolute() else source.parent / name

@@ -46,12 +46,13 @@ class InputError(ValueError):
 class UnreadableInput(Exception):
     """One picture or video that cannot be read: `path`, and `reason` (what was found, what was expected)."""
 
-    def __init__(self, path: Path | str, reason: str) -> None:
+    def __init__(self, path: Path | str, reason: str = "") -> None:
+        # A loader's worker hands on its message alone, as the first argument.
         super().__init__(path, reason)  # both, so that it survives pickling to and fro
         self.path, self.reason = Path(path), reason
 
     def __str__(self) -> str:
-        return f"{printable(str(self.path))}: {self.reason}"
+        return ": ".join(filter(None, (printable(str(self.path)), self.reason)))
 
 
 class Input(NamedTuple):

@@ -159,7 +159,10 @@ def save_member(
 
 def _pack(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     tensor = tensor.detach().cpu().contiguous()
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if not tensor.is_floating_point():
+        return tensor
+    packed = tensor.to(dtype)
+    return packed if packed.isfinite().all() else tensor  # beyond float16's range
 
 
 def read_config(folder: Path) -> MemberConfig:

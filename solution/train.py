@@ -59,6 +59,7 @@ from solution.data import (
     plan_epoch,
     read_manifest,
     select,
+    stable_seed,
     training_loader,
     validation_loader,
 )
@@ -288,7 +289,17 @@ class Run:
 
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch; the last one may gather fewer micro-batches."""
-        return math.ceil(len(self.epoch_plan(0)) / self.config.train.accumulate)
+        return math.ceil(len(self.epoch_plan(0)) / self.gather)
+
+    @property
+    def gather(self) -> int:
+        """Micro-batches of this process an optimizer step: the processes share the configured accumulation."""
+        accumulate = self.config.train.accumulate
+        if accumulate > 1 and accumulate % self.world.size:
+            raise ConfigError(
+                f"train.accumulate {accumulate} is no multiple of the {self.world.size} processes that share it"
+            )
+        return max(1, accumulate // self.world.size)
 
     # -- run
     def run(self) -> dict[str, Any]:
@@ -352,7 +363,7 @@ class Run:
     ) -> None:
         epoch = first_epoch + self.state["step"] // per_epoch
         done = self.state["step"] % per_epoch
-        gather = self.config.train.accumulate
+        gather = self.gather
         plan = self.epoch_plan(epoch)[done * gather :]
         views = TrainingViews(
             self.items, self.config, self.faces, self.config.train.seed
@@ -383,6 +394,7 @@ class Run:
             rate = self.state["pictures"] / self.state["seconds"]
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {rate:.1f} images/s")
             bar.update()
+            self._agree_on_stopping()
             self._between_steps(optimizer, per_epoch, total)
             if self.stopping or self.state["step"] >= total:
                 return
@@ -433,6 +445,13 @@ class Run:
         with torch.no_grad():
             line |= self.member.after_step(output, batch)
         return line | {"pictures": pictures}
+
+    def _agree_on_stopping(self) -> None:
+        """One process that was told to stop stops all, at the same step."""
+        if self.world.size > 1:
+            flag = torch.tensor([float(self.stopping)], device=self.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.stopping = bool(flag.item())
 
     def _between_steps(self, optimizer, per_epoch: int, total: int) -> None:
         """Validate and save where it is due."""
@@ -583,6 +602,8 @@ def start_from(member: Member, folder: Path) -> None:
     """Copy the adapter of a trained member (fusion starts from the trained global stream)."""
     from safetensors.torch import load_file
 
+    if not (folder / "model.safetensors").is_file():
+        raise WeightsError(f"{folder}: no model.safetensors; train that member first")
     given = {
         k: t
         for k, t in load_file(folder / "model.safetensors").items()
@@ -695,29 +716,46 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
     torch.manual_seed(config.train.seed + world.rank)
     folder = args.out / config.name
     if args.restart and world.leads:
-        for name in ("checkpoint.pt", "metrics.jsonl"):
+        for name in ("checkpoint.pt", "metrics.jsonl", "model.safetensors"):
             (folder / name).unlink(missing_ok=True)
     items, report = read_manifest(args.data, split="train")
     items, capped = select(items, config.sampling, config.train.seed)
     validation, _ = read_manifest(args.data, split="val")
+    if len({item.label for item in validation}) < 2:
+        raise ManifestError(
+            f"{args.data}: the val split needs real and fake pictures, found {len(validation)} of one class"
+        )
     if args.validation_limit and len(validation) > args.validation_limit:
         order = np.random.default_rng(config.train.validation_seed).permutation(
             len(validation)
         )
         validation = [validation[i] for i in sorted(order[: args.validation_limit])]
     sources = dict(text.partition("=")[::2] for text in args.tower)
+    towers = tower_configs([config]).values()
+    known = {t.name for t in towers} | {t.source.partition(":")[2] for t in towers}
+    if unknown := set(sources) - known:
+        raise ConfigError(
+            f"--tower {', '.join(sorted(unknown))}: {config.name} has no such tower; it has {', '.join(sorted(known - {''}))}"
+        )
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     member = build_member(
         config, make_towers(config, sources, random=args.random_towers)
     )
     if args.start_from is not None:
         start_from(member, args.start_from)
-    needs_faces = config.view.source == "face" or config.augment.self_blend_p > 0
-    faces = (
-        locate_faces(items, config, args.out / "faces.jsonl", progress=not args.quiet)
-        if needs_faces
-        else {}
-    )
+    faces = {}
+    if (
+        config.view.source == "face"
+        or config.augment.self_blend_p
+        or config.name == "vlaforge"
+    ):
+        settings = json.dumps([to_dict(config.face), str(args.data.resolve())])
+        cache = args.out / f"faces-{stable_seed(settings):08x}.jsonl"
+        if world.leads:
+            faces = locate_faces(items, config, cache, progress=not args.quiet)
+        if world.size > 1:
+            torch.distributed.barrier()
+            faces = locate_faces(items, config, cache, progress=False)
     torch.manual_seed(config.train.seed + 1000 * (world.rank + 1))
     provenance = {
         "command": shlex.join(["python", "-m", "solution.train", *sys.argv[1:]]),

@@ -105,6 +105,28 @@ def test_folder_and_deepfakebench_manifests(tmp_path):
     assert report.dropped == [("frames/002.png", "file is missing")]
 
 
+def test_rows_without_a_split_are_never_in_both(tmp_path):
+    for index in range(60):
+        save(tmp_path / ("real", "fake")[index % 2] / f"{index}.png")
+    train, val = (
+        {i.name for i in read_manifest(tmp_path, split=s)[0]} for s in ("train", "val")
+    )
+    assert not train & val and len(train | val) == 60 and 1 <= len(val) <= 15
+
+
+def test_a_generator_called_whichisreal_is_fake(tmp_path):
+    save(tmp_path / "a.png")
+    for name, label in [
+        ("whichisreal_Fake", 1),
+        ("DFDC_Real", 0),
+        ("FF-real", 0),
+        ("FF-DF", 1),
+    ]:
+        tree = {"D": {name: {"test": {"v": {"label": name, "frames": ["a.png"]}}}}}
+        (tmp_path / "b.json").write_text(json.dumps(tree))
+        assert read_manifest(tmp_path / "b.json")[0][0].label == label
+
+
 @pytest.mark.parametrize(
     "rows, header, message",
     [
