@@ -87,14 +87,19 @@ def fit_ensemble(
         for name, fitted in calibrators.items()
     }
     vote = VoteConfig(search.weights, step=step, mean=mean, false_alarm=false_alarm)
+    held = _held_out(logits, known, vote, options, folds, seed)
+    chosen = _chosen(held["scores"], known, mean)
+    if chosen == "equal votes":
+        vote = dataclasses.replace(vote, weights=dict.fromkeys(logits, 1))
+    held["fake"] = held["fake"][chosen]
     scores = combine(_applied(calibrators, logits), vote)
     threshold = threshold_at_false_alarm(known.labels, scores, false_alarm)
     band = unsure_band(scores, threshold, unsure_share)
     vote = dataclasses.replace(vote, threshold=threshold, unsure=band)
-    held = _held_out(logits, known, vote, options, folds, seed)
     comparison = _comparison(logits, known, held, seed, draws)
     comparison["at_threshold"]["asked"] = false_alarm
     comparison["search"] = {**search._asdict(), **options}
+    comparison["chosen"] = chosen
     return calibrators, vote, comparison
 
 
@@ -149,13 +154,14 @@ def _held_out(
     seed: int,
 ) -> dict[str, Any]:
     """Every member and every way of voting on pictures that neither fitted nor chose anything: `p` and `scores` (R,) by
-    name, `fake` (R,) bool verdicts at the threshold, and each fold's `weights`."""
+    name, `fake` (R,) bool verdicts at the threshold by the way the votes were found, and each fold's `weights`."""
     count = len(known.labels)
     ways = [way for way in WAYS if way != "levels_rounded" or vote.step in (0.1, 0.01)]
     names = [*ways, "equal votes", "best single"]
     scores = {name: np.empty(count) for name in names}
     p = {name: np.empty(count) for name in logits}
-    fake, weights = np.empty(count, dtype=bool), []
+    fake = {way: np.empty(count, dtype=bool) for way in ("search", "equal votes")}
+    weights = []
     parts = calibration.split(known.labels, known.groups, folds=folds, seed=seed)
     for train, held in parts:
         of_train = {name: x[train] for name, x in logits.items()}
@@ -169,14 +175,25 @@ def _held_out(
         for way in ways:
             config = VoteConfig(search.weights, step=vote.step, mean=way)
             scores[way][held] = combine(p_held, config)
-        equal = VoteConfig(dict.fromkeys(logits, 1), step=vote.step)
+        equal = VoteConfig(dict.fromkeys(logits, 1), step=vote.step, mean=vote.mean)
         scores["equal votes"][held] = combine(p_held, equal)
         scores["best single"][held] = p_held[_best_single(p_train, at_train)]
-        config = VoteConfig(search.weights, step=vote.step, mean=vote.mean)
-        votes = combine(p_train, config)
-        at = threshold_at_false_alarm(at_train.labels, votes, vote.false_alarm)
-        fake[held] = combine(p_held, config) >= at
+        sought = VoteConfig(search.weights, step=vote.step, mean=vote.mean)
+        for way, config in (("search", sought), ("equal votes", equal)):
+            votes = combine(p_train, config)
+            at = threshold_at_false_alarm(at_train.labels, votes, vote.false_alarm)
+            fake[way][held] = combine(p_held, config) >= at
     return {"scores": scores, "p": p, "fake": fake, "weights": weights}
+
+
+def _chosen(scores: Mapping[str, np.ndarray], known: Known, mean: str) -> str:
+    """`search`, or `equal votes` where those rank the held-out pictures at least as well.
+
+    A search over hundreds of votes on some thousand pictures also fits their noise: it has to beat the vote that
+    searched nothing.
+    """
+    ranked = {"search": scores[mean], "equal votes": scores["equal votes"]}
+    return _best_single({way: ranked[way] for way in ("equal votes", "search")}, known)
 
 
 def _best_single(p: Logits, known: Known) -> str:
