@@ -128,6 +128,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=int, default=0, help="at most so many validation pictures"
     )
+    parser.add_argument(
+        "--base-model", action="append", default=[], help="for the model card"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
 
