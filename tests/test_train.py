@@ -222,7 +222,8 @@ def arguments(out, data, *more):
 
 def entry(out, data, *more):
     command = [sys.executable, "-m", "solution.train", *arguments(out, data, *more)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # Sums differ in their last bit with the number of threads.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
 
 
