@@ -397,15 +397,20 @@ class TrainingViews(Dataset):
         self, sample: Sample
     ) -> tuple[np.ndarray, int, np.ndarray | None, bool, str] | None:
         """The sample, or None for an unreadable picture under `sampling.on_unreadable=drop`."""
-        rng = np.random.default_rng([self.seed, sample.epoch, sample.position, 303])
-        item = self.items[sample.index]
         try:
-            image = decode_image(item.path)
-            donor = decode_image(self.items[int(rng.integers(len(self.items)))].path)
-        except UnreadableInput:
+            return self._sample(sample)
+        except UnreadableInput:  # the picture, its mask or its donor
             if self.config.sampling.on_unreadable == "fail":
                 raise
             return None
+
+    def _sample(
+        self, sample: Sample
+    ) -> tuple[np.ndarray, int, np.ndarray | None, bool, str]:
+        rng = np.random.default_rng([self.seed, sample.epoch, sample.position, 303])
+        item = self.items[sample.index]
+        image = decode_image(item.path)
+        donor = self.items[int(rng.integers(len(self.items)))]
         label = 1 if sample.blend else item.label
         face = self.faces.get(item.name)
         image, mask, known = self._forgery(image, item, face, sample.blend, rng)
@@ -414,7 +419,10 @@ class TrainingViews(Dataset):
             self._geometry = Geometry(self.config.augment, TRAINING_SIDE)
         image, mask = self._geometry(image, mask, rng)
         image = degrade(
-            np.ascontiguousarray(image), self.config.degradation, rng, donor
+            np.ascontiguousarray(image),
+            self.config.degradation,
+            rng,
+            lambda: decode_image(donor.path),
         )
         view = self.config.view
         image = make_view(image, _whole(view), None, self.config.face)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,13 +130,24 @@ def degrade(
     image: np.ndarray,
     config: DegradationConfig,
     rng: np.random.Generator,
-    donor: np.ndarray | None = None,
+    donor: np.ndarray | Callable[[], np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Sample a recipe and apply it to a uint8 or float32 RGB HWC picture; a new array of the same shape and type."""
+    """Sample a recipe and apply it to a uint8 or float32 RGB HWC picture; a new array of the same shape and type.
+
+    donor: as in `apply_recipe`, or a function that gives it: it is called only for a recipe that pastes a patch, as
+    one in some hundred does.
+    """
     if image.dtype not in (np.uint8, np.float32):
         raise TypeError(f"degrade takes uint8 or float32, found {image.dtype}")
-    degraded = _run(image, sample_recipe(config, rng), donor)
+    recipe = sample_recipe(config, rng)
+    if callable(donor):
+        donor = donor() if any(_pastes(op) for op in recipe) else None
+    degraded = _run(image, recipe, donor)
     return ops.to_uint8(degraded) if image.dtype == np.uint8 else ops.to_float(degraded)
+
+
+def _pastes(op: Op) -> bool:
+    return op.name == "distractor" and op.params["kind"] == "patch"
 
 
 def _run(image: np.ndarray, recipe: Recipe, donor: np.ndarray | None) -> np.ndarray:

@@ -168,61 +168,33 @@ def test_caps_drops_and_frames(tmp_path):
         select(items, SamplingConfig(cap=("drawn9/fake=3",)), 0)
 
 
+def plan_of(labels, sources=None, **changes):
+    settings = {"sampling": SamplingConfig(), "blend_p": 0.0, "batch": 8, "seed": 0}
+    sources = sources or ["s"] * len(labels)
+    return plan_epoch(labels, sources, **(settings | {"epoch": 0} | changes))
+
+
 def test_balanced_batches_are_half_and_half():
     labels = np.array([0] * 90 + [1] * 10)
-    plan = plan_epoch(
-        labels,
-        ["s"] * 100,
-        sampling=SamplingConfig(),
-        blend_p=0.0,
-        batch=8,
-        seed=0,
-        epoch=0,
-    )
+    plan = plan_of(labels)
     assert len(plan) == 12
     for samples in plan:
         assert sum(labels[s.index] for s in samples) == 4
         assert (
             sum(labels[s.index] for s in samples[:4]) == 2
         )  # so is each of two ranks' shares
-    again = plan_epoch(
-        labels,
-        ["s"] * 100,
-        sampling=SamplingConfig(),
-        blend_p=0.0,
-        batch=8,
-        seed=0,
-        epoch=0,
-    )
-    other = plan_epoch(
-        labels,
-        ["s"] * 100,
-        sampling=SamplingConfig(),
-        blend_p=0.0,
-        batch=8,
-        seed=0,
-        epoch=1,
-    )
+    again = plan_of(labels)
+    other = plan_of(labels, epoch=1)
     assert plan == again and plan != other
     with pytest.raises(ConfigError, match="needs both classes"):
-        plan_epoch(
-            labels[:90],
-            ["s"] * 90,
-            sampling=SamplingConfig(),
-            blend_p=0.0,
-            batch=8,
-            seed=0,
-            epoch=0,
-        )
+        plan_of(labels[:90])
 
 
 def test_temperature_weights_sources_by_the_square_root():
     labels = np.array([0, 1] * 5000)
     sources = ["big"] * 9900 + ["small"] * 100
     sampling = SamplingConfig(balance="temperature", temperature=0.5)
-    plan = plan_epoch(
-        labels, sources, sampling=sampling, blend_p=0.0, batch=100, seed=0, epoch=0
-    )
+    plan = plan_of(labels, sources, sampling=sampling, batch=100)
     small = np.mean([sources[s.index] == "small" for samples in plan for s in samples])
     expected = 50**0.5 / (50**0.5 + 4950**0.5)  # n * n ** -0.5 of each class
     assert small == pytest.approx(expected, abs=0.01)
@@ -230,15 +202,7 @@ def test_temperature_weights_sources_by_the_square_root():
 
 def test_blended_slots_take_real_pictures():
     labels = np.array([0, 1] * 500)
-    plan = plan_epoch(
-        labels,
-        ["s"] * 1000,
-        sampling=SamplingConfig(),
-        blend_p=0.3,
-        batch=10,
-        seed=0,
-        epoch=0,
-    )
+    plan = plan_of(labels, blend_p=0.3, batch=10)
     samples = [s for batch in plan for s in batch]
     blended = [s for s in samples if s.blend]
     assert all(labels[s.index] == 0 for s in blended)

@@ -72,6 +72,22 @@ def comparable(image, result, name, params) -> bool:
     return all(math.gcd(a, b) == 1 for a, b in zip(image.shape[:2], result.shape[:2]))
 
 
+def test_a_donor_is_fetched_only_for_a_patch():
+    image, other = picture(64, 64, 1), picture(64, 64, 2)
+    config = DegradationConfig(global_p=1.0, op_p=0.5, distractor_p=0.5, text_p=0.5)
+    fetched = []
+
+    def donor():
+        fetched.append(True)
+        return other
+
+    for seed in range(60):
+        eager = degradation.degrade(image, config, np.random.default_rng(seed), other)
+        lazy = degradation.degrade(image, config, np.random.default_rng(seed), donor)
+        np.testing.assert_array_equal(eager, lazy)
+    assert 1 <= len(fetched) <= 30  # an eighth of the recipes paste
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_an_op_equals_the_plain_implementation(name):
     rng = np.random.default_rng(OPS.index(name))
