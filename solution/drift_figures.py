@@ -13,6 +13,7 @@ from typing import Any
 from solution.config import MEMBERS
 from solution.drift import ATTENTION, CAM, UNIFORM
 from solution.measure import ENSEMBLE
+from solution.report import axes_style
 
 # The reports' colours, for light and for dark pages.
 COLOURS = {
@@ -82,28 +83,11 @@ def _style(colours: Mapping[str, Any]) -> Any:
 
     return matplotlib.rc_context(
         {
-            "font.family": "sans-serif",
+            **axes_style(colours),
             "font.size": 9.0,
             "axes.titlesize": 9.5,
-            "axes.titlelocation": "left",
             "axes.titleweight": "bold",
-            "axes.titlecolor": colours["fg"],
             "axes.titlepad": 7.0,
-            "axes.labelcolor": colours["muted"],
-            "axes.edgecolor": colours["muted"],
-            "axes.linewidth": 0.6,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": colours["grid"],
-            "grid.linewidth": 0.7,
-            "xtick.color": colours["muted"],
-            "ytick.color": colours["muted"],
-            "xtick.major.size": 0,
-            "ytick.major.size": 0,
-            "text.color": colours["fg"],
-            "lines.solid_capstyle": "round",
         }
     )
 

@@ -600,41 +600,48 @@ class Figures:
         return found
 
 
+def axes_style(colours: Mapping[str, Any]) -> dict[str, Any]:
+    """Matplotlib settings that all figures share: a light grid, no frame, text in the page's colours."""
+    return {
+        "axes.labelcolor": colours["muted"],
+        "axes.edgecolor": colours["muted"],
+        "axes.linewidth": 0.6,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": colours["grid"],
+        "grid.linewidth": 0.7,
+        "xtick.color": colours["muted"],
+        "ytick.color": colours["muted"],
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "text.color": colours["fg"],
+        "lines.solid_capstyle": "round",
+        "axes.titlecolor": colours["fg"],
+        "axes.titlelocation": "left",
+        "font.family": "sans-serif",
+    }
+
+
 def _style(colours: Mapping[str, str], salt: str, *, large: bool) -> Any:
     import matplotlib
 
     small = 8.0 if large else 7.0
     return matplotlib.rc_context(
         {
+            **axes_style(colours),
             "svg.fonttype": "none",
             "svg.hashsalt": salt,
-            "font.family": "sans-serif",
             "font.size": small,
             "axes.titlesize": small + 0.5,
-            "axes.titlelocation": "left",
-            "axes.titlecolor": colours["fg"],
             "axes.titlepad": 5.0,
-            "axes.labelcolor": colours["muted"],
             "axes.labelsize": small,
             "axes.labelpad": 2.0,
-            "axes.edgecolor": colours["muted"],
             "axes.facecolor": "none",
-            "axes.linewidth": 0.6,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": colours["grid"],
-            "grid.linewidth": 0.7,
-            "xtick.color": colours["muted"],
-            "ytick.color": colours["muted"],
-            "xtick.major.size": 0,
-            "ytick.major.size": 0,
             "xtick.labelsize": small - 0.5,
             "ytick.labelsize": small - 0.5,
-            "text.color": colours["fg"],
             "figure.facecolor": "none",
-            "lines.solid_capstyle": "round",
             "savefig.facecolor": "auto",
         }
     )
