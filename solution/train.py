@@ -1,14 +1,16 @@
 """Entry: train one member.
 
 `python -m solution.train --member NAME --preset giant|compact --data MANIFEST --out DIR`. Leaves in DIR/NAME: the best
-weights (`config.json`, `model.safetensors`; a tower trained whole in DIR/towers), `checkpoint.pt` to go on from, and
-`metrics.jsonl`. The same command goes on where it stopped, bit for bit on CPU. `torchrun` spreads it over processes.
+weights (`config.json`, `model.safetensors`; a tower trained whole in DIR/towers) and what they make of the validation
+pictures (`validation.csv`: logits), `checkpoint.pt` to go on from, and `metrics.jsonl`. The same command goes on where it stopped, bit for bit on CPU. `torchrun` spreads it over processes.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
+import io
 import json
 import math
 import os
@@ -469,16 +471,16 @@ class Run:
             return
         labels = np.array([item.label for item in self.validation])
         line: dict[str, Any] = {"step": self.state["total"], "validation": len(labels)}
-        for name, degradation in (
-            ("clean", None),
-            ("degraded", DegradationConfig(global_p=1.0)),
-        ):
-            line[name] = auc(labels, self.score(degradation))
+        logits = {
+            "clean": self.score(None),
+            "degraded": self.score(DegradationConfig(global_p=1.0)),
+        }
+        line |= {name: auc(labels, values) for name, values in logits.items()}
         line["mean"] = (line["clean"] + line["degraded"]) / 2
         self.history.append(line)
         if line["mean"] > self.state["best"]:
             self.state["best"] = line["mean"]
-            self.save_best(line)
+            self.save_best(line, logits)
         self.member.train()
 
     def score(self, degradation: DegradationConfig | None) -> np.ndarray:
@@ -501,7 +503,7 @@ class Run:
                 logits.append(self.member(images.to(self.device)).logit.float().cpu())
         return torch.cat(logits).double().numpy()
 
-    def save_best(self, line: dict[str, Any]) -> None:
+    def save_best(self, line: dict[str, Any], logits: dict[str, np.ndarray]) -> None:
         """Write the member's folder: these are the weights that a bundle takes."""
         training = self.provenance | {
             "best": line,
@@ -509,6 +511,12 @@ class Run:
         }
         training["seconds"] = round(self.state["seconds"], 1)
         save_member(self.member, self.folder, training=training)
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["image", "label", "source", *logits])
+        for item, *values in zip(self.validation, *logits.values()):
+            rows.writerow([item.name, item.label, item.source, *values])
+        write_atomically(self.folder / "validation.csv", text.getvalue())
 
     # -- checkpoints
     @property
@@ -716,7 +724,12 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
     torch.manual_seed(config.train.seed + world.rank)
     folder = args.out / config.name
     if args.restart and world.leads:
-        for name in ("checkpoint.pt", "metrics.jsonl", "model.safetensors"):
+        for name in (
+            "checkpoint.pt",
+            "metrics.jsonl",
+            "model.safetensors",
+            "validation.csv",
+        ):
             (folder / name).unlink(missing_ok=True)
     items, report = read_manifest(args.data, split="train")
     items, capped = select(items, config.sampling, config.train.seed)

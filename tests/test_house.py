@@ -37,6 +37,7 @@ ORDER = [
     "fastpath",
     "predict",
     "train",
+    "ablate",
     "localize",
     "measure",
     "report",
