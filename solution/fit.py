@@ -14,7 +14,7 @@ import numpy as np
 
 from solution import calibration, metrics
 from solution.calibration import Calibrator
-from solution.config import VoteConfig
+from solution.config import NTIRE26_VOTE, VoteConfig
 from solution.vote import (
     VoteSearch,
     combine,
@@ -24,6 +24,7 @@ from solution.vote import (
 )
 
 WAYS = ("probability", "logit", "levels", "levels_rounded")
+REFERENCES = ("best single", "published recipe")  # what every way is compared with
 
 Logits = dict[str, np.ndarray]
 
@@ -183,6 +184,9 @@ def _held_out(
             votes = combine(p_train, config)
             at = threshold_at_false_alarm(at_train.labels, votes, vote.false_alarm)
             fake[way][held] = combine(p_held, config) >= at
+    if set(NTIRE26_VOTE.weights) <= set(logits):  # fits nothing: every row is held out
+        raw = {n: calibration.sigmoid(logits[n]) for n in NTIRE26_VOTE.weights}
+        scores["published recipe"] = combine(raw, NTIRE26_VOTE)
     return {"scores": scores, "p": p, "fake": fake, "weights": weights}
 
 
@@ -213,7 +217,8 @@ def _best_single(p: Logits, known: Known) -> str:
 def _comparison(
     logits: Logits, known: Known, held: Mapping[str, Any], seed: int, draws: int
 ) -> dict[str, Any]:
-    """What `_held_out` found, per condition: AUCs with intervals, differences to the best single member, ECE."""
+    """What `_held_out` found, per condition: AUCs with intervals, differences to the best single member and to the
+    published recipe (2:1:2 of the three streams, uncalibrated, rounded twice), ECE with its floor."""
     ways: dict[str, Any] = {name: {} for name in held["scores"]}
     members: dict[str, Any] = {name: {} for name in logits}
     alarms = {}
@@ -230,13 +235,20 @@ def _comparison(
         def runs(values: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
             return values[rows].reshape(-1, count)  # (S, N)
 
-        single = runs(held["scores"]["best single"])
         for name, scores in held["scores"].items():
-            test = metrics.paired_auc_test(
-                labels, runs(scores), single, method="bootstrap", seed=seed
-            )
-            told = {k: getattr(test, k) for k in ("difference", "low", "high", "p")}
-            ways[name][condition] = {**area(runs(scores)), "minus_best_single": told}
+            ways[name][condition] = area(runs(scores))
+            for other in REFERENCES:
+                if other not in held["scores"]:
+                    continue
+                test = metrics.paired_auc_test(
+                    labels,
+                    runs(scores),
+                    runs(held["scores"][other]),
+                    method="bootstrap",
+                    seed=seed,
+                )
+                told = {k: getattr(test, k) for k in ("difference", "low", "high", "p")}
+                ways[name][condition][f"minus_{other.replace(' ', '_')}"] = told
         for name, p in held["p"].items():
             found = area(runs(p))
             raw = calibration.sigmoid(logits[name])
@@ -244,6 +256,7 @@ def _comparison(
                 for measured in (metrics.ece, metrics.log_loss):
                     mean = float(np.mean([measured(labels, run) for run in x]))
                     found[f"{measured.__name__}_{when}"] = mean
+            found |= metrics.ece_floors(runs(p))
             members[name][condition] = found
         fake = runs(held["fake"])
         alarms[condition] = {

@@ -237,7 +237,7 @@ def _comparisons(
 def _calibration(
     pictures: Pictures, headline: Mapping[str, Sequence[Run]]
 ) -> list[dict[str, Any]]:
-    """ECE and log-loss of each member before and after calibration, means of the family's runs."""
+    """ECE and log-loss of each member before and after calibration, means of the family's runs; the ECE's floor."""
     found = []
     for name, runs in headline.items():
         for who in runs[0].raw:
@@ -251,6 +251,7 @@ def _calibration(
                     of = [(r.raw if when == "before" else r.p)[who] for r in runs]
                     values = [measured(pictures.labels, p) for p in of]
                     row[f"{measured.__name__}_{when}"] = float(np.mean(values))
+            row |= metrics.ece_floors([run.p[who] for run in runs])
             found.append(row)
     return found
 

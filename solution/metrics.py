@@ -181,6 +181,35 @@ def ece(labels: np.ndarray, p: np.ndarray, bins: int = 15) -> float:
     return float(np.sum(counts * np.abs(share - mean_p)) / counts.sum())
 
 
+def ece_floor(
+    p: np.ndarray, bins: int = 15, *, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """What `ece` shows of a perfectly calibrated scorer with these P(fake), (N,): its mean and 95 % quantile.
+
+    Labels are drawn from p itself. The estimate is biased upwards: a bin of n pictures strays by about
+    sqrt(p (1 - p) / n), so a small ECE of few pictures cannot be told from none (Roelofs et al. 2022, section 3).
+    """
+    p = np.asarray(p, dtype=np.float64)
+    _checked(np.zeros(len(p)), p, both_classes=False, probability=True)
+    which = np.minimum((p * bins).astype(int), bins - 1)
+    member = which == np.arange(bins)[:, None]  # (bins, N)
+    expected = member @ p
+    rng = np.random.default_rng(seed)
+    drawn = np.empty(draws)
+    block = max(1, BLOCK // len(p))
+    for start in range(0, draws, block):
+        size = min(block, draws - start)
+        fakes = (rng.random((size, len(p))) < p) @ member.T.astype(np.float64)
+        drawn[start : start + size] = np.abs(fakes - expected).sum(axis=1) / len(p)
+    return float(drawn.mean()), float(np.quantile(drawn, 0.95))
+
+
+def ece_floors(runs: Sequence[np.ndarray], bins: int = 15) -> dict[str, float]:
+    """`ece_floor` of several runs, averaged: `ece_floor` and, its 95 % quantile, `ece_floor_high`."""
+    mean, high = np.mean([ece_floor(p, bins) for p in runs], axis=0)
+    return {"ece_floor": float(mean), "ece_floor_high": float(high)}
+
+
 def log_loss(labels: np.ndarray, p: np.ndarray) -> float:
     """Mean negative log-likelihood in nats; p is kept off 0 and 1 by the float64 epsilon, as scikit-learn does."""
     labels, p = _checked(labels, p, both_classes=False, probability=True)

@@ -243,16 +243,19 @@ def _calibration_section(
             for name in ("ece", "log_loss")
             for when in ("before", "after")
         ]
+        floor = f"{row['ece_floor']:.3f} (to {row['ece_floor_high']:.3f})"
+        change.insert(2, {"text": floor})
         cells = [{"text": row["who"]}, {"text": row["condition"]}, *change]
         rows.append({"cells": [*cells, {"text": str(row["n"])}]})
     if rows:
-        head = "member,condition,ECE before,ECE after,log-loss before,log-loss after,pictures"
+        head = "member,condition,ECE before,ECE after,ECE if perfect,log-loss before,log-loss after,pictures"
         blocks.append(
             {"table": {"style": "stack", "head": head.split(","), "rows": rows}}
         )
     text = (
         "Share of fakes among the pictures of each tenth of P(fake); on the diagonal a score means what it says. "
-        "Dashed: before calibration, solid: after. The vote is an average of levels, not fitted to be a probability."
+        "Dashed: before calibration, solid: after. ECE if perfect: what so few pictures show of a perfectly calibrated "
+        "member with the same scores, on average (95 % of draws below). The vote is an average of levels, not fitted to be a probability."
     )
     return {"title": "Calibration", "text": text, "blocks": blocks}
 

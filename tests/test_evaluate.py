@@ -17,8 +17,9 @@ from PIL import Image
 
 from solution import evaluate, fit, measure, metrics, report
 from solution.calibration import Calibrator, sigmoid
-from solution.config import MEMBERS, OPS, DegradationConfig, VoteConfig
+from solution.config import MEMBERS, NTIRE26_VOTE, OPS, DegradationConfig, VoteConfig
 from solution.data import Item
+from solution.vote import combine
 
 PROTOCOL = {"title": "a test", "manifest": "none"}
 
@@ -658,6 +659,7 @@ def test_fitting_halves_the_calibration_error_of_every_member(fitted):
             good = told["ece_after"] <= max(0.03, told["ece_before"] / 2)
             assert good, (name, condition, told)
             assert told["log_loss_after"] < told["log_loss_before"]
+            assert 0.01 < told["ece_floor"] < told["ece_floor_high"] < 0.08
 
 
 def test_the_member_that_guesses_gets_no_vote(fitted):
@@ -693,7 +695,7 @@ def test_the_threshold_holds_its_rate_and_the_band_its_share(fitted):
 def test_the_ways_of_voting_stand_side_by_side(fitted):
     _, _, comparison = fitted
     ways = comparison["ways"]
-    assert set(ways) == {*fit.WAYS, "equal votes", "best single"}
+    assert set(ways) == {*fit.WAYS, "equal votes", "best single", "published recipe"}
     for way in ways.values():
         for told in way.values():
             assert told["low"] < told["value"] < told["high"]
@@ -703,6 +705,12 @@ def test_the_ways_of_voting_stand_side_by_side(fitted):
         assert value["levels"] > value["best single"]
         assert ways["levels"][condition]["minus_best_single"]["low"] > 0
         assert ways["best single"][condition]["minus_best_single"]["difference"] == 0
+    p = {n: sigmoid(x) for n, x in validation()[0].items()}
+    published = combine(p, NTIRE26_VOTE)
+    way = ways["published recipe"]["clean"]
+    assert way["value"] == metrics.auc(validation()[2], published)
+    gain = ways["levels"]["clean"]["minus_published_recipe"]
+    assert gain["difference"] == ways["levels"]["clean"]["value"] - way["value"]
     json.dumps(comparison, allow_nan=False)
 
 

@@ -84,6 +84,20 @@ def test_calibrated_probabilities_have_small_ece_and_overconfident_ones_do_not()
     np.testing.assert_allclose(bins.mean_p, bins.share_fake, atol=0.02)
 
 
+def test_the_floor_is_what_ece_shows_of_labels_drawn_from_p():
+    rng = np.random.default_rng(1)
+    p = rng.beta(2, 3, size=1300)
+    drawn = [metrics.ece((rng.random(len(p)) < p).astype(int), p) for _ in range(600)]
+    mean, high = metrics.ece_floor(p)
+    assert mean == pytest.approx(np.mean(drawn), rel=0.05)
+    assert high == pytest.approx(np.quantile(drawn, 0.95), rel=0.05)
+    assert mean > 0.025  # a bar of .03 is hardly above it at this size
+    assert metrics.ece_floor(np.tile(p, 16))[0] == pytest.approx(mean / 4, rel=0.1)
+    assert metrics.ece_floor(np.array([0.0, 1.0])) == (0.0, 0.0)
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        metrics.ece_floor(np.array([1.5]))
+
+
 @given(st.integers(0, 10_000))
 @settings(max_examples=30, deadline=None)
 def test_ranking_ignores_every_rising_map_and_mirrors(seed):
