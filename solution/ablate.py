@@ -132,7 +132,7 @@ def compare(folder: Path, study: Study, draws: int = 2000) -> list[dict[str, Any
         shared = sorted(set(runs[variant]) & set(runs.get(reference, {})))
         for index, condition in enumerate(CONDITIONS):
             mine = np.stack([runs[variant][s][index] for s in row["seeds"]])
-            interval = metrics.auc_interval(labels, mine, draws=draws)
+            interval = metrics.auc_interval(labels, mine, seed=0, draws=draws)
             told = {
                 "auc": [metrics.auc(labels, run) for run in mine],
                 "mean": interval.value,
@@ -200,6 +200,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, help="folder of all runs")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--variants", default="", help="comma-separated; default: all")
+    parser.add_argument(
+        "--table", action="store_true", help="train nothing; compare what is there"
+    )
     args = parser.parse_args(argv[:split])
     study, given = STUDIES[args.study], argv[split + 1 :]
     variants = args.variants.split(",") if args.variants else list(study.variants)
@@ -208,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
             f"--variants {', '.join(sorted(unknown))}: {args.study} has {', '.join(study.variants)}"
         )
     folder = args.out / args.study
-    for seed in [int(s) for s in args.seeds.split(",")]:
+    for seed in [] if args.table else [int(s) for s in args.seeds.split(",")]:
         for variant in variants:
             out = folder / f"{variant}-{seed}"
             print(f"ablate: {variant}, seed {seed}", file=sys.stderr)
@@ -227,6 +230,9 @@ def main(argv: list[str] | None = None) -> int:
         rows = compare(folder, study)
     except ManifestError as error:
         print(f"ablate: {error}", file=sys.stderr)
+        return 2
+    if not rows:
+        print(f"ablate: {folder}: no finished run", file=sys.stderr)
         return 2
     content = {"study": args.study, "shared": study.shared, "rows": rows}
     write_atomically(args.out / f"{args.study}.json", json.dumps(content, indent=1))

@@ -38,6 +38,7 @@ ORDER = [
     "predict",
     "train",
     "ablate",
+    "shortcuts",
     "localize",
     "measure",
     "report",
