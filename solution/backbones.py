@@ -366,6 +366,16 @@ class Tower(nn.Module):
         for layer in self.layers:
             yield Block(*(_find(layer, role)[1] for role in Block._fields))
 
+    def matrices(self) -> Iterator[nn.Module]:
+        """What computes the matrix products of the image blocks (adapted projections too), and the patch projection."""
+        for layer in self.layers:
+            for module in layer.modules():
+                if isinstance(module, nn.Linear) or hasattr(module, "lora_A"):
+                    yield module
+        for module in self.model.modules():
+            if isinstance(module, nn.Conv2d):
+                yield module
+
     def projection_names(self) -> dict[tuple[int, str], str]:
         """(block index, role) -> module path inside this tower, for the four attention projections."""
         names = {id(module): name for name, module in self.named_modules()}
@@ -489,10 +499,18 @@ def empty_tower(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    matrices: torch.dtype | None = None,
 ) -> Tower:
-    """The tower with unset weights, to be filled by `load_state`: no time or second copy spent on random ones."""
+    """The tower with unset weights, to be filled by `load_state`: no time or second copy spent on random ones.
+
+    matrices: what its image blocks' matrices are held in, if not `dtype` (see `fastpath.narrow`).
+    """
     tower = build_tower(config, device="meta")
-    tower.model.to(dtype).to_empty(device=device)
+    tower.model.to(dtype)
+    if matrices is not None:
+        for module in tower.matrices():
+            module.to(matrices)
+    tower.model.to_empty(device=device)
     tower.to(device)  # the normalisation buffers
     if config.kind == "clip" and config.arch.text_layers:  # a buffer that no file fills
         length = config.arch.context

@@ -498,10 +498,13 @@ def load_members(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     towers_from: Mapping[str, str] | None = None,
+    matrices: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Member]:
     """The named members of a bundle (None: all), in eval mode, on towers they share.
 
     dtype: of all weights; pictures are normalised in float32 whatever it is.
+    matrices: tower name -> what its blocks' matrices are held in from the start, so that a large tower never needs
+        the memory of its float32 weights.
     towers_from: tower name -> folder, file or Hub id to read it from instead (see `tower_weights`).
 
     Raises:
@@ -528,12 +531,18 @@ def load_members(
         # A derived tower is made in float32: casting it whole would also cast its normalisation buffers.
         early = torch.float32 if config.source.startswith("bundle:") else dtype
         towers[name] = fill_tower(
-            config, state, device=device, dtype=early, what=str(state.path)
+            config,
+            state,
+            device=device,
+            dtype=early,
+            matrices=(matrices or {}).get(name),
+            what=str(state.path),
         )
     members = {name: load_member(bundle.folder / name, towers) for name in chosen}
-    for member in members.values():
-        for parameter in member.parameters():
-            parameter.data = parameter.data.to(dtype)
+    if dtype != torch.float32:
+        for member in members.values():
+            for parameter in member.parameters():
+                parameter.data = parameter.data.to(dtype)
     return members
 
 

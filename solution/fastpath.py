@@ -135,6 +135,11 @@ def merge_adapters(members: Mapping[str, Member], dtype: torch.dtype) -> bool:
         ]
         projections = [(p, m) for p, m in projections if _adapters(m)]
         copies = 0 if len(names) == 1 and not plain else len(names)
+        if _base(projections[0][1]).weight.dtype != torch.float32:
+            complete = (
+                False  # held in half precision from the start: no digits to add to
+            )
+            continue
         extra = copies * sum(_base(m).weight.numel() for _, m in projections)
         effort = any(isinstance(m, EffortLinear) for _, m in projections)
         limit = MERGED_BYTES[tower.mean.device.type]
@@ -209,12 +214,8 @@ def narrow(members: Iterable[Member], dtype: torch.dtype) -> None:
         for block in tower.blocks():
             block.norm1.register_forward_hook(hand_over)
             block.norm2.register_forward_hook(hand_over)
-        for layer in tower.layers:
-            for module in layer.modules():
-                if isinstance(module, nn.Linear | MergedLinear):
-                    module.to(dtype)
-        for module in tower.model.modules():
+        for module in tower.matrices():
+            module.to(dtype)
             if isinstance(module, nn.Conv2d):  # the patch projection
-                module.to(dtype)
                 module.register_forward_pre_hook(take_in)
                 module.register_forward_hook(widen)

@@ -88,16 +88,17 @@ def fill_tower(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    matrices: torch.dtype | None = None,
     what: str = "",
 ) -> Tower:
     """The tower `config` with the weights `state` (stable keys).
 
     For a CLIP whose image tower is the bundle's DINOv2 tower, `state` is that tower's and the text part, which the
-    member itself has trained or will train, starts at random.
+    member itself has trained or will train, starts at random. matrices: see `empty_tower`; not for such a CLIP.
     """
     derived = config.source.startswith("bundle:")
     if not derived:
-        tower = empty_tower(config, device=device, dtype=dtype)
+        tower = empty_tower(config, device=device, dtype=dtype, matrices=matrices)
         load_state(tower_state(tower), state, what or f"tower {config.name}")
         return tower
     tower = build_tower(config).to(device)

@@ -50,6 +50,7 @@ from solution.images import (
 )
 from solution.journal import Scored, stamp
 from solution.member import Member
+from solution.members import random_towers
 from solution.records import FaceBox
 from solution.submission import SidecarRow
 from solution.vote import combine, levels
@@ -63,6 +64,7 @@ PROBES = 16  # pictures on which half precision is compared with float32
 # validation pictures: 2.6 % of levels changed without second looks; at 5, 0.07 % with 11 % of the pictures looked at
 # again; at 8, none with 18 %.
 SECOND_LOOK = 8.0
+LARGE_TOWER = 200_000_000  # parameters; CLIP ViT-L/14 has 304 M, DINOv2-giant 1,136 M
 SECOND_LOOK_BYTES = 1 << 31  # on CPU: no second copy, in float32, of larger towers
 # By arithmetic, not yet measured: compiling takes about a minute and saves about a tenth of the time.
 COMPILE_FROM = 50_000
@@ -261,7 +263,11 @@ def load_ensemble(
         precision = "float32"
     elif precision == "auto":
         precision = fastpath.pick_precision(place)
-    loaded = load_members(bundle, members, device=place)
+    chosen = [
+        bundle.configs[n] for n in members or bundle.configs if n in bundle.configs
+    ]
+    early = narrow_early(chosen, place, precision)
+    loaded = load_members(bundle, members, device=place, matrices=early)
     ensemble = Ensemble(
         members=loaded,
         configs={name: bundle.configs[name] for name in loaded},
@@ -273,6 +279,25 @@ def load_ensemble(
         batch_size=batch_size or automatic_batch(loaded, place),
     )
     return ensemble if exact else make_fast(ensemble, second_look=second_look)
+
+
+def narrow_early(
+    configs: Iterable[MemberConfig], device: torch.device, precision: str
+) -> dict[str, torch.dtype]:
+    """The towers that take half precision as they are read: large ones, on CPU, where memory is short.
+
+    Not those with Effort: what it trains has to be merged in float32 first.
+    """
+    configs = list(configs)
+    if device.type != "cpu" or precision == "float32":
+        return {}
+    effort = {c.tower.name for c in configs if c.adapter.kind == "effort"}
+    return {
+        name: fastpath.PRECISIONS[precision]
+        for name, tower in random_towers(configs, device="meta").items()
+        if name not in effort
+        and sum(p.numel() for p in tower.parameters()) > LARGE_TOWER
+    }
 
 
 def make_fast(ensemble: Ensemble, *, second_look: bool = True) -> Ensemble:
@@ -335,7 +360,7 @@ def automatic_batch(members: Mapping[str, Member], device: torch.device) -> int:
     (by arithmetic, not yet measured).
     """
     towers = fastpath.towers_of(members.values())
-    large = max(sum(p.numel() for p in t.parameters()) for t in towers) > 200_000_000
+    large = max(sum(p.numel() for p in t.parameters()) for t in towers) > LARGE_TOWER
     if device.type == "cuda":
         return 64 if large else 256
     return 4 if large else 16

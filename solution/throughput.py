@@ -19,8 +19,6 @@ from pathlib import Path
 import numpy as np
 
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
-# One float32 copy of towers larger than this is not made on CPU: they are built in the precision that computes.
-LARGE = 500_000_000
 
 
 # ------------------------------------------------------------------------------------------------ inference
@@ -65,9 +63,9 @@ def run_inference(args: argparse.Namespace) -> int:
     if "authors" in found:
         ours, theirs = found["ours"], found["authors"]
         print(
-            f"ours {ours['speed']:.2f} pictures/s and {ours['memory']:.2f} GB, "
-            f"authors' way {theirs['speed']:.2f} pictures/s and {theirs['memory']:.2f} GB "
-            f"({theirs['held']:.2f} GB of weights): {ours['speed'] / theirs['speed']:.1f} times as fast"
+            f"ours {ours['speed']:.2f} pictures/s, {ours['held']:.2f} GB of weights, {ours['memory']:.2f} GB at most; "
+            f"authors' way {theirs['speed']:.2f} pictures/s, {theirs['held']:.2f} GB of weights (a model at a time: "
+            f"{theirs['memory']:.2f} GB at most): {ours['speed'] / theirs['speed']:.1f} times as fast"
         )
     return 0
 
@@ -126,8 +124,10 @@ def _ours(args: argparse.Namespace) -> dict:
     memory = peak_memory(ensemble.device)
     looks = sum(ensemble.looks.values()) / len(scored) / len(ensemble.members)
     told = f", {looks:.1%} looked at again" if ensemble.exact else ""
+    parameters = predict._parameters(ensemble.members)
+    held = sum(p.numel() * p.element_size() for p in parameters) / 1e9
     _line("end to end", speed, f"overlapped{told}; peak memory {memory:.2f} GB")
-    return {"speed": speed, "memory": memory}
+    return {"speed": speed, "memory": memory, "held": held}
 
 
 def _line(stage: str, rate: float, more: str = "") -> None:
@@ -276,11 +276,11 @@ def _ensemble(args: argparse.Namespace):
         precision = fastpath.pick_precision(device)
     configs = {name: preset(args.preset, name) for name in names}
     towers = random_towers(configs.values(), device="meta")
+    early = predict.narrow_early(configs.values(), device, precision)
+    for name, dtype in early.items():
+        for module in towers[name].matrices():
+            module.to(dtype)
     members = {name: build_member(c, towers).eval() for name, c in configs.items()}
-    total = sum(p.numel() for p in predict._parameters(members))
-    straight = device.type == "cpu" and total > LARGE
-    if straight and precision != "float32":
-        fastpath.narrow(members.values(), fastpath.PRECISIONS[precision])
     for member in members.values():
         materialize(member, device)
     ensemble = predict.Ensemble(
@@ -293,7 +293,7 @@ def _ensemble(args: argparse.Namespace):
         precision=precision,
         batch_size=args.batch or predict.automatic_batch(members, device),
     )
-    return ensemble if straight else predict.make_fast(ensemble, second_look=False)
+    return predict.make_fast(ensemble, second_look=False)
 
 
 def materialize(module, device) -> None:

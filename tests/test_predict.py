@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_bundle import make_bundle, make_pictures
 
+from solution import bundle as bundle_room
 from solution import fastpath, predict
 from solution.backbones import WeightsError
 from solution.bundle import load_members
@@ -145,6 +146,39 @@ def test_adapters_stay_unmerged_where_memory_is_short(bundle, monkeypatch):
     ensemble = predict.load_ensemble(bundle, "cpu", precision="bfloat16")
     assert not ensemble.merged
     assert hasattr(next(iter(ensemble.members["face"].tower.blocks())).q, "base_layer")
+
+
+def test_a_large_tower_is_read_in_half_precision_and_scores_the_same(
+    bundle, pictures, monkeypatch
+):
+    monkeypatch.setitem(fastpath.MERGED_BYTES, "cpu", 1000)  # unmerged both times
+    given = {"precision": "bfloat16", "second_look": False}
+    late = predict.load_ensemble(bundle, "cpu", **given)
+    monkeypatch.setattr(predict, "LARGE_TOWER", 0)
+    seen = []
+    read = bundle_room.fill_tower
+
+    def spy(config, state, **options):
+        tower = read(config, state, **options)
+        seen.append((tower.config.name, next(tower.blocks()).q.weight.dtype))
+        return tower
+
+    monkeypatch.setattr(bundle_room, "fill_tower", spy)
+    early = predict.load_ensemble(bundle, "cpu", **given)
+    assert ("tiny-dinov2", torch.bfloat16) in seen
+    items = items_of(pictures)
+    late.batch_size = late.limit = early.batch_size
+    for name, values in scores(late, items).items():
+        np.testing.assert_array_equal(scores(early, items)[name], values)
+
+
+def test_towers_with_effort_and_on_a_gpu_are_read_in_float32():
+    configs = [preset("giant", name) for name in ("global", "qtfp")]
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    half = {"dinov2-giant": torch.bfloat16}
+    assert predict.narrow_early(configs, cpu, "bfloat16") == half
+    assert predict.narrow_early(configs, cpu, "float32") == {}
+    assert predict.narrow_early(configs, gpu, "float16") == {}
 
 
 def test_effort_is_merged_before_it_is_narrowed():
