@@ -414,9 +414,23 @@ class AugmentConfig:
     rotate_degrees: float = 10.0
     crop_p: float = 0.0  # random square crop of at least `crop_min` of the side
     crop_min: float = 0.8
-    self_blend_p: float = (
-        0.0  # share of real faces turned into self-blended fakes (label 1, with a mask)
-    )
+    # Share of a batch's fake slots that take a real face and blend it with itself (label 1, with a mask).
+    self_blend_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("flip_p", "rotate_p", "crop_p", "self_blend_p"):
+            value = getattr(self, name)
+            require(
+                0 <= value <= 1, f"augment.{name} is {value}; it must lie in [0, 1]"
+            )
+        require(
+            0 < self.crop_min <= 1,
+            f"augment.crop_min is {self.crop_min}; it must lie in (0, 1]",
+        )
+        require(
+            0 <= self.rotate_degrees <= 180,
+            f"augment.rotate_degrees is {self.rotate_degrees}; it must lie in [0, 180]",
+        )
 
 
 @dataclass(frozen=True)
@@ -450,6 +464,13 @@ class SamplingConfig:
             self.on_unreadable in ("fail", "drop"),
             f"sampling.on_unreadable is {self.on_unreadable!r}",
         )
+        require(
+            self.frames > 0, f"sampling.frames is {self.frames}; it must be positive"
+        )
+        require(
+            0 <= self.temperature <= 1,
+            f"sampling.temperature is {self.temperature}; it must lie in [0, 1]",
+        )
 
 
 @dataclass(frozen=True)
@@ -482,7 +503,7 @@ class TrainConfig:
     epochs: int = 10
     batch: int = 32
     accumulate: int = 16
-    max_steps: int = 0  # optimizer steps; 0: as many as the epochs make
+    max_steps: int = 0  # optimizer steps of a phase; 0: as many as its epochs make
     validate_every: int = 0  # optimizer steps; 0: once an epoch
     save_every: int = 200  # optimizer steps between resumable checkpoints
     seed: int = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -220,16 +221,23 @@ def select(
     """`items` after the frame cap per video and the per-source caps and drop rates, a fixed draw of `seed`."""
     rng = np.random.default_rng([seed, 101])
     report, kept = DropReport(), []
-    frames = Counter()
+    videos: dict[tuple[str, int, str], list[Item]] = defaultdict(list)
+    for item in items:
+        if item.video:
+            videos[item.source, item.label, item.video].append(item)
+    spread = set()
+    for frames in videos.values():  # the middle frame of each of equal stretches
+        count = min(sampling.frames, len(frames))
+        places = ((np.arange(count) + 0.5) * len(frames) / count).astype(int)
+        spread |= {frames[place].name for place in places}
     groups: dict[str, list[Item]] = defaultdict(list)
     for item in items:
-        key = (item.source, item.label, item.video)
-        frames[key] += 1
-        if item.video and frames[key] > sampling.frames:
+        if item.video and item.name not in spread:
             report.add(item.name, f"more than {sampling.frames} frames of its video")
             continue
         groups[f"{item.source}/{'fake' if item.label else 'real'}"].append(item)
-    cap, drop = _rates(sampling.cap), _rates(sampling.drop)
+    cap = _rates("cap", sampling.cap, math.inf)
+    drop = _rates("drop", sampling.drop, 1.0)
     unknown = (set(cap) | set(drop)) - set(groups)
     if unknown:
         raise ConfigError(
@@ -245,7 +253,7 @@ def select(
     return kept, report
 
 
-def _rates(settings: tuple[str, ...]) -> dict[str, float]:
+def _rates(field: str, settings: tuple[str, ...], most: float) -> dict[str, float]:
     rates = {}
     for setting in settings:
         key, _, value = setting.partition("=")
@@ -253,8 +261,12 @@ def _rates(settings: tuple[str, ...]) -> dict[str, float]:
             rates[key] = float(value)
         except ValueError:
             raise ConfigError(
-                f"sampling: {setting!r} is not SOURCE/real=VALUE or SOURCE/fake=VALUE"
+                f"sampling.{field}: {setting!r} is not SOURCE/real=VALUE or SOURCE/fake=VALUE"
             ) from None
+        if not 0 <= rates[key] <= most:
+            raise ConfigError(
+                f"sampling.{field}: {setting!r} must lie between 0 and {most:g}"
+            )
     return rates
 
 

@@ -2,7 +2,9 @@
 
 `python -m solution.train --member NAME --preset giant|compact --data MANIFEST --out DIR`. Leaves in DIR/NAME: the best
 weights (`config.json`, `model.safetensors`; a tower trained whole in DIR/towers) and what they make of the validation
-pictures (`validation.csv`: logits), `checkpoint.pt` to go on from, and `metrics.jsonl`. The same command goes on where it stopped, bit for bit on CPU. `torchrun` spreads it over processes.
+pictures (`validation.csv`: logits), `checkpoint.pt` to go on from, `metrics.jsonl`, and the rows that were left out of
+training or validation with their reasons (`dropped.csv`). The same command goes on where it stopped, bit for bit on CPU.
+`torchrun` spreads it over processes.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import math
@@ -20,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -52,6 +55,7 @@ from solution.config import (
     to_dict,
 )
 from solution.data import (
+    DropReport,
     Item,
     ManifestError,
     Sample,
@@ -65,7 +69,7 @@ from solution.data import (
     training_loader,
     validation_loader,
 )
-from solution.images import UnreadableInput
+from solution.images import UnreadableInput, decode_image
 from solution.member import Member
 from solution.members import build_member, fill_tower, save_member, tower_configs
 from solution.metrics import auc
@@ -200,6 +204,8 @@ def processes(device: torch.device) -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(hours=12),  # the others wait while rank 0 validates
@@ -265,6 +271,7 @@ class Run:
             "total": 0,
             "best": -1.0,
             "pictures": 0,
+            "unreadable": 0,
             "seconds": 0.0,
         }
         self.history: list[dict[str, Any]] = []
@@ -334,7 +341,6 @@ class Run:
             and checkpoint["optimizer"] is not None
         ):
             optimizer.load_state_dict(checkpoint["optimizer"])
-            torch.set_rng_state(checkpoint["rng"])
         step_module: nn.Module = TrainingStep(self.member)
         if self.world.size > 1:
             step_module = nn.parallel.DistributedDataParallel(
@@ -367,9 +373,8 @@ class Run:
         done = self.state["step"] % per_epoch
         gather = self.gather
         plan = self.epoch_plan(epoch)[done * gather :]
-        views = TrainingViews(
-            self.items, self.config, self.faces, self.config.train.seed
-        )
+        train = self.config.train
+        views = TrainingViews(self.items, self.config, self.faces, train.seed)
         batches = iter(training_loader(views, plan, workers=self.workers))
         self.member.train()
         for start in range(0, len(plan), gather):
@@ -381,6 +386,10 @@ class Run:
             ]
             for group, f in zip(optimizer.param_groups, factor):
                 group["lr"] = group["rate"] * f
+            # Dropout is a function of seed, step and rank: a resumed run draws what the whole one does, on any device.
+            torch.manual_seed(
+                stable_seed(f"{train.seed} {self.state['total']} {self.world.rank}")
+            )
             line = self._optimizer_step(module, optimizer, batches, micro, phase)
             self.state["step"] += 1
             self.state["total"] += 1
@@ -427,6 +436,7 @@ class Run:
                     )
                 (loss / micro).backward()
             pictures += len(batch.labels) * self.world.size
+            self.state["unreadable"] += self.config.train.batch - len(batch.labels)
             for name, value in ({"loss": loss.item()} | parts).items():
                 line[name] = (
                     line.get(name, 0.0) + value / micro
@@ -523,16 +533,24 @@ class Run:
     def checkpoint_path(self) -> Path:
         return self.folder / "checkpoint.pt"
 
+    def setting(self) -> dict[str, str]:
+        """What has to be the same for a run to go on: the configuration, the pictures, and how many share the work."""
+        pictures = json.dumps([[item.name, item.label] for item in self.items])
+        return {
+            "configuration": json.dumps(to_dict(self.config)),
+            "training set": hashlib.sha256(pictures.encode()).hexdigest(),
+            "number of processes": str(self.world.size),
+        }
+
     def _write_checkpoint(self, optimizer: torch.optim.Optimizer | None) -> None:
         if not self.world.leads:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {
-            "config": json.dumps(to_dict(self.config)),
+            "setting": self.setting(),
             "state": dict(self.state),
             "weights": {k: t.detach() for k, t in self.member.stored_state().items()},
             "optimizer": None if optimizer is None else optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
         }
         part = self.checkpoint_path.with_suffix(".part")
         torch.save(content, part)
@@ -552,17 +570,16 @@ class Run:
             raise WeightsError(
                 f"{self.checkpoint_path}: unreadable ({error}); delete it or pass --restart"
             ) from error
-        if json.loads(content["config"]) != json.loads(
-            json.dumps(to_dict(self.config))
-        ):
+        found, mine = content.get("setting", {}), self.setting()
+        if other := [name for name in mine if found.get(name) != mine[name]]:
             raise ConfigError(
-                f"{self.checkpoint_path} was written under another configuration; pass --restart or another --out"
+                f"{self.checkpoint_path} was written under another {', '.join(other)}; go on with what it was written "
+                "under, or pass --restart or another --out"
             )
         load_state(
             self.member.stored_state(), content["weights"], str(self.checkpoint_path)
         )
         self.state = content["state"]
-        torch.set_rng_state(content["rng"])
         path = self.folder / "metrics.jsonl"
         lines = (
             [json.loads(text) for text in path.read_text().splitlines()]
@@ -718,6 +735,39 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def readable(
+    items: list[Item], config: MemberConfig, report: DropReport, *, progress: bool
+) -> list[Item]:
+    """The validation pictures that can be read: known before the first step, not after an epoch.
+
+    Raises:
+        UnreadableInput: one cannot, under `sampling.on_unreadable=fail`; under `drop` it goes into `report`.
+    """
+    kept = []
+    for item in tqdm(items, desc="validation set", leave=False, disable=not progress):
+        try:
+            decode_image(item.path)
+        except UnreadableInput as error:
+            if config.sampling.on_unreadable == "fail":
+                raise
+            report.add(item.name, f"validation: {error.reason}")
+            continue
+        kept.append(item)
+    return kept
+
+
+def write_dropped(path: Path, reports: Sequence[DropReport]) -> None:
+    """Every row left out, and why, as a CSV; no file when nothing was."""
+    rows = [row for report in reports for row in report.dropped]
+    path.unlink(missing_ok=True)
+    if rows:
+        text = io.StringIO()
+        lines = csv.writer(text, lineterminator="\n")
+        lines.writerows([("image", "reason"), *rows])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.getvalue())
+
+
 def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run:
     """Everything before the first step: config, data, faces, towers, member."""
     config = override(preset(args.preset, args.member), args.set)
@@ -733,11 +783,12 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
             (folder / name).unlink(missing_ok=True)
     items, report = read_manifest(args.data, split="train")
     items, capped = select(items, config.sampling, config.train.seed)
-    validation, _ = read_manifest(args.data, split="val")
+    validation, lost = read_manifest(args.data, split="val")
     if len({item.label for item in validation}) < 2:
         raise ManifestError(
             f"{args.data}: the val split needs real and fake pictures, found {len(validation)} of one class"
         )
+    validation = readable(validation, config, lost, progress=not args.quiet)
     if args.validation_limit and len(validation) > args.validation_limit:
         order = np.random.default_rng(config.train.validation_seed).permutation(
             len(validation)
@@ -780,9 +831,11 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
         "pictures": len(items),
         "dropped": len(report.dropped) + len(capped.dropped),
     }
+    if world.leads:
+        write_dropped(folder / "dropped.csv", [report, capped, lost])
     if world.leads and not args.quiet:
         trainable, total = count_parameters(member)
-        for text in (report.summary(), capped.summary()):
+        for text in (report.summary(), capped.summary(), lost.summary()):
             if text:
                 print(text, file=sys.stderr)
         print(json.dumps(to_dict(config)), file=sys.stderr)
@@ -839,6 +892,12 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"{run.config.name}: {state['total']} steps, best mean validation AUC {best:.4f}, in {run.folder}"
         )
+        if state["unreadable"]:
+            print(
+                f"{run.config.name}: {state['unreadable']} samples were unreadable and left out "
+                "(sampling.on_unreadable=drop)",
+                file=sys.stderr,
+            )
     return 0
 
 

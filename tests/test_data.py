@@ -163,7 +163,11 @@ def test_caps_drops_and_frames(tmp_path):
         == select(items, SamplingConfig(cap=("drawn0/fake=3",)), 0)[0]
     )
     video = [replace(i, video="v") for i in items if i.label and i.source == "drawn0"]
-    assert len(select(video, SamplingConfig(frames=4), 0)[0]) == 4
+    kept, _ = select(video, SamplingConfig(frames=4), 0)
+    assert kept == [video[place] for place in (1, 3, 6, 8)]  # of ten
+    for wrong in ({"drop": ("drawn0/fake=1.5",)}, {"cap": ("drawn0/fake=-1",)}):
+        with pytest.raises(ConfigError, match="must lie between 0 and"):
+            select(items, SamplingConfig(**wrong), 0)
     with pytest.raises(ConfigError, match="drawn9"):
         select(items, SamplingConfig(cap=("drawn9/fake=3",)), 0)
 

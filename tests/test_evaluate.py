@@ -368,8 +368,9 @@ def kit(monkeypatch):
     module = ModuleType("solution.predict")
     module.loaded = []
 
-    def load_ensemble(weights, device):
+    def load_ensemble(weights, device, *, second_look):
         module.loaded.append((weights, device))
+        module.second_look = second_look
         return bundle(threshold=0.6, false_alarm=0.05)
 
     def score_pictures(ensemble, given, *, batch_size, workers, **settings):
@@ -403,6 +404,10 @@ def test_the_command_writes_everything(tmp_path, kit, capsys):
     assert "data:image/jpeg;base64," in (out / "report.html").read_text()
     assert evaluate.main([*command.split(), "--no-thumbnails"]) == 0
     assert "data:image" not in (out / "report.html").read_text()
+    assert kit.second_look and evaluate.main([*command.split(), "--fast"]) == 0
+    assert not kit.second_look
+    names = [path.name for path in (out / "scores").iterdir()]
+    assert len(names) == 6  # apart from the default's
 
 
 def test_the_command_refuses_in_a_line(tmp_path, kit, capsys):
@@ -413,7 +418,7 @@ def test_the_command_refuses_in_a_line(tmp_path, kit, capsys):
     assert evaluate.main(f"--data {tmp_path / 'no.csv'} --weights w {out}".split()) == 2
     assert evaluate.main(f"--data {path} --weights w {out} --pool x".split()) == 2
 
-    def missing(*_):
+    def missing(*_, **__):
         from solution.backbones import WeightsError
 
         raise WeightsError("w: no bundle there")

@@ -1,5 +1,6 @@
 """Training: schedule, accumulation, resume to the bit, two processes, phases, overfitting."""
 
+import csv
 import itertools
 import json
 import math
@@ -153,6 +154,38 @@ def test_another_configuration_does_not_resume(tmp_path):
     run.run()
     with pytest.raises(train.ConfigError, match="--restart"):
         make_run(tmp_path, settings=["train.max_steps=2"]).run()
+
+
+def test_other_pictures_or_processes_do_not_resume(tmp_path):
+    run = make_run(tmp_path, settings=["train.max_steps=1"])
+    run.run()
+    other = make_run(tmp_path, settings=["train.max_steps=1"])
+    other.items = other.items[1:]
+    with pytest.raises(train.ConfigError, match="another training set; go on"):
+        other.run()
+    shared = make_run(tmp_path, settings=["train.max_steps=1"], world=train.World(1, 2))
+    with pytest.raises(train.ConfigError, match="another number of processes"):
+        shared.run()
+
+
+def test_unreadable_pictures_are_dropped_counted_and_told(tmp_path, capsys):
+    data = write(tmp_path / "data", train=16, val=8)
+    broken = {}
+    for split in ("train", "val"):
+        item = read_manifest(data, split=split)[0][0]
+        item.path.write_bytes(b"no picture")
+        broken[split] = item
+    call = arguments(tmp_path / "out", data, "--set", "train.max_steps=3")
+    assert train.main(call) == 3
+    assert broken["val"].path.name in capsys.readouterr().err  # before the first step
+    dropping = [*call, "--set", "sampling.on_unreadable=drop"]
+    assert train.main(dropping) == 0
+    assert "samples were unreadable and left out" in capsys.readouterr().err
+    text = (tmp_path / "out" / "global" / "dropped.csv").read_text()
+    image, reason = list(csv.reader(text.splitlines()))[1]
+    assert image == broken["val"].name and reason.startswith("validation: not a pic")
+    scores = (tmp_path / "out" / "global" / "validation.csv").read_text().splitlines()
+    assert len(scores) == 8 and broken["val"].name not in "".join(scores)
 
 
 def test_eight_pictures_overfit(tmp_path):
