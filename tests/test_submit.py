@@ -379,20 +379,34 @@ def test_ctrl_c_leaves_130_and_the_same_command_goes_on(
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     tiny, pictures, reference, tmp_path
 ):
-    out, chance = tmp_path / "preds.csv", random.Random(0)
-    fork, kills = multiprocessing.get_context("fork"), 0
-    while kills < 8:
-        child = fork.Process(target=_quietly, args=(tiny, pictures, out))
+    out = tmp_path / "preds.csv"
+    assert killed(tiny, pictures, out, most=8) > 1
+    assert run(tiny, pictures, out, "--batch-size", 4) == 0
+    assert written(out) == reference
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_over_two_thousand_pictures(tiny, tmp_path):
+    folder = make_pictures(tmp_path / "in", 2000, side=8)
+    whole, out = tmp_path / "whole.csv", tmp_path / "preds.csv"
+    assert run(tiny, folder, whole, "--batch-size", 4) == 0
+    assert killed(tiny, folder, out, most=20) == 20
+    assert run(tiny, folder, out, "--batch-size", 4) == 0
+    assert written(out) == written(whole)
+
+
+def killed(tiny, folder, out, *, most):
+    """How often a run was killed, each time somewhere else, before it ended by itself."""
+    chance, fork = random.Random(0), multiprocessing.get_context("fork")
+    for kills in range(most):
+        child = fork.Process(target=_quietly, args=(tiny, folder, out))
         child.start()
         child.join(chance.uniform(0.2, 0.6))
         if not child.is_alive():
-            break
+            return kills
         child.kill()
         child.join()
-        kills += 1
-    assert kills > 1
-    assert run(tiny, pictures, out, "--batch-size", 4) == 0
-    assert written(out) == reference
+    return most
 
 
 def _quietly(tiny, pictures, out):
