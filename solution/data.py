@@ -33,7 +33,7 @@ from solution.config import (
     ViewConfig,
 )
 from solution.degradation import degrade, use_one_opencv_thread
-from solution.faces import FaceLocator, choose_face, crop_box, crop_square, make_view
+from solution.faces import FaceLocator, choose_face, crop_square, make_view, view_box
 from solution.images import IMAGE_SUFFIXES, UnreadableInput, decode_image, resize_image
 from solution.pseudo_fakes import face_region, self_blend
 from solution.records import Batch, FaceBox
@@ -476,8 +476,8 @@ class TrainingViews(Dataset):
         self, image: np.ndarray, mask: np.ndarray | None, face: FaceBox | None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """The member's source, whole picture or face crop, as a TRAINING_SIDE square, with its mask."""
-        if self.config.view.source == "face" and face is not None:
-            box = crop_box(face, self.config.face)
+        box = view_box(self.config.view, face, image.shape[:2], self.config.face)
+        if box is not None:
             image = crop_square(image, box)
             mask = None if mask is None else crop_square(mask, box)
         side = TRAINING_SIDE

@@ -25,7 +25,13 @@ from solution import maps
 from solution.config import OPS, DegradationConfig, FaceConfig
 from solution.data import Item, degraded_picture, stable_seed
 from solution.degradation import use_one_opencv_thread
-from solution.faces import FaceLocator, choose_face, crop_box, make_view
+from solution.faces import (
+    FaceLocator,
+    choose_face,
+    make_view,
+    share_locators,
+    view_box,
+)
 from solution.images import decode_image
 from solution.maps import Probe
 from solution.measure import ENSEMBLE, Condition, EvaluationError, Pictures
@@ -95,14 +101,16 @@ def see(
 ) -> Seen:
     """Cut every view of a picture (H, W, 3), faces located in it as submission does; no locators: no faces."""
     size = picture.shape[:2]
-    found = {config: at.locate(picture) for config, at in locators.items()}
+    searched = {id(at): at for at in locators.values()}
+    faces = {key: at.locate(picture) for key, at in searched.items()}
+    found = {config: faces[id(at)] for config, at in locators.items()}
     cut, rects = [], []
     for view, config in views:
         face = None
         if config in found:
             face = choose_face(found[config], *size, config)
         cut.append(make_view(picture, view, face, config or FaceConfig()))
-        box = None if face is None else crop_box(face, config)
+        box = view_box(view, face, size, config or FaceConfig())
         rects.append(maps.seen_rect(view, size, box))
     return Seen(cut, np.array(rects), _any_face(found, size))
 
@@ -118,7 +126,7 @@ def _any_face(found: Mapping[FaceConfig, list[FaceBox]], size: tuple[int, int]):
 def locators_of(views: Sequence[View]) -> dict[FaceConfig, FaceLocator]:
     """A locator for every way the views locate faces; one in the default way where no view needs a face."""
     configs = [v.face for v in views if v.face is not None] or [FaceConfig()]
-    return {config: FaceLocator(config) for config in configs}
+    return share_locators(configs)
 
 
 class _Pictures(Dataset):

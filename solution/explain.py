@@ -25,12 +25,18 @@ import torch
 
 from solution import drift, drift_figures, maps, predict
 from solution.backbones import WeightsError
-from solution.config import ConfigError
+from solution.config import ConfigError, FaceConfig
 from solution.data import Item, ManifestError, read_manifest
 from solution.drift import ATTENTION, CAM, Seen, locators_of, see
 from solution.evaluate import limit_items
 from solution.explain_page import Explained, Map, MemberView, Pages
-from solution.faces import FaceLocator, crop_box, crop_square
+from solution.faces import (
+    FaceLocator,
+    choose_face,
+    crop_box,
+    crop_square,
+    view_box,
+)
 from solution.images import (
     Input,
     InputError,
@@ -277,12 +283,14 @@ class Explainer:
             return None, "No face detector is installed."
         if face is None:
             return None, "No face was found."
-        config = next(iter(self.locators))
-        box, note = FaceBox(*face, 0.0), ""
-        area = (box.x1 - box.x0) * (box.y1 - box.y0)
-        if area < config.min_area * picture.shape[0] * picture.shape[1]:
-            note = "The face is small: every member sees the whole picture."
-        return crop_square(picture, crop_box(box, config)), note
+        box, size = FaceBox(*face, 0.0), picture.shape[:2]
+        crops = [
+            view_box(view, choose_face([box], *size, config), size, config)
+            for view, config in self.ensemble.views
+            if config is not None
+        ]
+        note = "" if any(crops) else "Every member sees the whole picture."
+        return crop_square(picture, crop_box(box, FaceConfig())), note
 
 
 def _shown(kind: str, values: np.ndarray, covered: np.ndarray | None) -> Map:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -156,6 +156,16 @@ def _face(row: np.ndarray, across: float, down: float) -> FaceBox:
     )
 
 
+def share_locators(configs: Iterable[FaceConfig]) -> dict[FaceConfig, FaceLocator]:
+    """A locator by configuration, the same one for those that search alike: they differ in what they choose."""
+    shared: dict[tuple[float, ...], FaceLocator] = {}
+    found = {}
+    for config in configs:
+        search = config.score_threshold, config.search_side, config.retry_sigma
+        found[config] = shared.setdefault(search, FaceLocator(config))
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------- choosing
 def choose_face(
     faces: Sequence[FaceBox], height: int, width: int, config: FaceConfig
@@ -238,6 +248,16 @@ def crop_box(face: FaceBox, config: FaceConfig) -> tuple[int, int, int, int]:
     return x0, y0, x0 + side, y0 + side
 
 
+def view_box(
+    view: ViewConfig, face: FaceBox | None, size: tuple[int, int], config: FaceConfig
+) -> tuple[int, int, int, int] | None:
+    """The square (x0, y0, x1, y1) that a view cuts out of a picture of `size` (height, width); None: all of it."""
+    if view.source != "face" or face is None:
+        return None
+    fills = _area(face) > config.max_area * size[0] * size[1]
+    return None if fills else crop_box(face, config)
+
+
 def crop_square(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
     """The part of `image` (H, W) or (H, W, C) in `box` (x0, y0, x1, y1), zeros where the box leaves the picture."""
     x0, y0, x1, y1 = box
@@ -261,8 +281,9 @@ def make_view(
 
     face: the chosen face; a `face` view shows the whole picture without one. The rule is `ViewConfig`'s.
     """
-    if view.source == "face" and face is not None:
-        image = crop_square(image, crop_box(face, face_config))
+    box = view_box(view, face, image.shape[:2], face_config)
+    if box is not None:
+        image = crop_square(image, box)
     image = resize_image(image, view.resize, view.resize)
     start = (view.resize - view.side) // 2
     return image[start : start + view.side, start : start + view.side].copy()

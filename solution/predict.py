@@ -35,10 +35,10 @@ from solution.config import (
 from solution.data import degraded_picture
 from solution.degradation import use_one_opencv_thread
 from solution.faces import (
-    FaceLocator,
     choose_face,
     choose_track,
     make_view,
+    share_locators,
 )
 from solution.images import (
     VIDEO_SUFFIXES,
@@ -401,7 +401,7 @@ class Reader(Dataset):
         self.views, self.frames = tuple(views), frames
         self.degradation, self.seed = degradation, seed
         searches = [v.face for v in views if v.face is not None and faces]
-        self.locators = {config: FaceLocator(config) for config in searches}
+        self.locators = share_locators(searches)
 
     def __getitem__(self, batch: Sequence[tuple[int, Input]]) -> Prepared:
         rows: list[Scored] = []
@@ -451,9 +451,11 @@ class Reader(Dataset):
     ) -> dict[FaceConfig, list[FaceBox | None]]:
         """By face configuration, the chosen face of every picture; of a video, one person's."""
         size = pictures[0].shape[:2]
-        found = {}
+        seen, found = {}, {}
         for config, locator in self.locators.items():
-            faces = [locator.locate(picture) for picture in pictures]
+            if id(locator) not in seen:
+                seen[id(locator)] = [locator.locate(picture) for picture in pictures]
+            faces = seen[id(locator)]
             found[config] = (
                 choose_track(faces, *size, config)
                 if video

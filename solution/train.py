@@ -813,7 +813,8 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
         or config.augment.self_blend_p
         or config.name == "vlaforge"
     ):
-        settings = json.dumps([to_dict(config.face), str(args.data.resolve())])
+        located = replace(config.face, margin=1.0, max_area=1.0)  # what does not matter
+        settings = json.dumps([to_dict(located), str(args.data.resolve())])
         cache = args.out / f"faces-{stable_seed(settings):08x}.jsonl"
         if world.leads:
             faces = locate_faces(items, config, cache, progress=not args.quiet)

@@ -6,6 +6,7 @@ import importlib.util
 import multiprocessing
 import pickle
 import sys
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -26,6 +27,8 @@ from solution.faces import (
     crop_square,
     detector_file,
     make_view,
+    share_locators,
+    view_box,
 )
 from solution.images import resize_image
 from solution.records import FaceBox
@@ -271,3 +274,23 @@ def test_without_a_face_the_face_view_is_the_whole_picture():
     view = ViewConfig("face", 224, 224)
     assert np.array_equal(make_view(PHOTO, view, None, CONFIG), whole)
     assert not np.array_equal(make_view(PHOTO, view, FACE, CONFIG), whole)
+
+
+def test_a_picture_that_its_face_fills_is_not_cut():
+    config = replace(CONFIG, margin=1.0, min_area=0.0, max_area=0.25)
+    view = ViewConfig("face", 64, 64)
+    picture = resize_image(PHOTO, 100, 100)
+    whole = make_view(picture, ViewConfig("image", 64, 64), None, config)
+    fills, small = box(50, 50, 50.1, 0.9), box(40, 50, 40, 0.9)
+    assert view_box(view, fills, (100, 100), config) is None
+    assert np.array_equal(make_view(picture, view, fills, config), whole)
+    assert view_box(view, small, (100, 100), config) == (20, 30, 60, 70)
+    cut = resize_image(picture[30:70, 20:60], 64, 64)
+    assert np.array_equal(make_view(picture, view, small, config), cut)
+    assert view_box(ViewConfig("image", 64, 64), small, (100, 100), config) is None
+
+
+def test_configurations_that_search_alike_share_one_search():
+    wide, quick = replace(CONFIG, margin=2.0), replace(CONFIG, search_side=160)
+    found = share_locators([CONFIG, wide, quick, CONFIG])
+    assert found[CONFIG] is found[wide] and found[CONFIG] is not found[quick]

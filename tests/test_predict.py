@@ -23,7 +23,7 @@ from solution.config import (
     preset,
 )
 from solution.data import Item, ValidationViews
-from solution.faces import make_view
+from solution.faces import FaceLocator, make_view
 from solution.images import UnreadableInput, decode_image, find_inputs
 from solution.journal import Journal, Scored, journal_path, stamp
 from solution.members import build_member, random_towers
@@ -101,7 +101,7 @@ def test_each_picture_is_decoded_and_searched_once(exact, pictures, monkeypatch)
         predict, "decode_image", lambda path: decoded.append(path) or real(path)
     )
     monkeypatch.setattr(
-        predict.FaceLocator, "locate", lambda self, image: searched.append(1) or []
+        FaceLocator, "locate", lambda self, image: searched.append(1) or []
     )
     items = items_of(pictures)
     scores(exact, items)
