@@ -17,9 +17,10 @@ import cv2
 import numpy as np
 
 from solution.images import printable, resize_image
+from solution.report import render
 from solution.submission import write_atomically
 
-TEMPLATE = Path(__file__).with_name("explain_template.html")
+TEMPLATE = "explain_template.html"
 COLOURS = "inferno"  # of equal perceived steps
 SHOWN = 100  # pictures on a page
 SOURCE, TILE, THUMBNAIL = 220, 140, 160  # px
@@ -196,11 +197,7 @@ class Pages:
         return self.written[0]
 
     def _flush(self) -> None:
-        from jinja2 import Environment
-
         number, count = len(self.written) + 1, max(1, -(-self.total // SHOWN))
-        environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
         page = {
             "title": self.title,
             "facts": self.facts,
@@ -212,7 +209,7 @@ class Pages:
             ],
         }
         path = self.folder / _page_name(number)
-        write_atomically(path, template.render(page=page))
+        write_atomically(path, render(TEMPLATE, page))
         if self.thumbnails:
             sheet = contact_sheet(self.thumbnails)
             _, data = cv2.imencode(".png", sheet[:, :, ::-1])

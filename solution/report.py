@@ -20,7 +20,7 @@ from solution.config import MEMBERS
 from solution.measure import ENSEMBLE, histogram, rank_correlation
 from solution.submission import write_atomically
 
-TEMPLATE = Path(__file__).with_name("report_template.html")
+TEMPLATE = "report_template.html"  # beside this file
 THUMBNAIL = 160  # px
 SHOWN = 16  # pictures in each gallery of a submission
 SHOWN_FAILURES = 100  # rows; the JSON has them all
@@ -876,9 +876,18 @@ def thumbnail(path: str | Path) -> tuple[str, str]:
 
 
 def _write_page(page: Mapping[str, Any], path: Path) -> Path:
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    write_atomically(path, template.render(page=page))
+    write_atomically(path, render(TEMPLATE, page))
     return path
+
+
+def render(template: str, page: Mapping[str, Any]) -> str:
+    """The HTML of `page` by a template that lies beside this file."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(page=page)

@@ -533,7 +533,11 @@ def test_memory_is_flat_in_the_number_of_pictures(tiny, tmp_path):
     while child.poll() is None:
         status = Path(f"/proc/{child.pid}/status").read_text()
         now = next(
-            (int(x.split()[1]) for x in status.splitlines() if x.startswith("RssAnon:")),
+            (
+                int(x.split()[1])
+                for x in status.splitlines()
+                if x.startswith("RssAnon:")
+            ),
             resident,
         )
         resident = max(resident, now)
