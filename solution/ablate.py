@@ -38,7 +38,8 @@ class Study:
 
 def _short(steps: int) -> tuple[str, ...]:
     """A run of so many steps, warmed up over a fifth of them, validated once at its end."""
-    return (f"train.max_steps={steps}", f"optim.warmup_steps={steps // 5}")
+    at_end = f"train.max_steps={steps}", f"train.validate_every={steps}"
+    return (*at_end, f"optim.warmup_steps={steps // 5}")
 
 
 STUDIES = {
@@ -82,7 +83,7 @@ def train_command(
     settings = [*study.shared, *study.variants[variant], f"train.seed={seed}"]
     sets = [word for setting in settings for word in ("--set", setting)]
     start = [sys.executable, "-m", "solution.train", "--member", study.member]
-    return [*start, "--out", str(out), *sets, *given]
+    return [*start, *given, "--out", str(out), *sets]  # the study has the last word
 
 
 def read_scores(path: Path) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
@@ -104,6 +105,16 @@ def read_scores(path: Path) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
     return names, labels, logits
 
 
+def run_to_its_end(command: list[str]) -> int:
+    """The exit code; Ctrl-C reaches the training too, which is given the time to write its checkpoint."""
+    with subprocess.Popen(command) as child:
+        while True:
+            try:
+                return child.wait()
+            except KeyboardInterrupt:
+                continue
+
+
 # ------------------------------------------------------------------------------------------------ comparison
 def compare(folder: Path, study: Study, draws: int = 2000) -> list[dict[str, Any]]:
     """One row per variant that has a finished run in `folder`, as plain JSON values.
@@ -114,7 +125,7 @@ def compare(folder: Path, study: Study, draws: int = 2000) -> list[dict[str, Any
     names, labels, runs = None, None, {}
     for path in sorted(folder.glob(f"*/{study.member}/validation.csv")):
         variant, _, seed = path.parent.parent.name.rpartition("-")
-        if variant not in study.variants:
+        if variant not in study.variants or not seed.isdigit():
             continue
         found, labels, logits = read_scores(path)
         if names is not None and found != names:
@@ -216,13 +227,11 @@ def main(argv: list[str] | None = None) -> int:
             out = folder / f"{variant}-{seed}"
             print(f"ablate: {variant}, seed {seed}", file=sys.stderr)
             command = train_command(study, variant, seed, out, given)
-            try:
-                code = subprocess.run(command, check=False).returncode
-            except KeyboardInterrupt:  # the training has heard it, too
-                code = 130
+            code = run_to_its_end(command)
             if code:
+                way = "the same command goes on" if code == 130 else "see above"
                 print(
-                    f"ablate: stopped with exit code {code} in {out}; the same command goes on",
+                    f"ablate: stopped with exit code {code} in {out}; {way}",
                     file=sys.stderr,
                 )
                 return code

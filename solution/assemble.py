@@ -21,9 +21,12 @@ from solution.bundle import write_bundle
 from solution.calibration import Calibrator
 from solution.config import ConfigError, DegradationConfig, VoteConfig
 from solution.data import ManifestError, read_manifest
+from solution.faces import FaceDetectorMissing
 from solution.fit import fit_ensemble
 from solution.images import UnreadableInput
+from solution.members import read_config
 from solution.submission import write_atomically
+from solution.train import readable
 
 
 def assemble(
@@ -46,7 +49,12 @@ def assemble(
     degraded pictures are drawn anew for each of `seeds`.
     limit: at most so many validation pictures, seeded (smoke runs).
     """
-    items, _ = read_manifest(data, split="val")
+    items, report = read_manifest(data, split="val")
+    configs = [read_config(members / name) for name in names]
+    strict = [c for c in configs if c.sampling.on_unreadable == "fail"]
+    items = readable(items, (strict or configs)[0], report, progress=progress)
+    if report.dropped:
+        print(report.summary(), file=sys.stderr)
     if limit and len(items) > limit:
         order = np.random.default_rng(0).permutation(len(items))
         items = [items[i] for i in sorted(order[:limit])]
@@ -155,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, ManifestError, ValueError) as error:
         print(f"assemble: {error}", file=sys.stderr)
         return 2
-    except (WeightsError, UnreadableInput) as error:
+    except (WeightsError, UnreadableInput, FaceDetectorMissing) as error:
         print(f"assemble: {error}", file=sys.stderr)
         return 3
     print(json.dumps(comparison, indent=1))

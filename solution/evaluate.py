@@ -146,6 +146,7 @@ def score_conditions(
     scorer: Scorer,
     ensemble: Ensemble,
     folder: Path,
+    way: str = "",
     progress: bool = True,
 ) -> list[Run]:
     """A run per condition; logits come from `folder` where it has them and are put there as soon as they are known."""
@@ -159,7 +160,8 @@ def score_conditions(
     with tqdm(total=total, unit="picture", disable=not progress) as bar:
         for condition in conditions:
             bar.set_description(condition.name)
-            path = folder / _score_file(condition, ensemble.hash, fingerprint)
+            key = f"{ensemble.hash}-{way}" if way else ensemble.hash
+            path = folder / _score_file(condition, key, fingerprint)
             if path.exists():
                 logits = _read_logits(path, pictures.names)
                 bar.update(len(items))
@@ -539,6 +541,7 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
     # Here and not above: scoring brings torch, which a report on given scores does without.
     from solution import predict
     from solution.backbones import WeightsError
+    from solution.faces import FaceDetectorMissing
     from solution.images import UnreadableInput
 
     if arguments.weights is None:
@@ -558,20 +561,20 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 3
 
-    if arguments.fast:  # its scores are kept apart from the default's
-        ensemble.hash += "-fast"
-
     def scorer(chunk: Sequence[Any], **settings: Any) -> Logits:
         sizes = {"batch_size": arguments.batch_size, "workers": arguments.workers}
         try:
             return predict.score_pictures(ensemble, chunk, **sizes, **settings)
         except UnreadableInput as error:
             raise EvaluationError(f"{error}; mend it or take it out of the manifest")
+        except FaceDetectorMissing as error:
+            raise EvaluationError(str(error)) from None
 
     results = run(
         items,
         scorer=scorer,
         ensemble=ensemble,
+        way="fast" if arguments.fast else "",
         out=arguments.out,
         conditions=[
             CLEAN,
@@ -600,7 +603,7 @@ def _asked(arguments: argparse.Namespace, notes: str) -> dict[str, str]:
         "limit": f"{arguments.limit} pictures, {draw}" if arguments.limit else "none",
         "frames": f"at most {frames} a video" if frames else "all",
         "bootstrap": _bootstrap_text(arguments),
-        "second looks in float32": "no (--fast)" if arguments.fast else "yes",
+        "second looks": "no (--fast)" if arguments.fast else "where submit.py has them",
         "left out": notes or "nothing",
     }
 
@@ -611,6 +614,7 @@ def run(
     scorer: Scorer,
     ensemble: Ensemble,
     out: Path,
+    way: str = "",
     conditions: Sequence[Condition],
     protocol: Mapping[str, Any],
     pools: Mapping[str, Sequence[str]] | None = None,
@@ -619,13 +623,17 @@ def run(
     progress: bool = True,
     thumbnails: bool = True,
 ) -> dict[str, Any]:
-    """Score `items` under every condition (or take up the scores there are), measure, and write everything to `out`."""
+    """Score `items` under every condition (or take up the scores there are), measure, and write everything to `out`.
+
+    way: how the scorer departs from the default; its scores are kept apart and its name stands beside every number.
+    """
     runs = score_conditions(
         items,
         conditions,
         scorer=scorer,
         ensemble=ensemble,
         folder=out / "scores",
+        way=way,
         progress=progress,
     )
     pictures = Pictures.of(items)
@@ -635,7 +643,7 @@ def run(
         pictures,
         runs,
         thresholds=thresholds,
-        protocol={**protocol, **_bundle_protocol(ensemble, pictures)},
+        protocol={**protocol, **_bundle_protocol(ensemble, pictures, way)},
         pools=pools,
         seed=seed,
         draws=draws,
@@ -644,14 +652,16 @@ def run(
     return results
 
 
-def _bundle_protocol(ensemble: Ensemble, pictures: Pictures) -> dict[str, Any]:
+def _bundle_protocol(
+    ensemble: Ensemble, pictures: Pictures, way: str
+) -> dict[str, Any]:
     """What a report says of the bundle and the pictures; `origin` stands beside every number."""
     vote, fingerprint = ensemble.vote, pictures.fingerprint()
     rule = ""
     if vote.false_alarm is not None:
         rule = f" (at most {vote.false_alarm:.0%} false alarms on the pictures it was fitted on)"
     return {
-        "origin": f"bundle {ensemble.hash[:12]}, pictures {fingerprint[:12]}",
+        "origin": f"bundle {ensemble.hash[:12]}, pictures {fingerprint[:12]}{way and f', {way}'}",
         "bundle": ensemble.hash,
         "pictures": f"{len(pictures.names)}, fingerprint {fingerprint}",
         "vote": dataclasses.asdict(vote),

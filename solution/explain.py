@@ -31,6 +31,7 @@ from solution.drift import ATTENTION, CAM, Seen, locators_of, see
 from solution.evaluate import limit_items
 from solution.explain_page import Explained, Map, MemberView, Pages
 from solution.faces import (
+    FaceDetectorMissing,
     FaceLocator,
     choose_face,
     crop_box,
@@ -529,7 +530,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ManifestError, InputError, EvaluationError, UnreadableInput) as error:
         print(f"explain: {error}", file=sys.stderr)
         return 2
-    except (WeightsError, ConfigError, OSError) as error:
+    except (WeightsError, ConfigError, FaceDetectorMissing, OSError) as error:
         print(f"explain: {error}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:

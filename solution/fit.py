@@ -246,6 +246,7 @@ def _comparison(
                     runs(held["scores"][other]),
                     method="bootstrap",
                     seed=seed,
+                    draws=draws,
                 )
                 told = {k: getattr(test, k) for k in ("difference", "low", "high", "p")}
                 ways[name][condition][f"minus_{other.replace(' ', '_')}"] = told

@@ -118,7 +118,7 @@ def measure(
         "protocol": dict(protocol),
         "rows": [row for row in told if "auc" in row],
         "single_class": [row for row in told if "auc" not in row],
-        "comparisons": _comparisons(pictures, headline, seed),
+        "comparisons": _comparisons(pictures, headline, seed, draws),
         "calibration": _calibration(pictures, headline),
         "robustness": _robustness(
             pictures, runs, clean, **options, seed=seed, draws=draws
@@ -215,7 +215,7 @@ def _protocol_text(
 
 
 def _comparisons(
-    pictures: Pictures, headline: Mapping[str, Sequence[Run]], seed: int
+    pictures: Pictures, headline: Mapping[str, Sequence[Run]], seed: int, draws: int
 ) -> list[dict[str, Any]]:
     """Is the ensemble better than each member? DeLong and paired bootstrap, over the mean of the family's runs."""
     found = []
@@ -227,7 +227,7 @@ def _comparisons(
                 a, b = (np.stack([r.p[w] for r in runs]) for w in (ENSEMBLE, who))
                 for method in ("delong", "bootstrap"):
                     test = metrics.paired_auc_test(
-                        pictures.labels, a, b, method=method, seed=seed
+                        pictures.labels, a, b, method=method, seed=seed, draws=draws
                     )
                     about = {"condition": name, "a": ENSEMBLE, "b": who}
                     found.append({**about, **dataclasses.asdict(test)})

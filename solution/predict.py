@@ -278,7 +278,9 @@ def load_ensemble(
         precision=precision,
         batch_size=batch_size or automatic_batch(loaded, place),
     )
-    return ensemble if exact else make_fast(ensemble, second_look=second_look)
+    if exact:
+        return ensemble
+    return make_fast(ensemble, second_look=second_look and not early)
 
 
 def narrow_early(

@@ -70,11 +70,44 @@ def self_blend(
         source = _transform(image, rng)
     else:
         target = _transform(image, rng)
-    mask = _blend_mask(image.shape[:2], face, rng)
-    source, mask = _shift_and_resize(source, mask, rng)
+    near, face = _close_up(image.shape[:2], face)
+    shape = _blend_mask(target[near].shape[:2], face, rng)
+    source, shape = _shift_and_resize(np.ascontiguousarray(source[near]), shape, rng)
     ratio = _RATIOS[rng.integers(len(_RATIOS))]
-    weight = mask * np.float32(ratio)
-    return cv2.blendLinear(source, target, weight, 1 - weight), mask
+    weight = shape * np.float32(ratio)
+    fake, mask = target.copy(), np.zeros(image.shape[:2], np.float32)
+    below = np.ascontiguousarray(target[near])
+    fake[near], mask[near] = cv2.blendLinear(source, below, weight, 1 - weight), shape
+    return fake, mask
+
+
+def _close_up(
+    size: tuple[int, int], face: FaceBox | None
+) -> tuple[tuple[slice, slice], FaceBox | None]:
+    """The part of a picture, twice as wide as its face, that shifts are measured by, and the face in its pixels.
+
+    Shifts and scales are shares of a picture that its face fills; in a large frame they would double a small face.
+    """
+    if face is None:
+        return (slice(0, size[0]), slice(0, size[1])), None
+    reach = max(face.x1 - face.x0, face.y1 - face.y0)
+    x, y = (face.x0 + face.x1) / 2, (face.y0 + face.y1) / 2
+    left, top = max(0, int(x - reach)), max(0, int(y - reach))
+    right, bottom = (
+        min(size[1], math.ceil(x + reach)),
+        min(size[0], math.ceil(y + reach)),
+    )
+    if right - left < 2 or bottom - top < 2:
+        return (slice(0, size[0]), slice(0, size[1])), face  # beside the picture
+    points = face.landmarks
+    if points is not None:
+        points = tuple((px - left, py - top) for px, py in points)
+    moved = FaceBox(
+        *(face.x0 - left, face.y0 - top, face.x1 - left, face.y1 - top),
+        face.score,
+        points,
+    )
+    return (slice(top, bottom), slice(left, right)), moved
 
 
 def face_region(image_shape: tuple[int, ...], face: FaceBox | None) -> np.ndarray:

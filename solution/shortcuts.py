@@ -2,7 +2,7 @@
 
 `python -m solution.shortcuts --data MANIFEST [--split val] [--side 112] [--scores evaluation's scores.csv]`. Per source and
 pooled, the AUC of traces that say nothing about a face: of the file as it lies there (bytes, pixels, JPEG quality) and of
-the view that a member gets of it after decoding and resizing (pixels, bytes as PNG and as JPEG), with bootstrap intervals.
+the whole picture as members get it, decoded and resized (pixels, bytes as PNG and as JPEG), with bootstrap intervals.
 `--scores` adds the ensemble's AUC over all pairs and over pairs whose views compress alike, where that trace is blunt.
 """
 
@@ -70,8 +70,10 @@ def traces(item: Item, side: int) -> dict[str, float]:
     return dict(zip(FILE + VIEW, map(float, values)))
 
 
-def auc_within(labels: np.ndarray, scores: np.ndarray, strata: np.ndarray) -> float:
-    """AUC over the pairs (real, fake) of one stratum, all strata together; NaN-free: `ValueError` without such a pair."""
+def auc_within(
+    labels: np.ndarray, scores: np.ndarray, strata: np.ndarray
+) -> float | None:
+    """AUC over the pairs (real, fake) of one stratum, all strata together; None without such a pair."""
     right = pairs = 0.0
     for stratum in np.unique(strata):
         rows = strata == stratum
@@ -79,13 +81,13 @@ def auc_within(labels: np.ndarray, scores: np.ndarray, strata: np.ndarray) -> fl
         if count:
             right += count * metrics.auc(labels[rows], scores[rows])
             pairs += count
-    if not pairs:
-        raise ValueError("no stratum holds both real and fake pictures")
-    return right / pairs
+    return right / pairs if pairs else None
 
 
 def read_ensemble(path: Path) -> dict[str, float]:
     """Clean ensemble scores by picture name, from an evaluation's `scores.csv`."""
+    if not path.is_file():
+        raise ManifestError(f"{path}: not found; expected an evaluation's scores.csv")
     with path.open(newline="") as file:
         rows = csv.DictReader(file)
         wanted = {"condition", "image", "ensemble"}
@@ -107,10 +109,13 @@ def report(
     mixed = [s for s in sorted(set(sources)) if 0 < labels[of == s].mean() < 1]
     rest = sorted(set(sources) - set(mixed))
     pools = {s: of == s for s in mixed}
-    if rest:  # reals of one and fakes of another: with everything that is not the largest source
+    if rest:  # reals of one and fakes of another: with all but the largest source, or with that too
         largest = max(mixed, key=lambda s: np.sum(of == s), default="")
         others = sorted(set(sources) - {largest})
-        pools["+".join(others)] = np.isin(of, others)
+        if not 0 < labels[np.isin(of, others)].mean() < 1:
+            others = sorted(set(sources))
+        if len(others) < len(set(sources)):
+            pools["+".join(others)] = np.isin(of, others)
     pools["all"] = np.ones(len(labels), dtype=bool)
     rows = []
     for name, where in pools.items():
@@ -123,7 +128,8 @@ def report(
             size = found["view JPEG bytes"][where]
             edges = np.quantile(size, np.linspace(0, 1, STRATA + 1)[1:-1])
             alike = auc_within(y, scores[where], np.searchsorted(edges, size))
-            cells += [f"{metrics.auc(y, scores[where]):.3f}", f"{alike:.3f}"]
+            told = "-" if alike is None else f"{alike:.3f}"
+            cells += [f"{metrics.auc(y, scores[where]):.3f}", told]
         rows.append(cells)
     return rows
 
@@ -139,7 +145,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scores", type=Path, help="scores.csv of an evaluation")
     args = parser.parse_args(argv)
     try:
-        items, _ = read_manifest(args.data, split=args.split)
+        items, lost = read_manifest(args.data, split=args.split)
+        if lost.dropped:
+            print(lost.summary(), file=sys.stderr)
         scores = None
         if args.scores is not None:
             known = read_ensemble(args.scores)

@@ -155,8 +155,8 @@ def _preparation(ensemble, inputs) -> list:
         _line("faces", len(pictures) / (time.perf_counter() - begun), "one core")
     begun = time.perf_counter()
     cut = [
-        [make_view(p, view, face, config) for p, face in zip(pictures, faces)]
-        for view, _ in ensemble.views
+        [make_view(p, view, face, own or config) for p, face in zip(pictures, faces)]
+        for view, own in ensemble.views
     ]
     spent = time.perf_counter() - begun
     _line("views", len(pictures) / spent, f"{len(cut)} distinct, one core")
@@ -381,7 +381,7 @@ def matrix_rate(device, dtype) -> float:
 
     side = MATRIX_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / timed(lambda: a @ b, device)
+    return 2 * side**3 / timed(lambda: a @ b, device, least=2.0)
 
 
 def count_flops(forward: Callable) -> int:

@@ -69,6 +69,7 @@ from solution.data import (
     training_loader,
     validation_loader,
 )
+from solution.faces import FaceDetectorMissing
 from solution.images import UnreadableInput, decode_image
 from solution.member import Member
 from solution.members import build_member, fill_tower, save_member, tower_configs
@@ -231,6 +232,15 @@ class TrainingStep(nn.Module):
         return loss, parts, output
 
 
+def fingerprint(member: Member) -> str:
+    """SHA-256 over a few weights of every parameter of the member's tower: which one a training started from."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(tower_parameters(member.tower).items()):
+        few = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)]
+        digest.update(name.encode() + few.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 # ------------------------------------------------------------------------------------------------ the run
 class Run:
     """One member's training: where it stands, and how it goes on. `run()` does the work."""
@@ -264,7 +274,9 @@ class Run:
             self.config.train.precision == "auto" and device.type == "cuda"
         )
         member.tower.checkpointing = self.config.train.grad_checkpointing
+        self.start = fingerprint(member)
         self.stopping = False
+        self.lost = 0  # unreadable samples since the processes last spoke
         self.state = {
             "phase": 0,
             "step": 0,
@@ -436,7 +448,7 @@ class Run:
                     )
                 (loss / micro).backward()
             pictures += len(batch.labels) * self.world.size
-            self.state["unreadable"] += self.config.train.batch - len(batch.labels)
+            self.lost += self.config.train.batch - len(batch.labels)
             for name, value in ({"loss": loss.item()} | parts).items():
                 line[name] = (
                     line.get(name, 0.0) + value / micro
@@ -459,11 +471,14 @@ class Run:
         return line | {"pictures": pictures}
 
     def _agree_on_stopping(self) -> None:
-        """One process that was told to stop stops all, at the same step."""
+        """One process that was told to stop stops all, at the same step; unreadable samples are counted over all."""
+        said = torch.tensor([float(self.stopping), float(self.lost)])
         if self.world.size > 1:
-            flag = torch.tensor([float(self.stopping)], device=self.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.stopping = bool(flag.item())
+            said = said.to(self.device)
+            torch.distributed.all_reduce(said)
+        self.stopping = bool(said[0] > 0)
+        self.state["unreadable"] += int(said[1])
+        self.lost = 0
 
     def _between_steps(self, optimizer, per_epoch: int, total: int) -> None:
         """Validate and save where it is due."""
@@ -534,11 +549,17 @@ class Run:
         return self.folder / "checkpoint.pt"
 
     def setting(self) -> dict[str, str]:
-        """What has to be the same for a run to go on: the configuration, the pictures, and how many share the work."""
-        pictures = json.dumps([[item.name, item.label] for item in self.items])
+        """What has to be the same for a run to go on: configuration, pictures, tower, and how many share the work."""
+
+        def digest(items: list[Item]) -> str:
+            named = json.dumps([[item.name, item.label] for item in items])
+            return hashlib.sha256(named.encode()).hexdigest()
+
         return {
             "configuration": json.dumps(to_dict(self.config)),
-            "training set": hashlib.sha256(pictures.encode()).hexdigest(),
+            "training set": digest(self.items),
+            "validation set": digest(self.validation),
+            "tower": self.start,
             "number of processes": str(self.world.size),
         }
 
@@ -756,6 +777,48 @@ def readable(
     return kept
 
 
+def validation_pictures(
+    args: argparse.Namespace, config: MemberConfig, *, progress: bool
+) -> tuple[list[Item], DropReport]:
+    """The readable validation pictures, at most `--validation-limit` (a fixed draw), and what was left out."""
+    items, lost = read_manifest(args.data, split="val")
+    if args.validation_limit and len(items) > args.validation_limit:
+        rng = np.random.default_rng(config.train.validation_seed)
+        order = rng.permutation(len(items))
+        items = [items[i] for i in sorted(order[: args.validation_limit])]
+    items = readable(items, config, lost, progress=progress)
+    if len({item.label for item in items}) < 2:
+        raise ManifestError(
+            f"{args.data}: the val split needs real and fake pictures, found {len(items)} of one class"
+        )
+    return items, lost
+
+
+def with_faces(
+    items: list[Item],
+    args: argparse.Namespace,
+    config: MemberConfig,
+    world: World,
+    report: DropReport,
+) -> tuple[list[Item], dict]:
+    """The training pictures, and their faces where the member needs them; the unreadable ones go into `report`."""
+    crops = config.view.source == "face"
+    if not (crops or config.augment.self_blend_p or config.name == "vlaforge"):
+        return items, {}  # the loader counts what it cannot read
+    located = replace(config.face, margin=1.0, max_area=1.0)  # what does not matter
+    settings = json.dumps([to_dict(located), str(args.data.resolve())])
+    cache = args.out / f"faces-{stable_seed(settings):08x}.jsonl"
+    if world.leads:
+        locate_faces(items, config, cache, progress=not args.quiet)
+    if world.size > 1:
+        torch.distributed.barrier()
+    faces = locate_faces(items, config, cache, progress=False)
+    for item in items:
+        if item.name not in faces:
+            report.add(item.name, "unreadable")
+    return [item for item in items if item.name in faces], faces
+
+
 def write_dropped(path: Path, reports: Sequence[DropReport]) -> None:
     """Every row left out, and why, as a CSV; no file when nothing was."""
     rows = [row for report in reports for row in report.dropped]
@@ -771,7 +834,6 @@ def write_dropped(path: Path, reports: Sequence[DropReport]) -> None:
 def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run:
     """Everything before the first step: config, data, faces, towers, member."""
     config = override(preset(args.preset, args.member), args.set)
-    torch.manual_seed(config.train.seed + world.rank)
     folder = args.out / config.name
     if args.restart and world.leads:
         for name in (
@@ -783,17 +845,8 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
             (folder / name).unlink(missing_ok=True)
     items, report = read_manifest(args.data, split="train")
     items, capped = select(items, config.sampling, config.train.seed)
-    validation, lost = read_manifest(args.data, split="val")
-    if len({item.label for item in validation}) < 2:
-        raise ManifestError(
-            f"{args.data}: the val split needs real and fake pictures, found {len(validation)} of one class"
-        )
-    validation = readable(validation, config, lost, progress=not args.quiet)
-    if args.validation_limit and len(validation) > args.validation_limit:
-        order = np.random.default_rng(config.train.validation_seed).permutation(
-            len(validation)
-        )
-        validation = [validation[i] for i in sorted(order[: args.validation_limit])]
+    progress = world.leads and not args.quiet
+    validation, lost = validation_pictures(args, config, progress=progress)
     sources = dict(text.partition("=")[::2] for text in args.tower)
     towers = tower_configs([config]).values()
     known = {t.name for t in towers} | {t.source.partition(":")[2] for t in towers}
@@ -807,21 +860,7 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
     )
     if args.start_from is not None:
         start_from(member, args.start_from)
-    faces = {}
-    if (
-        config.view.source == "face"
-        or config.augment.self_blend_p
-        or config.name == "vlaforge"
-    ):
-        located = replace(config.face, margin=1.0, max_area=1.0)  # what does not matter
-        settings = json.dumps([to_dict(located), str(args.data.resolve())])
-        cache = args.out / f"faces-{stable_seed(settings):08x}.jsonl"
-        if world.leads:
-            faces = locate_faces(items, config, cache, progress=not args.quiet)
-        if world.size > 1:
-            torch.distributed.barrier()
-            faces = locate_faces(items, config, cache, progress=False)
-    torch.manual_seed(config.train.seed + 1000 * (world.rank + 1))
+    items, faces = with_faces(items, args, config, world, report)
     provenance = {
         "command": shlex.join(["python", "-m", "solution.train", *sys.argv[1:]]),
         "commit": commit(),
@@ -830,7 +869,7 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
         "device": str(device),
         "processes": world.size,
         "pictures": len(items),
-        "dropped": len(report.dropped) + len(capped.dropped),
+        "dropped": sum(len(r.dropped) for r in (report, capped, lost)),
     }
     if world.leads:
         write_dropped(folder / "dropped.csv", [report, capped, lost])
@@ -881,7 +920,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, ManifestError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
-    except (WeightsError, TrainingError, UnreadableInput) as error:
+    except (
+        WeightsError,
+        TrainingError,
+        UnreadableInput,
+        FaceDetectorMissing,
+    ) as error:
         print(f"train: {error}", file=sys.stderr)
         return 3
     if run.stopping:

@@ -91,7 +91,7 @@ def test_members_share_their_tower_and_views(exact):
     assert exact.members["global"].tower is exact.members["face"].tower
     assert exact.members["global"].tower is exact.members["qtfp"].tower
     assert exact.view_of["global"] == exact.view_of["fusion"] == exact.view_of["qtfp"]
-    assert len(exact.views) == 3  # image 56 px, face 56 px, image 64 px
+    assert len(exact.views) == 3  # 56 px: large faces whole, every face cut; 64 px
 
 
 def test_each_picture_is_decoded_and_searched_once(exact, pictures, monkeypatch):
@@ -166,6 +166,7 @@ def test_a_large_tower_is_read_in_half_precision_and_scores_the_same(
     monkeypatch.setattr(bundle_room, "fill_tower", spy)
     early = predict.load_ensemble(bundle, "cpu", **given)
     assert ("tiny-dinov2", torch.bfloat16) in seen
+    assert not predict.load_ensemble(bundle, "cpu", precision="bfloat16").exact
     items = items_of(pictures)
     late.batch_size = late.limit = early.batch_size
     for name, values in scores(late, items).items():

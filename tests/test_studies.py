@@ -1,6 +1,11 @@
 """Variants over seeds compared on the same pictures, and traces that must not give a label away."""
 
 import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +14,8 @@ from PIL import Image
 from solution import ablate, metrics, shortcuts
 from solution.config import override, preset
 from solution.data import Item, ManifestError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_run(folder, variant, seed, labels, logits, member="qtfp"):
@@ -28,9 +35,9 @@ def runs(tmp_path):
     labels = np.tile([0, 1], 300)
     shared = rng.normal(size=(2, 600))
     known = {}
-    for variant, signal, seeds in (("cls", 0.7, (0, 1)), ("queries", 1.3, (0, 1, 2))):
+    for variant, strength, seeds in (("cls", 0.7, (0, 1)), ("queries", 1.3, (0, 1, 2))):
         for seed in seeds:
-            logits = signal * labels + shared + 0.2 * rng.normal(size=(2, 600))
+            logits = strength * labels + shared + 0.2 * rng.normal(size=(2, 600))
             known[variant, seed] = logits
             write_run(tmp_path / "qtfp", variant, seed, labels, logits)
     return tmp_path, labels, known
@@ -72,7 +79,27 @@ def test_a_failed_training_stops_the_study_with_its_exit_code(tmp_path, capfd):
     data = ["--data", str(tmp_path / "nothing.csv"), "--preset", "tiny"]
     assert ablate.main([*call, "--", *data]) == 2
     error = capfd.readouterr().err
-    assert "no such manifest" in error and "preset-3; the same command goes on" in error
+    assert "no such manifest" in error and "preset-3; see above" in error
+
+
+def test_an_interrupted_training_may_finish_its_checkpoint(tmp_path):
+    child = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: (time.sleep(1), pathlib.Path(sys.argv[1]).touch(), sys.exit(130)))
+print("ready", flush=True)
+time.sleep(20)
+"""
+    words = [sys.executable, "-c", child, str(tmp_path / "saved")]
+    code = f"from solution import ablate; raise SystemExit(ablate.run_to_its_end({words!r}))"
+    whole = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert whole.stdout.readline() == b"ready\n"
+    os.killpg(whole.pid, signal.SIGINT)
+    assert whole.wait(timeout=20) == 130 and (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("study", ablate.STUDIES.values(), ids=ablate.STUDIES)
@@ -116,8 +143,7 @@ def test_pairs_of_one_stratum_alone_are_counted():
     scores = np.array([0.2, 0.1, 0.5, 0.6, 0.9])  # wrong, then right and wrong
     strata = np.array([0, 0, 1, 1, 1])
     assert shortcuts.auc_within(labels, scores, strata) == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="no stratum"):
-        shortcuts.auc_within(labels, scores, np.arange(5))
+    assert shortcuts.auc_within(labels, scores, np.arange(5)) is None
 
 
 def test_the_command_joins_scores_by_name_and_refuses_missing_ones(tmp_path, capsys):
@@ -135,6 +161,8 @@ def test_the_command_joins_scores_by_name_and_refuses_missing_ones(tmp_path, cap
     out = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in out[2:]] == ["| s0", "| s1", "| all"]
     assert "ensemble, views alike" in out[0]
+    assert shortcuts.main([*call, "--scores", str(tmp_path / "none.csv")]) == 2
+    assert "none.csv: not found" in capsys.readouterr().err
     (tmp_path / "s.csv").write_text("\n".join(scored[:-1]))
     assert shortcuts.main([*call, "--scores", str(tmp_path / "s.csv")]) == 2
     assert "no clean score of 1 pictures" in capsys.readouterr().err

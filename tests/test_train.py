@@ -168,7 +168,7 @@ def test_other_pictures_or_processes_do_not_resume(tmp_path):
         shared.run()
 
 
-def test_unreadable_pictures_are_dropped_counted_and_told(tmp_path, capsys):
+def test_unreadable_pictures_are_dropped_and_named(tmp_path, capsys):
     data = write(tmp_path / "data", train=16, val=8)
     broken = {}
     for split in ("train", "val"):
@@ -180,12 +180,30 @@ def test_unreadable_pictures_are_dropped_counted_and_told(tmp_path, capsys):
     assert broken["val"].path.name in capsys.readouterr().err  # before the first step
     dropping = [*call, "--set", "sampling.on_unreadable=drop"]
     assert train.main(dropping) == 0
-    assert "samples were unreadable and left out" in capsys.readouterr().err
     text = (tmp_path / "out" / "global" / "dropped.csv").read_text()
-    image, reason = list(csv.reader(text.splitlines()))[1]
-    assert image == broken["val"].name and reason.startswith("validation: not a pic")
+    _, *rows = csv.reader(text.splitlines())
+    reasons = dict(rows)
+    assert reasons[broken["train"].name] == "unreadable"
+    assert reasons[broken["val"].name].startswith("validation: not a pic")
     scores = (tmp_path / "out" / "global" / "validation.csv").read_text().splitlines()
     assert len(scores) == 8 and broken["val"].name not in "".join(scores)
+
+
+def test_what_the_loader_cannot_read_is_counted(tmp_path):
+    settings = ["train.max_steps=4", "sampling.on_unreadable=drop"]
+    run = make_run(tmp_path, settings=settings)
+    run.items[0].path.write_bytes(b"no picture")
+    run.run()
+    seen = [s.index for batch in run.epoch_plan(0)[:4] for s in batch]
+    assert run.state["unreadable"] == seen.count(0) > 0
+    assert run.state["pictures"] == len(seen) - seen.count(0)
+
+
+def test_another_tower_does_not_resume(tmp_path):
+    make_run(tmp_path, settings=["train.max_steps=1"]).run()
+    other = make_run(tmp_path, settings=["train.max_steps=1"], seed=5)
+    with pytest.raises(train.ConfigError, match="another tower"):
+        other.run()
 
 
 def test_eight_pictures_overfit(tmp_path):
