@@ -771,7 +771,7 @@ def _compact(member: str) -> MemberConfig:
 
 
 def _tiny(member: str) -> MemberConfig:
-    """`compact` with towers of a few thousand random weights: smoke runs and tests of the whole path, no detector."""
+    """`compact` with towers of a few thousand random weights: smoke runs and tests of the whole path; it detects nothing."""
     side = 56
     dino = Dinov2Arch(width=32, layers=2, heads=2, swiglu=False, image_side=side)
     clip = ClipArch(

@@ -285,12 +285,17 @@ class Explainer:
         if face is None:
             return None, "No face was found."
         box, size = FaceBox(*face, 0.0), picture.shape[:2]
-        crops = [
-            view_box(view, choose_face([box], *size, config), size, config)
-            for view, config in self.ensemble.views
-            if config is not None
-        ]
-        note = "" if any(crops) else "Every member sees the whole picture."
+        whole = []
+        for name, place in self.ensemble.view_of.items():
+            view, config = self.ensemble.views[place]
+            chosen = config and choose_face([box], *size, config)
+            if config is None or view_box(view, chosen, size, config) is None:
+                whole.append(name)
+        note = ""
+        if whole:
+            everybody = len(whole) == len(self.ensemble.members)
+            who = "Every member sees" if everybody else f"{', '.join(whole)} see"
+            note = f"{who} the whole picture."
         return crop_square(picture, crop_box(box, FaceConfig())), note
 
 

@@ -235,7 +235,7 @@ def _card(
 ) -> dict[str, Any]:
     sources = [("picture", _with_face(shown.picture, shown.face, SOURCE), "")]
     if shown.crop is not None:
-        sources.append(("face crop", _fitted(shown.crop, SOURCE), ""))
+        sources.append(("the face, 1.3 times its box", _fitted(shown.crop, SOURCE), ""))
     sources.append(("all Score-CAMs", _fitted(joint, SOURCE), shown.joint_note))
     return {
         "name": name,

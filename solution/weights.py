@@ -40,7 +40,7 @@ from solution.bundle import (
     tower_weights,
     write_bundle,
 )
-from solution.config import PRESETS, ConfigError
+from solution.config import PRESETS, ConfigError, MemberConfig
 from solution.hub import HubRef
 from solution.member import Member
 from solution.members import FORMAT
@@ -284,6 +284,12 @@ def run_selftest(
 
 
 # ------------------------------------------------------------------------------------------------ told to people
+def _seen(config: MemberConfig) -> str:
+    """What a member sees: `image`, `face`, or `small face` where only those are cut out."""
+    small = config.view.source == "face" and config.face.max_area < 1
+    return "small face" if small else config.view.source
+
+
 def member_rows(bundle: Bundle) -> list[dict[str, Any]]:
     """Per member what `show` and the card tell: tower, adapter, trained parameters, bytes, calibration, votes, SHA-256."""
     rows = []
@@ -295,7 +301,7 @@ def member_rows(bundle: Bundle) -> list[dict[str, Any]]:
         rows.append(
             {
                 "member": name,
-                "view": f"{config.view.source} {config.view.side} px",
+                "view": f"{_seen(config)} {config.view.side} px",
                 "tower": " + ".join(tower.name for tower in towers),
                 "adapter": config.adapter.kind,
                 "trained": sum(_count(bundle.folder / path) for path in paths),
@@ -317,11 +323,11 @@ def _count(path: Path) -> int:
 
 def show(bundle: Bundle) -> str:
     """The bundle as a table for a terminal."""
-    head = f"{'member':9} {'view':12} {'tower':44} {'adapter':8} {'stored':>12} {'MB':>7} {'calibration':12} {'votes':>5}  sha256"
+    head = f"{'member':9} {'view':17} {'tower':44} {'adapter':8} {'stored':>12} {'MB':>7} {'calibration':12} {'votes':>5}  sha256"
     lines = [f"{bundle.name}  {bundle.folder}  sha256 {bundle.hash}", head]
     for row in member_rows(bundle):
         lines.append(
-            f"{row['member']:9} {row['view']:12} {row['tower']:44} {row['adapter']:8} {row['trained']:12,} "
+            f"{row['member']:9} {row['view']:17} {row['tower']:44} {row['adapter']:8} {row['trained']:12,} "
             f"{row['bytes'] / 1e6:7.1f} {row['calibration']:12} {row['votes']:5}  {row['sha256'][:12]}"
         )
     for tower in bundle.towers.values():

@@ -482,7 +482,12 @@ def test_pages_are_self_contained_and_say_what_scoring_says(
     assert len(items) == 3 and "broken.png" in text and "Could not be read" in text
     for name in MEMBERS:
         assert text.count(f"<b>{name}</b> level") == 2
-    for title in ("Score-CAM", "query attention", "localisation", "face crop"):
+    for title in (
+        "Score-CAM",
+        "query attention",
+        "localisation",
+        "the face, 1.3 times its box",
+    ):
         assert f"<b>{title}</b>" in text
     assert "outside the face" in text
     passes = 3 * 5 * (2 + 8)
