@@ -20,7 +20,7 @@ from solution.backbones import WeightsError
 from solution.bundle import write_bundle
 from solution.calibration import Calibrator
 from solution.config import ConfigError, DegradationConfig, VoteConfig
-from solution.data import ManifestError, read_manifest
+from solution.data import ManifestError, draw_items, read_manifest
 from solution.faces import FaceDetectorMissing
 from solution.fit import fit_ensemble
 from solution.images import UnreadableInput
@@ -55,9 +55,7 @@ def assemble(
     items = readable(items, (strict or configs)[0], report, progress=progress)
     if report.dropped:
         print(report.summary(), file=sys.stderr)
-    if limit and len(items) > limit:
-        order = np.random.default_rng(0).permutation(len(items))
-        items = [items[i] for i in sorted(order[:limit])]
+    items = draw_items(items, limit, 0)
     final, out = out, out.with_name(f"{out.name}.part")
     shutil.rmtree(out, ignore_errors=True)
     # A first, uncalibrated bundle: scoring goes the way that every submission goes.

@@ -131,6 +131,14 @@ def read_manifest(
     return items, report
 
 
+def draw_items(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
+    """At most `limit` items, a fixed draw of `seed`, in their old order; 0: all."""
+    if not 0 < limit < len(items):
+        return list(items)
+    order = np.random.default_rng(seed).permutation(len(items))
+    return [items[i] for i in sorted(order[:limit])]
+
+
 def _held_out(item: Item) -> str:
     """The split of a row that names none: a tenth of the videos (or pictures), by name, is held out as `val`."""
     return "val" if stable_seed(item.video or item.name) % 10 == 0 else "train"

@@ -28,6 +28,7 @@ from solution.degradation import use_one_opencv_thread
 from solution.faces import (
     FaceLocator,
     choose_face,
+    locate_once,
     make_view,
     share_locators,
     view_box,
@@ -101,9 +102,7 @@ def see(
 ) -> Seen:
     """Cut every view of a picture (H, W, 3), faces located in it as submission does; no locators: no faces."""
     size = picture.shape[:2]
-    searched = {id(at): at for at in locators.values()}
-    faces = {key: at.locate(picture) for key, at in searched.items()}
-    found = {config: faces[id(at)] for config, at in locators.items()}
+    found = locate_once(locators, picture)
     cut, rects = [], []
     for view, config in views:
         face = None

@@ -136,9 +136,7 @@ def merge_adapters(members: Mapping[str, Member], dtype: torch.dtype) -> bool:
         projections = [(p, m) for p, m in projections if _adapters(m)]
         copies = 0 if len(names) == 1 and not plain else len(names)
         if _base(projections[0][1]).weight.dtype != torch.float32:
-            complete = (
-                False  # held in half precision from the start: no digits to add to
-            )
+            complete = False  # read in half precision: no digits to add to
             continue
         extra = copies * sum(_base(m).weight.numel() for _, m in projections)
         effort = any(isinstance(m, EffortLinear) for _, m in projections)

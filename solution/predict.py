@@ -37,6 +37,7 @@ from solution.degradation import use_one_opencv_thread
 from solution.faces import (
     choose_face,
     choose_track,
+    locate_once,
     make_view,
     share_locators,
 )
@@ -50,7 +51,7 @@ from solution.images import (
 )
 from solution.journal import Scored, stamp
 from solution.member import Member
-from solution.members import random_towers
+from solution.members import tower_configs
 from solution.records import FaceBox
 from solution.submission import SidecarRow
 from solution.vote import combine, levels
@@ -293,12 +294,13 @@ def narrow_early(
     if device.type != "cpu" or precision == "float32":
         return {}
     effort = {c.tower.name for c in configs if c.adapter.kind == "effort"}
-    return {
-        name: fastpath.PRECISIONS[precision]
-        for name, tower in random_towers(configs, device="meta").items()
-        if name not in effort
-        and sum(p.numel() for p in tower.parameters()) > LARGE_TOWER
-    }
+    found = {}
+    for name, tower in tower_configs(configs).items():
+        arch = tower.arch  # its blocks' matrices: four projections, and the MLP's
+        size = arch.layers * (4 + 2 * arch.mlp_ratio) * arch.width**2
+        if name not in effort and size > LARGE_TOWER:
+            found[name] = fastpath.PRECISIONS[precision]
+    return found
 
 
 def make_fast(ensemble: Ensemble, *, second_look: bool = True) -> Ensemble:
@@ -452,11 +454,10 @@ class Reader(Dataset):
     ) -> dict[FaceConfig, list[FaceBox | None]]:
         """By face configuration, the chosen face of every picture; of a video, one person's."""
         size = pictures[0].shape[:2]
-        seen, found = {}, {}
-        for config, locator in self.locators.items():
-            if id(locator) not in seen:
-                seen[id(locator)] = [locator.locate(picture) for picture in pictures]
-            faces = seen[id(locator)]
+        seen = [locate_once(self.locators, picture) for picture in pictures]
+        found = {}
+        for config in self.locators:
+            faces = [of_picture[config] for of_picture in seen]
             found[config] = (
                 choose_track(faces, *size, config)
                 if video

@@ -58,8 +58,7 @@ def traces(item: Item, side: int) -> dict[str, float]:
     """What can be told of the file and of the member's view of it without looking at a face."""
     picture = decode_image(item.path)
     view = make_view(picture, ViewConfig("image", side, side), None, FaceConfig())
-    with Image.open(item.path) as image:
-        pixels = image.width * image.height
+    pixels = picture.shape[0] * picture.shape[1]
     png, jpeg = BytesIO(), BytesIO()
     Image.fromarray(view).save(png, "png")
     Image.fromarray(view).save(jpeg, "jpeg", quality=VIEW_QUALITY)

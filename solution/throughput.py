@@ -428,14 +428,12 @@ def run_parity(args: argparse.Namespace) -> int:
     Too far: more than 0.1 % of a member's levels differ, or its AUC by more than 0.0005.
     """
     from solution import predict
-    from solution.data import read_manifest
+    from solution.data import draw_items, read_manifest
     from solution.weights import open_bundle
 
     bundle = open_bundle(args.weights)
     items, _ = read_manifest(args.data, split=args.split)
-    if 0 < args.limit < len(items):
-        order = np.random.default_rng(0).permutation(len(items))[: args.limit]
-        items = [items[i] for i in sorted(order)]
+    items = draw_items(items, args.limit, 0)
     labels = np.array([item.label for item in items])
     options = {"precision": args.precision, "batch_size": args.batch}
     found, looks, ways = {}, {}, {"float32": {"exact": True}}

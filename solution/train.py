@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import csv
 import hashlib
-import io
 import json
 import math
 import os
@@ -61,6 +60,7 @@ from solution.data import (
     Sample,
     TrainingViews,
     ValidationViews,
+    draw_items,
     locate_faces,
     plan_epoch,
     read_manifest,
@@ -70,12 +70,13 @@ from solution.data import (
     validation_loader,
 )
 from solution.faces import FaceDetectorMissing
+from solution.fastpath import pick_device
 from solution.images import UnreadableInput, decode_image
 from solution.member import Member
 from solution.members import build_member, fill_tower, save_member, tower_configs
 from solution.metrics import auc
 from solution.records import Batch, MemberOutput
-from solution.submission import write_atomically
+from solution.submission import atomic_file, write_atomically
 from solution.weights import tower_weights
 
 
@@ -206,7 +207,7 @@ def processes(device: torch.device) -> Iterator[World]:
         yield World()
         return
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(hours=12),  # the others wait while rank 0 validates
@@ -536,12 +537,11 @@ class Run:
         }
         training["seconds"] = round(self.state["seconds"], 1)
         save_member(self.member, self.folder, training=training)
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(["image", "label", "source", *logits])
-        for item, *values in zip(self.validation, *logits.values()):
-            rows.writerow([item.name, item.label, item.source, *values])
-        write_atomically(self.folder / "validation.csv", text.getvalue())
+        with atomic_file(self.folder / "validation.csv") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(["image", "label", "source", *logits])
+            for item, *values in zip(self.validation, *logits.values()):
+                rows.writerow([item.name, item.label, item.source, *values])
 
     # -- checkpoints
     @property
@@ -723,15 +723,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU of this process where there is one, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
 def commit() -> str:
     """The commit of this checkout, with `+` when its files differ from it; empty outside a checkout."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]
@@ -782,10 +773,7 @@ def validation_pictures(
 ) -> tuple[list[Item], DropReport]:
     """The readable validation pictures, at most `--validation-limit` (a fixed draw), and what was left out."""
     items, lost = read_manifest(args.data, split="val")
-    if args.validation_limit and len(items) > args.validation_limit:
-        rng = np.random.default_rng(config.train.validation_seed)
-        order = rng.permutation(len(items))
-        items = [items[i] for i in sorted(order[: args.validation_limit])]
+    items = draw_items(items, args.validation_limit, config.train.validation_seed)
     items = readable(items, config, lost, progress=progress)
     if len({item.label for item in items}) < 2:
         raise ManifestError(
@@ -809,10 +797,11 @@ def with_faces(
     settings = json.dumps([to_dict(located), str(args.data.resolve())])
     cache = args.out / f"faces-{stable_seed(settings):08x}.jsonl"
     if world.leads:
-        locate_faces(items, config, cache, progress=not args.quiet)
+        faces = locate_faces(items, config, cache, progress=not args.quiet)
     if world.size > 1:
         torch.distributed.barrier()
-    faces = locate_faces(items, config, cache, progress=False)
+    if not world.leads:
+        faces = locate_faces(items, config, cache, progress=False)
     for item in items:
         if item.name not in faces:
             report.add(item.name, "unreadable")
@@ -824,11 +813,10 @@ def write_dropped(path: Path, reports: Sequence[DropReport]) -> None:
     rows = [row for report in reports for row in report.dropped]
     path.unlink(missing_ok=True)
     if rows:
-        text = io.StringIO()
-        lines = csv.writer(text, lineterminator="\n")
-        lines.writerows([("image", "reason"), *rows])
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.getvalue())
+        with atomic_file(path) as file:
+            lines = csv.writer(file, lineterminator="\n")
+            lines.writerows([("image", "reason"), *rows])
 
 
 def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run:
