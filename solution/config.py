@@ -8,6 +8,7 @@ Unknown fields fail. `override(config, ["optim.lr=1e-5"])` types each value by i
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from dataclasses import dataclass, field, replace
@@ -197,7 +198,11 @@ class TowerConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """How a tower is adapted: `none` (frozen), `lora`, `effort` (spec/qtfp), or `full` (the whole tower is trained)."""
+    """How a tower is adapted.
+
+    `none`: frozen. `lora`. `effort` (QTFP's: the residual rank-`rank` part of each projection). `norm`: the LayerNorms'
+    weights and biases alone (GenD, WACV 2026). `full`: the whole tower.
+    """
 
     kind: str = "lora"
     rank: int = 32
@@ -205,8 +210,13 @@ class AdapterConfig:
     dropout: float = 0.15
     projections: tuple[str, ...] = ("q", "k", "v", "o")
 
+    @property
+    def in_place(self) -> bool:
+        """Whether it changes the tower's own weights, so that the tower travels with the member."""
+        return self.kind in ("norm", "full")
+
     def __post_init__(self) -> None:
-        kinds = ("none", "lora", "effort", "full")
+        kinds = ("none", "lora", "effort", "norm", "full")
         require(
             self.kind in kinds,
             f"adapter.kind is {self.kind!r}; allowed: {', '.join(kinds)}",
@@ -418,9 +428,22 @@ class AugmentConfig:
     crop_min: float = 0.8
     # Share of a batch's fake slots that take a real face and blend it with itself (label 1, with a mask).
     self_blend_p: float = 0.0
+    # Look, of both classes alike: brightness, contrast, saturation and hue; and sharper or softer.
+    colour_p: float = 0.0
+    sharpness_p: float = 0.0
+    # px; pictures are brought to this square before augmentation and engine, as the challenge's are.
+    side: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("flip_p", "rotate_p", "crop_p", "self_blend_p"):
+        shares = (
+            "flip_p",
+            "rotate_p",
+            "crop_p",
+            "self_blend_p",
+            "colour_p",
+            "sharpness_p",
+        )
+        for name in shares:
             value = getattr(self, name)
             require(
                 0 <= value <= 1, f"augment.{name} is {value}; it must lie in [0, 1]"
@@ -433,6 +456,7 @@ class AugmentConfig:
             0 <= self.rotate_degrees <= 180,
             f"augment.rotate_degrees is {self.rotate_degrees}; it must lie in [0, 180]",
         )
+        require(self.side > 0, f"augment.side is {self.side}; it must be positive")
 
 
 @dataclass(frozen=True)
@@ -515,6 +539,8 @@ class TrainConfig:
     head_lr: float = 1e-4
     head_warmup_steps: int = 500
     validation_seed: int = 7  # of the degraded validation pictures
+    # Decay of an average over the steps' weights, which is what is validated and saved; 0: the last step's weights.
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         require(
@@ -526,11 +552,18 @@ class TrainConfig:
             "train.batch and train.accumulate must be positive",
         )
         require(self.epochs > 0, f"train.epochs is {self.epochs}; it must be positive")
+        require(
+            0 <= self.average < 1,
+            f"train.average is {self.average}; it must lie in [0, 1)",
+        )
 
 
 @dataclass(frozen=True)
 class MemberConfig:
-    """One member, complete."""
+    """One member, complete.
+
+    name: its own in a bundle: letters, digits, `-` and `_`. kind: which class it is, one of MEMBERS; empty: its name.
+    """
 
     name: str
     view: ViewConfig
@@ -546,22 +579,29 @@ class MemberConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    kind: str = ""
 
     def __post_init__(self) -> None:
+        if not self.kind:
+            object.__setattr__(self, "kind", self.name)
         require(
-            self.name in MEMBERS,
-            f"member {self.name!r} is unknown; known: {', '.join(MEMBERS)}",
+            self.kind in MEMBERS,
+            f"member {self.name!r} has the kind {self.kind!r}; known: {', '.join(MEMBERS)}",
         )
         require(
-            self.name == "vlaforge" or self.view.side % self.tower.arch.patch == 0,
+            re.fullmatch(r"[A-Za-z0-9_-]+", self.name) is not None,
+            f"member name {self.name!r}: letters, digits, - and _ only",
+        )
+        require(
+            self.kind == "vlaforge" or self.view.side % self.tower.arch.patch == 0,
             f"{self.name}: view.side {self.view.side} is no multiple of the tower's patch {self.tower.arch.patch}",
         )
         require(
-            (self.name == "fusion") == (self.clip is not None),
+            (self.kind == "fusion") == (self.clip is not None),
             f"{self.name}: `clip` belongs to the fusion member alone",
         )
         require(
-            self.name != "vlaforge" or self.tower.kind == "clip",
+            self.kind != "vlaforge" or self.tower.kind == "clip",
             "vlaforge needs a CLIP tower with its text encoder",
         )
 
@@ -671,20 +711,29 @@ def _giant(member: str) -> MemberConfig:
     )
 
 
-COMPACT_SIDE = (
-    112  # px: 8 x 8 patches; what two cores train well, see weights/README.md
-)
+COMPACT_SIDE = 168  # px: 12 x 12 patches
+FACE_SIDE = 196  # px: 14 x 14 patches of a tight crop
 SMALLEST_FACE = 0.002  # of the picture, in `compact`: 43 px in a frame of 1280 x 720
+# What makes whole faces in the data that `compact` was trained on: their forgery mask is the face.
+COMPACT_GENERATED = (
+    "stylegan1",
+    "mobilestylegan",
+    "stylegan2_tpdne",
+    "stylegan_generatedphotos_like",
+    "sd21",
+    "sdxl",
+    "flux1_schnell",
+)
 
 
-def _compact_tower() -> TowerConfig:
-    """DINOv2 ViT-S/14, trained whole by `global` and shared by all members of the bundle."""
+def _compact_tower(name: str) -> TowerConfig:
+    """A DINOv2 ViT-S/14 that the bundle brings, trained by the member it is named after."""
     arch = Dinov2Arch(width=384, layers=12, heads=6, mlp_ratio=4, swiglu=False)
-    return TowerConfig("compact-dinov2-s14", "dinov2", arch, source="bundle")
+    return TowerConfig(f"s14-{name}", "dinov2", arch, source="bundle")
 
 
 def _compact_clip(text: bool) -> TowerConfig:
-    """The same image tower in open_clip's layout; the text tower, where there is one, is small and learned."""
+    """The tower `s14-semantic` in open_clip's layout; the text tower, where there is one, is small and learned."""
     arch = ClipArch(
         width=384,
         layers=12,
@@ -702,54 +751,77 @@ def _compact_clip(text: bool) -> TowerConfig:
         context=11,  # the prompts' tokens: the member maps its few words to a table of their own
         vocab=12,
     )
-    name = "compact-clip" if text else "compact-clip-image"
-    return TowerConfig(name, "clip", arch, source="bundle:compact-dinov2-s14")
+    name = "s14-clip" if text else "s14-clip-image"
+    return TowerConfig(name, "clip", arch, source="bundle:s14-semantic")
 
 
 def _compact(member: str) -> MemberConfig:
+    """Five members on four towers of their own, and `semantic`, which trains the tower of fusion's and vlaforge's."""
     side = COMPACT_SIDE
     optim = OptimConfig(
         lr=2e-4,
-        head_lr=1e-4,
+        head_lr=2e-4,
         weight_decay=0.05,
         decoupled=True,
-        warmup_steps=100,
+        warmup_steps=50,
         final_lr=0.0,
     )
-    train = TrainConfig(epochs=1, batch=32, accumulate=1, precision="bf16")
-    augment = AugmentConfig(crop_p=0.5)
+    train = TrainConfig(
+        epochs=20, batch=128, accumulate=1, precision="bf16", average=0.99
+    )
+    augment = AugmentConfig(
+        crop_p=0.5, self_blend_p=0.3, colour_p=0.5, sharpness_p=0.3, side=208
+    )
+    shared = {
+        "optim": optim,
+        "train": train,
+        "augment": augment,
+        "sampling": SamplingConfig(
+            balance="temperature", fully_generated=COMPACT_GENERATED
+        ),
+        "stream": StreamConfig(focal_gamma=0.0),
+        # The training pictures are faces with their surroundings: a frame with a small face is cut down to that framing.
+        "face": FaceConfig(margin=1.4, min_area=SMALLEST_FACE, max_area=0.25),
+    }
+    whole, full = ViewConfig("face", side, side), AdapterConfig("full")
     lora = AdapterConfig("lora", rank=16, alpha=32.0, dropout=0.05)
-    shared = {"optim": optim, "train": train, "augment": augment}
-    face = ViewConfig("face", side, side)
-    # Trained on face crops: a frame with a small face is cut down to one, with the margin of most of them (DFDC's median
-    # is 0.99). No face of DFDC or the StyleGANs, and one of ten of the web's, covers less than a quarter of its picture.
-    shared["face"] = FaceConfig(margin=1.0, min_area=SMALLEST_FACE, max_area=0.25)
+    decayed = replace(optim, layer_decay=0.75)
     if member == "global":
-        shared |= {
-            "optim": replace(optim, layer_decay=0.75),
-            "train": replace(train, epochs=6),
-        }
-        return MemberConfig(
-            "global", face, _compact_tower(), AdapterConfig("full"), **shared
-        )
+        shared["optim"] = decayed
+        return MemberConfig("global", whole, _compact_tower("global"), full, **shared)
     if member == "face":
-        shared["face"] = FaceConfig(min_area=SMALLEST_FACE)
-        return MemberConfig("face", face, _compact_tower(), lora, **shared)
+        shared |= {
+            "optim": decayed,
+            "face": FaceConfig(margin=1.15, min_area=SMALLEST_FACE),
+            "augment": replace(augment, self_blend_p=0.6, crop_p=0.0),
+        }
+        view = ViewConfig("face", FACE_SIDE, FACE_SIDE)
+        return MemberConfig("face", view, _compact_tower("face"), full, **shared)
+    if member == "semantic":
+        norm = AdapterConfig("norm")
+        shared["optim"] = replace(optim, lr=1e-3)
+        return MemberConfig(
+            "semantic", whole, _compact_tower("semantic"), norm, kind="global", **shared
+        )
     if member == "fusion":
         shared["train"] = replace(
-            train, epochs=2, head_epochs=1, head_lr=2e-4, head_warmup_steps=50
+            train, epochs=6, head_epochs=3, head_lr=1e-3, head_warmup_steps=50
         )
         return MemberConfig(
             "fusion",
-            face,
-            _compact_tower(),
+            whole,
+            _compact_tower("global"),
             lora,
             clip=_compact_clip(text=False),
             **shared,
         )
     if member == "qtfp":
-        shared["optim"] = replace(optim, head_lr=5e-4)  # queries start at 0.02
-        return MemberConfig("qtfp", face, _compact_tower(), lora, **shared)
+        shared["optim"] = replace(decayed, head_lr=5e-4)
+        return MemberConfig("qtfp", whole, _compact_tower("qtfp"), full, **shared)
+    require(
+        member == "vlaforge",
+        f"preset compact has no member {member!r}; it has {', '.join(MEMBERS)}, semantic",
+    )
     vlaforge = VlaforgeConfig(
         width=96,
         blocks=4,
@@ -760,11 +832,9 @@ def _compact(member: str) -> MemberConfig:
         fusion_layers=(1, 4, 8),
         train_text=True,
     )
-    shared["optim"] = replace(optim, lr=3e-4, head_lr=3e-4)
+    shared["optim"] = replace(optim, lr=1e-3, head_lr=1e-3)
     view = ViewConfig("face", side // 14 * 16, side // 14 * 16)
     tower = _compact_clip(text=True)
-    # The only forgery masks that this data offers are the self-blended ones.
-    shared["augment"] = replace(augment, self_blend_p=0.3)
     return MemberConfig(
         "vlaforge", view, tower, AdapterConfig("none"), vlaforge=vlaforge, **shared
     )
@@ -789,9 +859,12 @@ def _tiny(member: str) -> MemberConfig:
         text_heads=2,
     )
     config = _compact(member)
-    tower = TowerConfig("tiny-dinov2", "dinov2", dino)
+    own = config.tower.name.removeprefix(
+        "s14-"
+    )  # the same towers are shared as in compact
+    tower = TowerConfig(f"tiny-{own}", "dinov2", dino)
     clip_name = "tiny-clip" if member == "vlaforge" else "tiny-clip-image"
-    clip_tower = TowerConfig(clip_name, "clip", clip, source="bundle:tiny-dinov2")
+    clip_tower = TowerConfig(clip_name, "clip", clip, source="bundle:tiny-semantic")
     vlaforge = VlaforgeConfig(
         width=24,
         blocks=3,
@@ -813,7 +886,13 @@ def _tiny(member: str) -> MemberConfig:
         vlaforge=vlaforge,
         optim=replace(config.optim, warmup_steps=2),
         train=replace(
-            config.train, epochs=2, batch=4, precision="float32", head_warmup_steps=2
+            config.train,
+            epochs=2,
+            batch=4,
+            precision="float32",
+            head_epochs=min(1, config.train.head_epochs),
+            head_warmup_steps=2,
+            average=0.5,
         ),
     )
 
@@ -842,8 +921,9 @@ NTIRE26_VOTE = VoteConfig({"global": 2, "face": 1, "fusion": 2}, mean="levels_ro
 def preset(name: str, member: str) -> MemberConfig:
     """The configuration of `member` in the preset `name` (`giant`, `compact`, `ntire26`)."""
     require(name in PRESETS, f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
+    known = (*MEMBERS, "semantic") if name in ("compact", "tiny") else MEMBERS
     require(
-        member in MEMBERS, f"member {member!r} is unknown; known: {', '.join(MEMBERS)}"
+        member in known, f"member {member!r} is unknown; {name} has {', '.join(known)}"
     )
     return PRESETS[name](member)
 

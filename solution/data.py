@@ -38,8 +38,6 @@ from solution.images import IMAGE_SUFFIXES, UnreadableInput, decode_image, resiz
 from solution.pseudo_fakes import face_region, self_blend
 from solution.records import Batch, FaceBox
 
-TRAINING_SIDE = 256  # px; pictures are brought to this square before augmentation and engine, as the challenge's are
-
 
 class ManifestError(ValueError):
     """A manifest that cannot be used: names the file, the row, what was found and what was expected."""
@@ -95,22 +93,8 @@ def read_manifest(
         ManifestError: nothing usable in it, an unknown layout, a bad label, or a missing column.
     """
     source = Path(source)
-    if not source.exists():
-        raise ManifestError(
-            f"{source}: no such manifest; expected a CSV, a DeepfakeBench JSON, or a folder"
-        )
-    if source.is_dir():
-        rows = _folder_rows(source)
-    elif source.suffix.lower() == ".csv":
-        rows = _csv_rows(source)
-    elif source.suffix.lower() == ".json":
-        rows = _deepfakebench_rows(source)
-    else:
-        raise ManifestError(
-            f"{source}: expected a .csv, a .json, or a folder with real/ and fake/"
-        )
     items, report, seen = [], DropReport(), set()
-    for item in rows:
+    for item in _rows(source):
         if split is not None and split != (item.split or _held_out(item)):
             continue
         suffix = item.path.suffix.lower()
@@ -129,6 +113,28 @@ def read_manifest(
             f"{source}: no usable picture{wanted}\n{report.summary()}".rstrip()
         )
     return items, report
+
+
+def _rows(source: Path) -> Iterator[Item]:
+    """Every row of a manifest, as it stands there."""
+    if not source.exists():
+        raise ManifestError(
+            f"{source}: no such manifest; expected a CSV, a DeepfakeBench JSON, or a folder"
+        )
+    if source.is_dir():
+        return _folder_rows(source)
+    if source.suffix.lower() == ".csv":
+        return _csv_rows(source)
+    if source.suffix.lower() == ".json":
+        return _deepfakebench_rows(source)
+    raise ManifestError(
+        f"{source}: expected a .csv, a .json, or a folder with real/ and fake/"
+    )
+
+
+def manifest_splits(source: Path | str) -> set[str]:
+    """The splits that a manifest's rows belong to."""
+    return {item.split or _held_out(item) for item in _rows(Path(source))}
 
 
 def draw_items(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
@@ -358,16 +364,17 @@ def stable_seed(name: str) -> int:
     return zlib.crc32(name.encode("utf-8", "surrogateescape"))
 
 
-class Geometry:
-    """Flip, rotation and square crop, on picture and mask together, through albumentations."""
+class Augmentation:
+    """Flip, rotation and square crop, on picture and mask together, then the picture's look, through albumentations."""
 
-    def __init__(self, config: AugmentConfig, side: int):
+    def __init__(self, config: AugmentConfig):
         os.environ.setdefault(
             "NO_ALBUMENTATIONS_UPDATE", "1"
         )  # its import otherwise asks the network for news
         import albumentations
         import cv2
 
+        side = config.side
         smallest = max(1, int(side * config.crop_min))
         self.compose = albumentations.Compose(
             [
@@ -379,6 +386,22 @@ class Geometry:
                 ),
                 albumentations.RandomSizedCrop(
                     min_max_height=(smallest, side), size=(side, side), p=config.crop_p
+                ),
+                albumentations.ColorJitter(
+                    brightness=(0.6, 1.5),
+                    contrast=(0.6, 1.4),
+                    saturation=(0.3, 1.7),
+                    hue=(-0.03, 0.03),
+                    p=config.colour_p,
+                ),
+                albumentations.OneOf(
+                    [
+                        albumentations.GaussianBlur(
+                            blur_limit=0, sigma_limit=(0.3, 1.5)
+                        ),
+                        albumentations.Sharpen(alpha=(0.1, 0.5), lightness=(1.0, 1.0)),
+                    ],
+                    p=config.sharpness_p,
                 ),
             ]
         )
@@ -410,8 +433,8 @@ class TrainingViews(Dataset):
             faces,
             seed,
         )
-        self.with_masks = config.name == "vlaforge"
-        self._geometry: Geometry | None = None
+        self.with_masks = config.kind == "vlaforge"
+        self._augmentation: Augmentation | None = None
 
     def __getitem__(
         self, sample: Sample
@@ -435,9 +458,9 @@ class TrainingViews(Dataset):
         face = self.faces.get(item.name)
         image, mask, known = self._forgery(image, item, face, sample.blend, rng)
         image, mask = self._square(image, mask, face)
-        if self._geometry is None:  # built in the worker: the library's import is slow
-            self._geometry = Geometry(self.config.augment, TRAINING_SIDE)
-        image, mask = self._geometry(image, mask, rng)
+        if self._augmentation is None:  # built in the worker: the import is slow
+            self._augmentation = Augmentation(self.config.augment)
+        image, mask = self._augmentation(image, mask, rng)
         image = degrade(
             np.ascontiguousarray(image),
             self.config.degradation,
@@ -483,12 +506,12 @@ class TrainingViews(Dataset):
     def _square(
         self, image: np.ndarray, mask: np.ndarray | None, face: FaceBox | None
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """The member's source, whole picture or face crop, as a TRAINING_SIDE square, with its mask."""
+        """The member's source, whole picture or face crop, as an `augment.side` square, with its mask."""
         box = view_box(self.config.view, face, image.shape[:2], self.config.face)
         if box is not None:
             image = crop_square(image, box)
             mask = None if mask is None else crop_square(mask, box)
-        side = TRAINING_SIDE
+        side = self.config.augment.side
         return resize_image(image, side, side), None if mask is None else resize_image(
             mask, side, side
         )

@@ -39,6 +39,7 @@ from solution.backbones import (
     adapter_state,
     build_tower,
     count_parameters,
+    is_norm,
     load_state,
     tower_parameters,
 )
@@ -62,6 +63,7 @@ from solution.data import (
     ValidationViews,
     draw_items,
     locate_faces,
+    manifest_splits,
     plan_epoch,
     read_manifest,
     select,
@@ -74,7 +76,7 @@ from solution.fastpath import pick_device
 from solution.images import UnreadableInput, decode_image
 from solution.member import Member
 from solution.members import build_member, fill_tower, save_member, tower_configs
-from solution.metrics import auc
+from solution.metrics import auc, auc_by_source
 from solution.records import Batch, MemberOutput
 from solution.submission import atomic_file, write_atomically
 from solution.weights import tower_weights
@@ -138,15 +140,23 @@ def parameter_groups(member: Member, phase: Phase) -> list[dict[str, Any]]:
     adapted = adapted_parameters(member)
     for parameter in adapted:
         parameter.requires_grad_(phase.name == "all")
-    groups = [
-        _group(p, optim.head_lr or optim.lr, optim) for p in member.head_parameters()
-    ]
+    rates = [(p, optim.head_lr or optim.lr) for p in member.head_parameters()]
     if phase.name == "all":
         depths = depth_of(member.tower)
-        for parameter in adapted:
-            rate = optim.lr * optim.layer_decay ** depths.get(id(parameter), 0)
-            groups.append(_group(parameter, rate, optim))
-    return groups
+        rates += [
+            (p, optim.lr * optim.layer_decay ** depths.get(id(p), 0)) for p in adapted
+        ]
+    # Few groups: an optimizer takes the parameters of one together.
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter, rate in rates:
+        # Decoupled decay leaves one-dimensional parameters alone (norms, biases); Adam's L2 term covers all, as published.
+        spared = optim.decoupled and parameter.ndim < 2
+        decay = 0.0 if spared else optim.weight_decay
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "rate": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
 
 
 def adapted_parameters(member: Member) -> list[nn.Parameter]:
@@ -157,6 +167,8 @@ def adapted_parameters(member: Member) -> list[nn.Parameter]:
     )
     adapter = [p for key, p in state.items() if not key.endswith(start)]
     keys = member.trained_tower_keys()
+    if member.config.adapter.kind == "norm":
+        keys = [key for key in keys if is_norm(key)]
     tower = tower_parameters(member.tower) if keys else {}
     return adapter + [tower[key] for key in keys]
 
@@ -175,16 +187,45 @@ def depth_of(tower: Tower) -> dict[int, int]:
     return depths | {id(p): 0 for p in final.parameters()}
 
 
-def _group(parameter: nn.Parameter, rate: float, optim: OptimConfig) -> dict[str, Any]:
-    # Decoupled decay leaves one-dimensional parameters alone (norms, biases); Adam's L2 term covers all, as published.
-    decay = 0.0 if optim.decoupled and parameter.ndim < 2 else optim.weight_decay
-    return {"params": [parameter], "lr": rate, "rate": rate, "weight_decay": decay}
-
-
 def make_optimizer(member: Member, phase: Phase) -> torch.optim.Optimizer:
     """Adam or AdamW over the phase's groups; each group keeps its base rate as `rate`."""
     kind = torch.optim.AdamW if phase.optim.decoupled else torch.optim.Adam
-    return kind(parameter_groups(member, phase))
+    groups = parameter_groups(member, phase)
+    on_gpu = any(p.is_cuda for group in groups for p in group["params"])
+    return kind(groups, fused=True if on_gpu else None)
+
+
+class Average:
+    """A moving average of the trained parameters over the steps, which is validated and saved in their place.
+
+    The decay rises to `decay` with the steps, (1 + n) / (10 + n), so that the start is forgotten.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float):
+        self.parameters, self.decay = list(parameters), decay
+        self.values = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self, steps: int) -> None:
+        """Take in the parameters after `steps` steps."""
+        decay = min(self.decay, (1 + steps) / (10 + steps))
+        torch._foreach_lerp_(self.values, self.parameters, 1 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The parameters hold the average, and what they held before again afterwards."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for value, parameter in zip(self.values, self.parameters):
+            kept = value.clone()
+            value.copy_(parameter)
+            parameter.copy_(kept)
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -288,6 +329,7 @@ class Run:
             "seconds": 0.0,
         }
         self.history: list[dict[str, Any]] = []
+        self.average: Average | None = None
 
     # -- plan
     def epoch_plan(self, epoch: int) -> list[list[Sample]]:
@@ -344,6 +386,9 @@ class Run:
         self, number: int, phase: Phase, first_epoch: int, checkpoint: dict | None
     ) -> None:
         optimizer = make_optimizer(self.member, phase)
+        if self.config.train.average:
+            trained = [p for g in optimizer.param_groups for p in g["params"]]
+            self.average = Average(trained, self.config.train.average)
         per_epoch = self.steps_per_epoch()
         total = phase.epochs * per_epoch
         if self.config.train.max_steps:
@@ -354,10 +399,13 @@ class Run:
             and checkpoint["optimizer"] is not None
         ):
             optimizer.load_state_dict(checkpoint["optimizer"])
+            if self.average is not None:
+                for value, kept in zip(self.average.values, checkpoint["average"]):
+                    value.copy_(kept)
         step_module: nn.Module = TrainingStep(self.member)
         if self.world.size > 1:
             step_module = nn.parallel.DistributedDataParallel(
-                step_module, find_unused_parameters=self.config.name == "vlaforge"
+                step_module, find_unused_parameters=self.config.kind == "vlaforge"
             )
         bar = tqdm(
             total=total,
@@ -428,7 +476,9 @@ class Run:
     ) -> dict[str, Any]:
         """One optimizer step over `micro` micro-batches: the gradient of their mean loss."""
         optimizer.zero_grad(set_to_none=True)
-        line: dict[str, float] = {}
+        # Numbers stay on the device until the step is through: each one read sooner would wait for it.
+        sums: dict[str, torch.Tensor | float] = {}
+        words: dict[str, str] = {}
         pictures = 0
         for index in range(micro):
             batch = next(batches)
@@ -443,19 +493,18 @@ class Run:
                     self.device.type, torch.bfloat16, enabled=self.bf16
                 ):
                     loss, parts, output = module(batch)
-                if not torch.isfinite(loss):
-                    raise TrainingError(
-                        f"loss is {loss.item()} at step {self.state['total']}; batch: {batch.names[:8]}"
-                    )
                 (loss / micro).backward()
             pictures += len(batch.labels) * self.world.size
             self.lost += self.config.train.batch - len(batch.labels)
-            for name, value in ({"loss": loss.item()} | parts).items():
-                line[name] = (
-                    line.get(name, 0.0) + value / micro
-                    if isinstance(value, float)
-                    else value
-                )
+            for name, value in ({"loss": loss.detach()} | parts).items():
+                if isinstance(value, str):
+                    words[name] = value
+                else:
+                    sums[name] = sums.get(name, 0.0) + value / micro
+        if not math.isfinite(float(sums["loss"])):
+            raise TrainingError(
+                f"loss is {float(sums['loss'])} at step {self.state['total']}; last batch: {batch.names[:8]}"
+            )
         if phase.optim.clip_norm:
             trained = [
                 p
@@ -463,13 +512,13 @@ class Run:
                 for p in g["params"]
                 if p.grad is not None
             ]
-            line["grad_norm"] = float(
-                nn.utils.clip_grad_norm_(trained, phase.optim.clip_norm)
-            )
+            sums["grad_norm"] = nn.utils.clip_grad_norm_(trained, phase.optim.clip_norm)
         optimizer.step()
+        if self.average is not None:
+            self.average.update(self.state["step"])
         with torch.no_grad():
-            line |= self.member.after_step(output, batch)
-        return line | {"pictures": pictures}
+            numbers = sums | self.member.after_step(output, batch)
+        return _as_floats(numbers) | words | {"pictures": pictures}
 
     def _agree_on_stopping(self) -> None:
         """One process that was told to stop stops all, at the same step; unreadable samples are counted over all."""
@@ -492,21 +541,26 @@ class Run:
 
     # -- validation
     def validate(self) -> None:
-        """AUC on clean and on degraded validation pictures; the best mean of the two keeps its weights."""
+        """AUC on seen and unseen generators, clean and degraded; the best mean of the four keeps its weights.
+
+        Without an `unseen` split it is the mean of the two on seen generators.
+        """
         if not self.validation or not self.world.leads:
             return
-        labels = np.array([item.label for item in self.validation])
-        line: dict[str, Any] = {"step": self.state["total"], "validation": len(labels)}
-        logits = {
-            "clean": self.score(None),
-            "degraded": self.score(DegradationConfig(global_p=1.0)),
-        }
-        line |= {name: auc(labels, values) for name, values in logits.items()}
-        line["mean"] = (line["clean"] + line["degraded"]) / 2
-        self.history.append(line)
-        if line["mean"] > self.state["best"]:
-            self.state["best"] = line["mean"]
-            self.save_best(line, logits)
+        averaged = self.average.in_place() if self.average else contextlib.nullcontext()
+        with averaged:
+            logits = {
+                "clean": self.score(None),
+                "degraded": self.score(DegradationConfig(global_p=1.0)),
+            }
+            line: dict[str, Any] = {
+                "step": self.state["total"],
+                "validation": len(self.validation),
+            } | split_aucs(self.validation, logits)
+            self.history.append(line)
+            if line["mean"] > self.state["best"]:
+                self.state["best"] = line["mean"]
+                self.save_best(line, logits)
         self.member.train()
 
     def score(self, degradation: DegradationConfig | None) -> np.ndarray:
@@ -539,9 +593,9 @@ class Run:
         save_member(self.member, self.folder, training=training)
         with atomic_file(self.folder / "validation.csv") as file:
             rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["image", "label", "source", *logits])
+            rows.writerow(["image", "label", "source", "split", *logits])
             for item, *values in zip(self.validation, *logits.values()):
-                rows.writerow([item.name, item.label, item.source, *values])
+                rows.writerow([item.name, item.label, item.source, item.split, *values])
 
     # -- checkpoints
     @property
@@ -572,6 +626,7 @@ class Run:
             "state": dict(self.state),
             "weights": {k: t.detach() for k, t in self.member.stored_state().items()},
             "optimizer": None if optimizer is None else optimizer.state_dict(),
+            "average": None if self.average is None else self.average.values,
         }
         part = self.checkpoint_path.with_suffix(".part")
         torch.save(content, part)
@@ -615,6 +670,35 @@ class Run:
             self.folder / "metrics.jsonl",
             "".join(json.dumps(line) + "\n" for line in self.history),
         )
+
+
+def _as_floats(numbers: dict[str, torch.Tensor | float]) -> dict[str, float]:
+    """Numbers of a step as floats, read off the device at once."""
+    tensors = {n: v for n, v in numbers.items() if isinstance(v, torch.Tensor)}
+    if not tensors:
+        return dict(numbers)
+    stacked = torch.stack([v.detach().float().reshape(()) for v in tensors.values()])
+    return dict(numbers) | dict(zip(tensors, stacked.tolist()))
+
+
+def split_aucs(
+    items: Sequence[Item], logits: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """AUC by condition on seen and (where the items have that split) unseen generators, and the mean of all.
+
+    Seen: over all pictures. Unseen: the mean over sources that have both classes; the rest is one source more.
+    """
+    labels = np.array([item.label for item in items])
+    unseen = np.array([item.split == "unseen" for item in items])
+    sources = np.array([item.source for item in items])
+    found = {}
+    for name, values in logits.items():
+        found[name] = auc(labels[~unseen], values[~unseen])
+        if unseen.any():
+            found[f"unseen_{name}"] = auc_by_source(
+                labels[unseen], values[unseen], sources[unseen]
+            )
+    return found | {"mean": sum(found.values()) / len(found)}
 
 
 # ------------------------------------------------------------------------------------------------ entry
@@ -667,7 +751,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m solution.train", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--member", required=True, choices=MEMBERS)
+    parser.add_argument(
+        "--member",
+        required=True,
+        help=f"a member of the preset: {', '.join(MEMBERS)}; compact has `semantic` too, the tower of two of them",
+    )
     parser.add_argument("--preset", default="compact", choices=list(PRESETS))
     parser.add_argument(
         "--data",
@@ -771,9 +859,16 @@ def readable(
 def validation_pictures(
     args: argparse.Namespace, config: MemberConfig, *, progress: bool
 ) -> tuple[list[Item], DropReport]:
-    """The readable validation pictures, at most `--validation-limit` (a fixed draw), and what was left out."""
-    items, lost = read_manifest(args.data, split="val")
-    items = draw_items(items, args.validation_limit, config.train.validation_seed)
+    """The readable pictures to validate on, at most `--validation-limit` of each split (a fixed draw), and what was left out.
+
+    Those of the splits `val` (generators that occur in training, other pictures) and `unseen` (other generators).
+    """
+    items, lost = [], DropReport()
+    present = manifest_splits(args.data)
+    for split in [split for split in ("val", "unseen") if split in present]:
+        part, left_out = read_manifest(args.data, split=split)
+        items += draw_items(part, args.validation_limit, config.train.validation_seed)
+        lost.dropped += left_out.dropped
     items = readable(items, config, lost, progress=progress)
     if len({item.label for item in items}) < 2:
         raise ManifestError(
@@ -791,7 +886,7 @@ def with_faces(
 ) -> tuple[list[Item], dict]:
     """The training pictures, and their faces where the member needs them; the unreadable ones go into `report`."""
     crops = config.view.source == "face"
-    if not (crops or config.augment.self_blend_p or config.name == "vlaforge"):
+    if not (crops or config.augment.self_blend_p or config.kind == "vlaforge"):
         return items, {}  # the loader counts what it cannot read
     located = replace(config.face, margin=1.0, max_area=1.0)  # what does not matter
     settings = json.dumps([to_dict(located), str(args.data.resolve())])

@@ -18,7 +18,7 @@ from solution.config import (
     preset,
 )
 from solution.data import (
-    Geometry,
+    Augmentation,
     ManifestError,
     TrainingViews,
     ValidationViews,
@@ -219,7 +219,9 @@ def test_geometry_moves_picture_and_mask_together():
     image[10:30, 5:25] = 255
     mask = (image[:, :, 0] / 255).astype(np.float32)
     moved = 0
-    geometry = Geometry(AugmentConfig(flip_p=0.5, rotate_p=1.0, crop_p=0.5), 64)
+    geometry = Augmentation(
+        AugmentConfig(flip_p=0.5, rotate_p=1.0, crop_p=0.5, side=64)
+    )
     for _ in range(20):
         out, out_mask = geometry(image, mask, rng)
         assert (
