@@ -14,7 +14,7 @@ import math
 import cv2
 import numpy as np
 from PIL import Image
-from scipy import ndimage, stats
+from scipy import linalg, ndimage, stats
 
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -180,7 +180,7 @@ def chroma_subsampling(image):
     grey = to_grey(image)
     red, blue = 0.713 * (image[..., 0] - grey), 0.564 * (image[..., 2] - grey)
     chroma = np.stack([red, blue], axis=2)
-    half = [max(1, (side + 1) // 2) for side in grey.shape]
+    half = [max(1, side // 2) for side in grey.shape]
     chroma = resized(resized(chroma, half, "area"), grey.shape, "nearest")
     red, blue = chroma[..., 0], chroma[..., 1]
     green = grey - 0.714 * red - 0.344 * blue
@@ -197,24 +197,22 @@ def exposure(image, brightness, contrast):
     return mean + contrast * (image - mean)
 
 
-def chromatic_aberration(image, shift, diagonal):
+def chromatic_aberration(image, shift):
     moved = image.copy()
     height, width = image.shape[:2]
     for y in range(height):
         for x in range(width):
-            for channel, sign in ((0, 1), (2, -1)):
-                y0, x0 = y - sign * shift, x - sign * shift * diagonal
-                if 0 <= y0 < height and 0 <= x0 < width:
-                    moved[y, x, channel] = image[y0, x0, channel]
+            if y >= shift and x >= shift:
+                moved[y, x, 0] = image[y - shift, x - shift, 0]
+            if y + shift < height and x + shift < width:
+                moved[y, x, 2] = image[y + shift, x + shift, 2]
     return moved
 
 
 def moire(image, frequency, angle, blend):
     y, x = np.mgrid[: image.shape[0], : image.shape[1]].astype(np.float64)
-    u = frequency * (x * math.cos(angle) + y * math.sin(angle))
-    v = frequency * (-x * math.sin(angle) + y * math.cos(angle))
-    grid = 0.5 + 0.25 * np.sin(u) + 0.25 * np.sin(v)
-    return (1 - blend) * image + blend * grid[:, :, None]
+    wave = np.sin(frequency * (x * math.cos(angle) + y * math.sin(angle)))
+    return (1 - blend) * image + blend * ((wave + 1) / 2)[:, :, None]
 
 
 def glitch(image, bands):
@@ -231,10 +229,9 @@ def glitch(image, bands):
 
 def vignette(image, amount):
     height, width = image.shape[:2]
-    y, x = np.mgrid[:height, :width] + 0.5
-    # The distance is measured on the picture stretched to a square, so that all four sides darken alike.
-    radius = np.hypot((2 * y / height - 1), (2 * x / width - 1)) / math.sqrt(2)
-    return image * (1 - amount * radius**2)[:, :, None]
+    x, y = np.meshgrid(np.linspace(-1, 1, width), np.linspace(-1, 1, height))
+    radius = np.hypot(x, y) / np.hypot(1, 1)
+    return image * (1 - amount * radius)[:, :, None]
 
 
 def distractor(image, kind, text, donor=None, **p):
@@ -252,7 +249,8 @@ def distractor(image, kind, text, donor=None, **p):
         changed[y1 : y1 + rows, x1 : x1 + columns] = patch
         return changed
     ink = np.zeros((height, width), np.uint8)
-    place = (int(text["place"][0] * width), int(text["place"][1] * height))
+    u, v = text["place"]
+    place = (int(u * (width + 100)) - 100, int(v * (height + 100)))
     style = (text["font"], text["scale"], 255, text["thickness"])
     cv2.putText(ink, text["characters"], place, *style)
     changed[ink > 0] = text["colour"]
@@ -287,18 +285,19 @@ def apply_op(name: str, image: np.ndarray, params: dict, donor=None) -> np.ndarr
 
 
 # ------------------------------------------------------------------------------------------------ drawing
-def draw_layer(level, colour_share, grey_share, rng):
+def draw_layer(level, upper, colour_share, grey_share, rng):
     kind = rng.choice(
         ["colour", "grey", "correlated"],
         p=[colour_share, grey_share, 1 - colour_share - grey_share],
     )
     if kind != "correlated":
         return {"layers": kind, "level": level, "seed": rng}
-    rotation = stats.ortho_group.rvs(3, random_state=rng)
-    covariance = np.abs(rotation.T @ np.diag(rng.random(3)) @ rotation)
-    _, sizes, right = np.linalg.svd(covariance)
-    # Any factor F with F F' = |covariance| gives noise of the same distribution.
-    mix = level * right.T @ np.diag(np.sqrt(sizes))
+    first, second = linalg.orth(rng.random((3, 3))), linalg.orth(rng.random((3, 3)))
+    covariance = np.abs(upper**2 * first.T @ np.diag(rng.random(3)) @ second)
+    # Any factor F with F F' = (C' C)**.5 gives noise of the distribution that NumPy draws for C.
+    spread = linalg.sqrtm(covariance.T @ covariance).real
+    values, vectors = np.linalg.eigh((spread + spread.T) / 2)
+    mix = vectors @ np.diag(np.sqrt(np.maximum(values, 0)))
     return {"layers": "correlated", "mix": mix, "seed": rng}
 
 
@@ -321,7 +320,7 @@ def draw(name: str, s: float, rng: np.random.Generator) -> dict:
         kind = rng.choice(["speckle", "poisson", "salt_pepper"])
         if kind == "speckle":
             level = rng.integers(2, 26) * s / 255
-            return {"kind": kind, **draw_layer(level, 0.4, 0.4, rng)}
+            return {"kind": kind, **draw_layer(level, 25 * s / 255, 0.4, 0.4, rng)}
         if kind == "poisson":
             photons, grey = 10 ** u(2, 4), rng.random() < 0.5
             return {"kind": kind, "photons": photons, "grey": grey, "seed": rng}
@@ -347,7 +346,7 @@ def draw(name: str, s: float, rng: np.random.Generator) -> dict:
         return {"kind": "cast", "gains": u(1 - 0.4 * s, 1 + 0.4 * s, 3)}
     if name == "gaussian_noise":
         level = u(60, 100) if rng.random() < 0.8 else u(2, 100)
-        return draw_layer(level * s / 255, 0.7, 0.2, rng)
+        return draw_layer(level * s / 255, 100 * s / 255, 0.7, 0.2, rng)
     if name == "jpeg":
         return {"quality": int(rng.integers(10, 96))}
     if name == "chroma_subsampling":
@@ -367,7 +366,7 @@ def draw(name: str, s: float, rng: np.random.Generator) -> dict:
             return {"brightness": gain, "contrast": 1}
         return {"brightness": 1, "contrast": gain}
     if name == "chromatic_aberration":
-        return {"shift": int(max(1, 4 * s)), "diagonal": rng.choice([-1, 1])}
+        return {"shift": int(max(1, 4 * s))}
     if name == "moire":
         angle = u(0, math.pi)
         return {"frequency": u(0.5, 3), "angle": angle, "blend": 0.15 * s}
@@ -377,7 +376,7 @@ def draw(name: str, s: float, rng: np.random.Generator) -> dict:
             height = rng.integers(1, max(1, int(8 * s)) + 1)
             band = {"top": rng.random(), "height": height}
             if rng.random() < 0.4:
-                band["level"] = rng.choice([0, 0.5, 1])
+                band["level"] = rng.choice([0, 1, u(0.2, 0.8)])
             else:
                 band["roll"] = rng.integers(-int(30 * s), int(30 * s) + 1)
             bands.append(band)
