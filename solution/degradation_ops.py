@@ -658,7 +658,9 @@ def vignette(image: np.ndarray, amount: float) -> np.ndarray:
     shade = np.add.outer(down.astype(np.float32), across.astype(np.float32))
     np.sqrt(shade, out=shade)
     np.subtract(1.0, shade, out=shade)
-    return cv2.multiply(image, _spread(shade))
+    shaded = _spread(shade)  # within [0, 1], so the product is too
+    shaded *= image
+    return shaded
 
 
 # ------------------------------------------------------------------------------------------------ 14 distractor
