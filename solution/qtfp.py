@@ -37,36 +37,100 @@ from solution.streams import as_two_class, two_class_logit
 
 # Below this the positives' share of a row, at worst e^(-2 / tau), nears float32's smallest numbers.
 MIN_TEMPERATURE = 0.03
+# Correlation between two queries' attentions from which on they count as one in `diversity_loss`.
+SHARED_LOOK = 0.5
 
 
 # ------------------------------------------------------------------------------------------------ queries
 class QueryPool(nn.Module):
     """K learnable queries that know nothing of the pre-training gather patch tokens (paper, section 3).
 
-    A = softmax(Q Z^T / sqrt(D)), Z~ = A Z, mean over the queries. With `heads` > 1 (ours) each head does so on its own
-    D / heads channels. No projections: the queries are all that is trained here.
+    Paper (`key_width` 0): A = softmax(Q Z^T / sqrt(D)), Z~ = A Z. With `heads` > 1 (ours) each head does so on its own
+    D / heads channels. Queries of N(0, std^2) with a small std start uniform and equal, and stay so.
+    Ours (`key_width` d): a light multi-head attention with its own keys. Head h of query k looks for the direction
+        u_kh = e^(scale_kh) sqrt(d) W_h^T q_kh / |q_kh|,   W_h (d, D) learned, orthonormal rows at the start,
+    in the patches' deviations from their picture's mean, divided by the picture's root mean square of these:
+        A_kh = softmax((Z - mean_P Z) / rms(Z - mean_P Z) u_kh / sqrt(d)).
+    So the scores start with a standard deviation near 1 whatever the tower's scale, the queries of a head start
+    orthogonal, and decay of the queries' length cannot make them uniform. W is linear: the function is that of a free
+    direction and temperature a query and head; what it changes is where they start and that queries learn keys together.
+    In both forms the values are the tokens themselves, unprojected: what is gathered is where the attention lies.
     """
 
-    def __init__(self, width: int, queries: int, *, heads: int, std: float):
+    def __init__(
+        self, width: int, queries: int, *, heads: int, std: float, key_width: int = 0
+    ):
         super().__init__()
-        self.heads = heads
-        self.queries = nn.Parameter(torch.randn(queries, width) * std)
+        self.heads, self.key_width = heads, key_width
+        if not key_width:
+            self.queries = nn.Parameter(torch.randn(queries, width) * std)
+            return
+        start = torch.empty(heads, queries, key_width)
+        for of_head in start:
+            nn.init.orthogonal_(of_head, gain=std * key_width**0.5)
+        self.queries = nn.Parameter(start)
+        self.keys = nn.Parameter(torch.empty(heads * key_width, width))
+        nn.init.orthogonal_(self.keys)
+        self.log_scale = nn.Parameter(torch.zeros(heads, queries))
 
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patch tokens (B, P, D) -> gathered (B, D) and attention (B, K, P) float32, rows summing to one."""
-        q = split_heads(self.queries[None], self.heads)  # (1, heads, K, d)
-        z = split_heads(tokens, self.heads)  # (B, heads, P, d)
-        scores = (q @ z.transpose(-1, -2)) * q.shape[-1] ** -0.5  # (B, heads, K, P)
-        attention = scores.float().softmax(dim=-1)
-        gathered = merge_heads(attention.to(z.dtype) @ z)  # (B, K, D)
-        return gathered.mean(dim=1), attention.mean(dim=1)
+    def forward(
+        self, tokens: torch.Tensor, *, attention: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patch tokens (B, P, D) -> gathered (B, K, D) and attention (B, K, P) float32, the heads' mean, rows sum to one.
+
+        attention: (B, K, P) or what expands to it, used by every head in place of the pool's own (interventions).
+        """
+        if attention is None:
+            by_head = self._scores(tokens).softmax(dim=-1)  # (B, heads, K, P)
+        else:
+            shape = (len(tokens), self.queries.shape[-2], tokens.shape[1])
+            by_head = attention.float().expand(shape)[:, None]
+        z = split_heads(tokens, self.heads)  # (B, heads, P, D / heads)
+        gathered = merge_heads(by_head.to(z.dtype) @ z)  # (B, K, D)
+        return gathered, by_head.mean(dim=1)
+
+    def _scores(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the softmax is taken of: (B, P, D) -> (B, heads, K, P) float32, or wider with the tokens."""
+        if not self.key_width:
+            q = split_heads(self.queries[None], self.heads)  # (1, heads, K, d)
+            z = split_heads(tokens, self.heads)  # (B, heads, P, d)
+            return ((q @ z.transpose(-1, -2)) * q.shape[-1] ** -0.5).float()
+        # Never in bf16: the patches of a picture have most of their token in common.
+        with torch.autocast(tokens.device.type, enabled=False):
+            wide = _wide(tokens)
+            wide = wide - wide.mean(dim=1, keepdim=True)
+            size = wide.square().mean(dim=(1, 2), keepdim=True)
+            wide = wide * (size + torch.finfo(wide.dtype).tiny).rsqrt()
+            q = F.normalize(self.queries.to(wide.dtype), dim=-1)
+            q = q * self.log_scale.to(wide.dtype).exp()[..., None]  # (heads, K, d)
+            keys = self.keys.to(wide.dtype).unflatten(0, (self.heads, self.key_width))
+            directions = q @ keys  # (heads, K, D); u / sqrt(d)
+            return torch.einsum("bpd,hkd->bhkp", wide, directions)
+
+
+def overlap(attention: torch.Tensor) -> torch.Tensor:
+    """How alike the queries look: mean correlation over patches between two of them, (B, K, P) -> (B,) in [-1, 1].
+
+    Uniform rows correlate with nothing (0). K of at least 2.
+    """
+    return pair_correlations(attention).mean(dim=-1)
+
+
+def pair_correlations(attention: torch.Tensor) -> torch.Tensor:
+    """The correlation over patches of each pair of queries' attentions: (B, K, P) -> (B, K (K - 1) / 2)."""
+    centred = F.normalize(attention - attention.mean(dim=-1, keepdim=True), dim=-1)
+    one, two = torch.triu_indices(*[attention.shape[1]] * 2, offset=1)
+    return (centred[:, one] * centred[:, two]).sum(dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------ prototypes
 def unit_tokens(tokens: torch.Tensor) -> torch.Tensor:
     """Tokens (..., D) at length one, in float32 or wider: the losses compare directions (ours)."""
-    wide = tokens if tokens.dtype == torch.float64 else tokens.float()
-    return F.normalize(wide, dim=-1)
+    return F.normalize(_wide(tokens), dim=-1)
+
+
+def _wide(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens if tokens.dtype == torch.float64 else tokens.float()
 
 
 def fake_likeness(unit: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
@@ -168,17 +232,28 @@ def signal_to_noise(
 
 # ------------------------------------------------------------------------------------------------ losses
 @torch.no_grad()
-def patch_weights(
-    unit: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor, tau: float
+def fake_likelihood_weights(
+    tokens: torch.Tensor,
+    prototypes: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """w = sigmoid((delta - mean_real delta) / (tau std_real delta)) (ours): (B, P) in (0, 1), without gradient.
+    """w = sigmoid((delta - mean delta) / (temperature std delta)) (ours): (B, P) in (0, 1), without gradient.
 
-    unit: (B, P, D). labels: (B,), with at least one real image. prototypes: (2, D). tau: the weight's temperature.
+    tokens: (B, P, D), of any length. prototypes: (2, D) real, fake.
+    labels: None standardises each picture's deltas by themselves: w says where in a picture. (B,) with at least one real
+    picture standardises all by the patches of the real ones: w says first of all which picture.
     """
-    delta = fake_likeness(unit, prototypes)  # (B, P)
-    real = delta[labels == 0]
-    std = real.std(correction=0).clamp_min(torch.finfo(delta.dtype).tiny)
-    return ((delta - real.mean()) / (tau * std)).sigmoid()
+    delta = fake_likeness(unit_tokens(tokens), prototypes)  # (B, P)
+    if labels is None:
+        mean = delta.mean(dim=1, keepdim=True)
+        std = delta.std(dim=1, keepdim=True, correction=0)
+    else:
+        real = delta[labels == 0]
+        mean, std = real.mean(), real.std(correction=0)
+    std = std.clamp_min(torch.finfo(delta.dtype).tiny)
+    return ((delta - mean) / (temperature * std)).sigmoid()
 
 
 def fake_likelihood_loss(
@@ -188,6 +263,7 @@ def fake_likelihood_loss(
     *,
     temperature: float,
     weight_temperature: float,
+    weight_scope: str = "picture",
     chunk: int = 0,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
@@ -198,6 +274,7 @@ def fake_likelihood_loss(
     image only, as the formula may be read, numerator and denominator would be one.) No gradient passes w.
 
     tokens: (B, P, D). labels: (B,), both classes present. prototypes: (2, D), of other images.
+    weight_scope: what delta is standardised over for w: each `picture`, or the real patches of the `batch`.
     chunk: rows of the similarity matrix that exist at once; 0: all. dtype: of that matrix; None: of the tokens.
 
     Raises:
@@ -210,7 +287,12 @@ def fake_likelihood_loss(
             f"FLCL contrasts fake with real patches: found {len(fake)} fake and {len(real)} real ones, "
             "expected at least 2 and 1; use balanced batches"
         )
-    weights = patch_weights(unit, labels, prototypes, weight_temperature)
+    weights = fake_likelihood_weights(
+        unit,
+        prototypes,
+        temperature=weight_temperature,
+        labels=labels if weight_scope == "batch" else None,
+    )
     weights = weights[labels == 1].flatten()  # (fake patches,)
     ordered = torch.cat([fake, real])  # (patches, D), fake ones first
     return _WeightedContrast.apply(
@@ -283,13 +365,21 @@ def attention_alignment_loss(
     return (attention * divergence).sum(dim=-1).mean()
 
 
+def diversity_loss(attention: torch.Tensor) -> torch.Tensor:
+    """Mean over pictures and pairs of queries of how far their correlation exceeds `SHARED_LOOK` (ours).
+
+    attention: (F, K, P), the queries' rows on fake images. Queries may share what they look at, not all of it.
+    """
+    return (pair_correlations(attention) - SHARED_LOOK).clamp_min(0).mean()
+
+
 # ------------------------------------------------------------------------------------------------ the member
 @dataclass(frozen=True, kw_only=True)
 class QtfpOutput(MemberOutput):
     """What QTFP says of a batch, and what its losses read.
 
     patch_tokens: (B, P, D) after the tower's final LayerNorm. last_input: (B, 1 + P, D), what the last block received.
-    query_attention: (B, K, P) float32; None when [CLS] is classified (`qtfp.pool=cls`).
+    query_attention: (B, K, P) float32, what the tokens were gathered with (heads' mean, or the one that was put in); None when [CLS] is classified (`qtfp.pool=cls`).
     """
 
     patch_tokens: torch.Tensor
@@ -298,8 +388,10 @@ class QtfpOutput(MemberOutput):
 
 
 class Qtfp(Member):
-    """`qtfp`: an adapted tower, `QueryPool`, Linear D -> 2; inference needs no more than these.
+    """`qtfp`: an adapted tower, `QueryPool`, a linear head; inference needs no more than these.
 
+    The head reads the mean over queries of what they gathered (`qtfp.readout=mean`, paper), or the logit is the mean over
+    queries of a linear head each (`each`, ours; one linear layer on the K D concatenated channels).
     Ablations: `qtfp.pool=cls` classifies [CLS] instead, `qtfp.flcl=0` and `qtfp.raal=0` drop a loss.
     """
 
@@ -319,36 +411,74 @@ class Qtfp(Member):
             "qtfp.raal_reference=pretrained needs an untouched tower, but adapter.kind=full trains it; "
             "use qtfp.raal_reference=adapted, or adapter.kind=lora or effort",
         )
-        self.pool = None
+        require(
+            options.heads * options.key_width <= tower.width,
+            f"qtfp.heads x qtfp.key_width is {options.heads} x {options.key_width}; "
+            f"it may not exceed the tower's width {tower.width}",
+        )
+        self.pool, read = None, tower.width
         if options.pool == "queries":
             self.pool = QueryPool(
                 tower.width,
                 options.queries,
                 heads=options.heads,
                 std=options.query_std,
+                key_width=options.key_width,
             )
-        self.head = nn.Linear(tower.width, 2)
+            if options.readout == "each":
+                read = options.queries * tower.width
+        self.head = nn.Linear(read, 2)
         self.prototypes = Prototypes(tower.width, decay=options.ema_decay)
 
-    def forward(self, images: torch.Tensor) -> QtfpOutput:
+    def forward(
+        self,
+        images: torch.Tensor,
+        *,
+        attention: torch.Tensor | None = None,
+        keep: torch.Tensor | None = None,
+    ) -> QtfpOutput:
+        """Score pictures (B, 3, H, W). The two options are for interventions on a trained member.
+
+        attention: (B, K, P), or what expands to it, gathers in place of the queries' own; rows sum to one.
+        keep: (K,) or (B, K) bool, False for a query that is left out; the rest are averaged. At least one is kept.
+
+        Raises:
+            ValueError: an intervention on a member that classifies [CLS].
+        """
         tokens = self.tower(images, adapter=self.adapter)
-        pooled, attention, evidence = tokens.cls_token, None, {}
-        if self.pool is not None:
-            pooled, attention = self.pool(tokens.patch_tokens)  # (B, D), (B, K, P)
-            evidence["query_attention"] = attention.unflatten(-1, tokens.grid)
+        if self.pool is None:
+            if attention is not None or keep is not None:
+                raise ValueError(
+                    "qtfp.pool=cls has no queries: neither `attention` nor `keep` applies"
+                )
+            pooled, looked, evidence = tokens.cls_token, None, {}
+        else:
+            gathered, looked = self.pool(tokens.patch_tokens, attention=attention)
+            pooled = self._read(gathered, keep)
+            evidence = {"query_attention": looked.unflatten(-1, tokens.grid)}
         return QtfpOutput(
             logit=two_class_logit(self.head(pooled)),
             features=pooled,
             evidence=evidence,
             patch_tokens=tokens.patch_tokens,
             last_input=tokens.last_input,
-            query_attention=attention,
+            query_attention=looked,
         )
+
+    def _read(self, gathered: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+        """What the head reads of gathered tokens (B, K, D): (B, D) or (B, K D), left-out queries made up for by the rest."""
+        if keep is not None:
+            share = keep.to(gathered.dtype)
+            share = share * (share.shape[-1] / share.sum(dim=-1, keepdim=True))
+            gathered = gathered * share[..., None]
+        if self.config.qtfp.readout == "each":
+            return gathered.flatten(1) / gathered.shape[1]
+        return gathered.mean(dim=1)
 
     def loss(
         self, output: QtfpOutput, batch: Batch
     ) -> tuple[torch.Tensor, dict[str, float | str]]:
-        """L = L_CE + flcl L_FLCL + raal L_RAAL (paper, section 3).
+        """L = L_CE + flcl L_FLCL + raal L_RAAL (paper, section 3) + diversity L_diversity (ours).
 
         A batch without the pictures that a loss needs leaves it out: its part is 0 and `skipped` says why.
         """
@@ -358,7 +488,13 @@ class Qtfp(Member):
         skipped = []
         for name, weight, obstacle, compute in (
             ("flcl", options.flcl, self._flcl_obstacle, self._flcl),
-            ("raal", options.raal, self._raal_obstacle, self._raal),
+            ("raal", self._raal_weight(), self._raal_obstacle, self._raal),
+            (
+                "diversity",
+                self._diversity_weight(),
+                self._diversity_obstacle,
+                self._diversity,
+            ),
         ):
             if weight == 0:
                 continue
@@ -396,9 +532,18 @@ class Qtfp(Member):
             self.prototypes.mean,
             temperature=options.temperature,
             weight_temperature=options.weight_temperature,
+            weight_scope=options.weight_scope,
             chunk=options.chunk,
             dtype=torch.get_autocast_dtype(device) if half else None,
         )
+
+    def _raal_weight(self) -> float:
+        """`qtfp.raal`, or the part of it that the steps so far (counted by the prototypes, hence stored) have reached."""
+        options = self.config.qtfp
+        if options.raal_warmup == 0 or options.raal == 0:
+            return options.raal
+        steps = int(self.prototypes.updates.min()) + 1
+        return options.raal * min(1.0, steps / options.raal_warmup)
 
     def _raal_obstacle(self, batch: Batch) -> str:
         if self.pool is None:
@@ -409,6 +554,22 @@ class Qtfp(Member):
         real = batch.labels == 0
         reference = self._cls_attention(output.last_input[real], batch.images[real])
         return attention_alignment_loss(output.query_attention[real], reference)
+
+    def _diversity_weight(self) -> float:
+        options = self.config.qtfp
+        alone = self.pool is None or options.queries == 1
+        return 0.0 if alone else options.diversity
+
+    def _diversity_obstacle(self, batch: Batch) -> str:
+        return "" if bool((batch.labels == 1).any()) else "no fake picture"
+
+    def _diversity(self, output: QtfpOutput, batch: Batch) -> torch.Tensor:
+        return diversity_loss(output.query_attention[batch.labels == 1])
+
+    @torch.no_grad()
+    def cls_attention(self, output: QtfpOutput, images: torch.Tensor) -> torch.Tensor:
+        """The CLS -> patch attention that RAAL aligns to, of the pictures that `output` scored: (B, P), rows sum to one."""
+        return self._cls_attention(output.last_input, images)
 
     @torch.no_grad()
     def _cls_attention(
@@ -503,6 +664,7 @@ class _StudyModel(nn.Module):
     def forward(self, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tokens = raw + self.adapter(raw)  # (B, P, D)
         gathered, attention = self.pool(tokens)
+        gathered = gathered.mean(dim=1)
         if self.kind == "mean":
             gathered = tokens.mean(dim=1)
         elif self.kind == "cls":
