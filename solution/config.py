@@ -248,8 +248,8 @@ class QtfpConfig:
         of the `batch`.
     diversity: weight of the penalty on queries that look alike at fakes (ours); 0: none.
     raal_reference: whose CLS attention aligns: the tower's as `adapted` (detached), or the `pretrained` one's.
-    raal_warmup: steps over which RAAL's weight rises from zero (ours); 0: full from the first. At full weight it makes the
-        queries CLS-like before they have found anything, and then they stay that.
+    raal_warmup: steps without RAAL; its weight then rises over as many again (ours). 0: full from the first, which makes
+        queries CLS-like before they have found anything, and then they stay that. About a quarter of the training.
     """
 
     queries: int = 4
@@ -303,7 +303,7 @@ QTFP_LIVE = QtfpConfig(
     query_std=0.2,
     weight_scope="picture",
     diversity=0.1,
-    raal_warmup=2000,
+    raal_warmup=1000,
 )
 
 

@@ -8,12 +8,13 @@ Source: Wang et al., "Beyond [CLS] Token", CVPR 2026; no code is public, and wha
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +107,22 @@ class QueryPool(nn.Module):
             keys = self.keys.to(wide.dtype).unflatten(0, (self.heads, self.key_width))
             directions = q @ keys  # (heads, K, D); u / sqrt(d)
             return torch.einsum("bpd,hkd->bhkp", wide, directions)
+
+
+def read_gathered(
+    gathered: torch.Tensor, readout: str, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What a linear head reads of gathered tokens (B, K, D): their mean (B, D), or for `each` all of them / K (B, K D).
+
+    keep: (K,) or (B, K), False for a query that is left out; the others make up for it. None: all are kept.
+    """
+    if keep is not None:
+        share = keep.to(gathered.dtype)
+        share = share * (share.shape[-1] / share.sum(dim=-1, keepdim=True))
+        gathered = gathered * share[..., None]
+    if readout == "each":
+        return gathered.flatten(1) / gathered.shape[1]
+    return gathered.mean(dim=1)
 
 
 def overlap(attention: torch.Tensor) -> torch.Tensor:
@@ -365,6 +382,15 @@ def attention_alignment_loss(
     return (attention * divergence).sum(dim=-1).mean()
 
 
+def late(progress: float) -> float:
+    """RAAL's share of its full weight (ours): none until `progress` 1, rising to all at 2.
+
+    Not a rise from the start: before the queries have found anything, cross-entropy hardly pulls at them, and the smallest
+    weight is enough to make them CLS-like (the optimizer divides by the gradient's size).
+    """
+    return min(1.0, max(0.0, progress - 1.0))
+
+
 def diversity_loss(attention: torch.Tensor) -> torch.Tensor:
     """Mean over pictures and pairs of queries of how far their correlation exceeds `SHARED_LOOK` (ours).
 
@@ -454,7 +480,7 @@ class Qtfp(Member):
             pooled, looked, evidence = tokens.cls_token, None, {}
         else:
             gathered, looked = self.pool(tokens.patch_tokens, attention=attention)
-            pooled = self._read(gathered, keep)
+            pooled = read_gathered(gathered, self.config.qtfp.readout, keep)
             evidence = {"query_attention": looked.unflatten(-1, tokens.grid)}
         return QtfpOutput(
             logit=two_class_logit(self.head(pooled)),
@@ -464,16 +490,6 @@ class Qtfp(Member):
             last_input=tokens.last_input,
             query_attention=looked,
         )
-
-    def _read(self, gathered: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-        """What the head reads of gathered tokens (B, K, D): (B, D) or (B, K D), left-out queries made up for by the rest."""
-        if keep is not None:
-            share = keep.to(gathered.dtype)
-            share = share * (share.shape[-1] / share.sum(dim=-1, keepdim=True))
-            gathered = gathered * share[..., None]
-        if self.config.qtfp.readout == "each":
-            return gathered.flatten(1) / gathered.shape[1]
-        return gathered.mean(dim=1)
 
     def loss(
         self, output: QtfpOutput, batch: Batch
@@ -538,12 +554,12 @@ class Qtfp(Member):
         )
 
     def _raal_weight(self) -> float:
-        """`qtfp.raal`, or the part of it that the steps so far (counted by the prototypes, hence stored) have reached."""
+        """What RAAL weighs now: by the steps so far, as the prototypes (stored with the member) count them."""
         options = self.config.qtfp
         if options.raal_warmup == 0 or options.raal == 0:
             return options.raal
-        steps = int(self.prototypes.updates.min()) + 1
-        return options.raal * min(1.0, steps / options.raal_warmup)
+        steps = int(self.prototypes.updates.min())
+        return options.raal * late(steps / options.raal_warmup)
 
     def _raal_obstacle(self, batch: Batch) -> str:
         if self.pool is None:
@@ -606,14 +622,43 @@ class Planted:
 
 
 FRACTIONS = (0.05, 0.1, 0.25, 0.5)
-# Name -> what is classified, weight of FLCL, weight of RAAL (the paper's).
+# The share of forged patches whose mechanism is looked into.
+LOOK_INTO = 0.1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the study: what is classified, and with which losses.
+
+    pool: `mean` over the patches, `cls` (a near-uniform attention), or `queries` with these options of `QueryPool`.
+    flcl, raal, diversity, scope, readout: as in `QtfpConfig`. warmup: RAAL's, as a share of the steps.
+    """
+
+    pool: str = "queries"
+    key_width: int = 0
+    readout: str = "mean"
+    flcl: float = 0.0
+    raal: float = 0.0
+    diversity: float = 0.0
+    scope: str = "picture"
+    warmup: float = 0.0
+
+
+_OURS = Variant(key_width=16, readout="each")
 VARIANTS = {
-    "mean pooling": ("mean", 0.0, 0.0),
-    "CLS-like pooling": ("cls", 0.0, 0.0),
-    "queries": ("queries", 0.0, 0.0),
-    "queries + FLCL": ("queries", 0.14, 0.0),
-    "queries + RAAL": ("queries", 0.0, 1.0),
-    "queries + FLCL + RAAL": ("queries", 0.14, 1.0),
+    "mean pooling": Variant("mean"),
+    "CLS-like pooling": Variant("cls"),
+    "plain queries": Variant(),
+    "plain + FLCL + RAAL": Variant(flcl=0.14, raal=1.0, scope="batch"),
+    "queries, mean readout": replace(_OURS, readout="mean"),
+    "queries": _OURS,
+    "queries + FLCL": replace(_OURS, flcl=0.14),
+    "queries + RAAL": replace(_OURS, raal=1.0),
+    "queries + RAAL, late": replace(_OURS, raal=1.0, warmup=0.25),
+    "queries + diversity": replace(_OURS, diversity=0.1),
+    "queries, everything": replace(
+        _OURS, flcl=0.14, raal=1.0, warmup=0.25, diversity=0.1
+    ),
 }
 
 
@@ -652,60 +697,128 @@ class PlantedWorld:
 class _StudyModel(nn.Module):
     """A linear residual adapter of the tokens, a pooling, a linear head: the member without its tower."""
 
-    def __init__(self, world: PlantedWorld, pool: str):
+    def __init__(self, world: PlantedWorld, variant: Variant):
         super().__init__()
         width = world.planted.width
-        self.world, self.kind = world, pool
+        self.world, self.variant = world, variant
         self.adapter = nn.Linear(width, width, bias=False)
         nn.init.zeros_(self.adapter.weight)
-        self.pool = QueryPool(width, 4, heads=1, std=0.02)
-        self.head = nn.Linear(width, 2)
+        wide = variant.key_width
+        self.pool = QueryPool(
+            width,
+            4,
+            heads=2 if wide else 1,
+            std=0.2 if wide else 0.02,
+            key_width=wide,
+        )
+        self.head = nn.Linear(width * (4 if variant.readout == "each" else 1), 2)
 
-    def forward(self, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        tokens = raw + self.adapter(raw)  # (B, P, D)
-        gathered, attention = self.pool(tokens)
-        gathered = gathered.mean(dim=1)
-        if self.kind == "mean":
-            gathered = tokens.mean(dim=1)
-        elif self.kind == "cls":
-            gathered = (self.world.cls_attention(raw)[..., None] * tokens).sum(dim=1)
-        return self.head(gathered), tokens, attention
+    def forward(
+        self, raw: torch.Tensor, *, attention: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Raw tokens (B, P, D) -> two-class logits (B, 2), adapted tokens (B, P, D), attention (B, K, P)."""
+        tokens = raw + self.adapter(raw)
+        gathered, looked = self.pool(tokens, attention=attention)
+        read = read_gathered(gathered, self.variant.readout)
+        if self.variant.pool == "mean":
+            read = tokens.mean(dim=1)
+        elif self.variant.pool == "cls":
+            read = (self.world.cls_attention(raw)[..., None] * tokens).sum(dim=1)
+        return self.head(read), tokens, looked
 
 
-def study_auc(planted: Planted, variant: str, fraction: float, seed: int) -> float:
-    """Train one variant of the study on fresh images of its world; its AUC on images it has not seen."""
-    pool, flcl, raal = VARIANTS[variant]
+def _study_loss(
+    model: _StudyModel,
+    raw: torch.Tensor,
+    labels: torch.Tensor,
+    prototypes: Prototypes,
+    progress: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The variant's loss and the adapted tokens; progress: share of the steps that are done, in (0, 1]."""
+    variant = model.variant
+    logits, tokens, attention = model(raw)
+    loss = F.cross_entropy(logits, labels)
+    if variant.flcl and prototypes.ready:
+        loss = loss + variant.flcl * fake_likelihood_loss(
+            tokens,
+            labels,
+            prototypes.mean,
+            temperature=0.1,
+            weight_temperature=1.0,
+            weight_scope=variant.scope,
+        )
+    if variant.raal:
+        weight = variant.raal
+        if variant.warmup:
+            weight *= late(progress / variant.warmup)
+        real = labels == 0
+        reference = model.world.cls_attention(raw[real])
+        loss = loss + weight * attention_alignment_loss(attention[real], reference)
+    if variant.diversity:
+        loss = loss + variant.diversity * diversity_loss(attention[labels == 1])
+    return loss, tokens
+
+
+def study_run(
+    planted: Planted, variant: Variant, fraction: float, seed: int
+) -> dict[str, float]:
+    """Train one variant of the study on fresh images of its world; what it does on images it has not seen.
+
+    auc: of the images. uniform: the same with uniform attention in place of the queries'. attention, w: inside a fake, AUC
+    for forged against untouched patches of the queries' mean attention and of w. correlation: between queries, on fakes and
+    on reals (`correlation_real`). entropy: of an attention, 1 for a uniform one.
+    """
     world = PlantedWorld(planted, fraction, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _StudyModel(world, pool)
+        model = _StudyModel(world, variant)
     prototypes = Prototypes(planted.width, decay=0.99)
     optimizer = torch.optim.Adam(model.parameters(), lr=planted.rate)
-    for _ in range(planted.steps):
+    for step in range(1, planted.steps + 1):
         raw, labels, _ = world.draw(planted.images)
-        logits, tokens, attention = model(raw)
-        loss = F.cross_entropy(logits, labels)
-        if flcl and prototypes.ready:
-            loss = loss + flcl * fake_likelihood_loss(
-                tokens,
-                labels,
-                prototypes.mean,
-                temperature=0.1,
-                weight_temperature=1.0,
-            )
-        if raal:
-            real = labels == 0
-            reference = world.cls_attention(raw[real])
-            loss = loss + raal * attention_alignment_loss(attention[real], reference)
+        loss, tokens = _study_loss(model, raw, labels, prototypes, step / planted.steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if flcl:
-            prototypes.observe(tokens.detach(), labels)
-    with torch.no_grad():
-        raw, labels, _ = world.draw(planted.test_images)
-        scores = two_class_logit(model(raw)[0])
-    return metrics.auc(labels.numpy(), scores.numpy())
+        prototypes.observe(tokens.detach(), labels)
+    return _study_measure(model, prototypes)
+
+
+@torch.no_grad()
+def _study_measure(model: _StudyModel, prototypes: Prototypes) -> dict[str, float]:
+    planted = model.world.planted
+    raw, labels, forged = model.world.draw(planted.test_images)
+    logits, tokens, attention = model(raw)
+    uniform = torch.full((1, 1, planted.patches), 1 / planted.patches)
+    flat, _, _ = model(raw, attention=uniform)
+    fake = labels == 1
+    weights = fake_likelihood_weights(tokens[fake], prototypes.mean)
+    tiny = torch.finfo(attention.dtype).tiny
+    entropy = -(attention * attention.clamp_min(tiny).log()).sum(dim=-1).mean()
+    return {
+        "auc": metrics.auc(labels.numpy(), two_class_logit(logits).numpy()),
+        "uniform": metrics.auc(labels.numpy(), two_class_logit(flat).numpy()),
+        "attention": auc_inside(attention[fake].mean(dim=1), forged[fake]),
+        "w": auc_inside(weights, forged[fake]),
+        "correlation": overlap(attention[fake]).mean().item(),
+        "correlation_real": overlap(attention[~fake]).mean().item(),
+        "entropy": entropy.item() / math.log(planted.patches),
+    }
+
+
+def auc_inside(scores: torch.Tensor, forged: torch.Tensor) -> float:
+    """Mean over pictures of the AUC of `scores` (B, P) for forged against untouched patches, `forged` (B, P) bool.
+
+    Pictures that are forged everywhere or nowhere say nothing and are left out.
+
+    Raises:
+        ValueError: no picture has both.
+    """
+    both = forged.any(dim=1) & ~forged.all(dim=1)
+    if not bool(both.any()):
+        raise ValueError("no picture has forged and untouched patches")
+    pairs = zip(forged[both].cpu().numpy(), scores[both].float().cpu().numpy())
+    return statistics.fmean(metrics.auc(f.astype("int64"), s) for f, s in pairs)
 
 
 def study_snr(planted: Planted, fraction: float, seed: int) -> dict[str, float]:
@@ -744,14 +857,31 @@ def _report_study(seeds: int) -> None:
         f"planted ||d|| / sigma = {planted.snr}; {planted.images} real + {planted.images} fake images of "
         f"{planted.patches} tokens of width {planted.width} a step, {planted.steps} steps; {seeds} seeds"
     )
+    runs = {
+        (variant, f): [study_run(planted, options, f, seed) for seed in range(seeds)]
+        for variant, options in VARIANTS.items()
+        for f in FRACTIONS
+    }
     print("\nAUC on unseen images, mean +- standard deviation over the seeds")
     _print_row("forged share of patches", [f"{f:.0%}" for f in FRACTIONS])
     for variant in VARIANTS:
-        cells = [
-            [study_auc(planted, variant, f, seed) for seed in range(seeds)]
-            for f in FRACTIONS
-        ]
+        cells = [[run["auc"] for run in runs[variant, f]] for f in FRACTIONS]
         _print_row(variant, [_spread(values) for values in cells])
+    print(f"\nwhat the queries do at {LOOK_INTO:.0%} forged patches")
+    titles = {
+        "uniform": "AUC, uniform",
+        "attention": "patches by A",
+        "w": "patches by w",
+        "correlation": "corr. on fakes",
+        "correlation_real": "corr. on reals",
+        "entropy": "entropy/ln P",
+    }
+    _print_row("", list(titles.values()))
+    for variant, options in VARIANTS.items():
+        if options.pool == "queries":
+            found = runs[variant, LOOK_INTO]
+            cells = [_spread([run[name] for run in found]) for name in titles]
+            _print_row(variant, cells)
     print("\nsignal-to-noise ratios, mean +- standard deviation over the seeds")
     settings = {f"{f:.0%}": (planted, f) for f in FRACTIONS}
     settings["no signal"] = (Planted(snr=0.0), 0.25)

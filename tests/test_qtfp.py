@@ -499,16 +499,16 @@ def test_diversity_reaches_fake_pictures_only():
     assert moved.tolist() == (batch.labels == 1).tolist()
 
 
-def test_raal_rises_over_its_first_steps():
-    member, batch = make(**LIVE, raal=0.5, raal_warmup=4, flcl=0.0), make_batch()
+def test_raal_comes_late():
+    member, batch = make(**LIVE, raal=0.5, raal_warmup=2, flcl=0.0), make_batch()
     weights = []
     for _ in range(6):
         output = member(batch.images)
         loss, parts = member.loss(output, batch)
-        weights.append((loss.item() - parts["ce"]) / parts["raal"])
+        extra = loss.item() - parts["ce"]
+        weights.append(extra / parts["raal"] if "raal" in parts else 0.0)
         member.after_step(output, batch)
-    expected = [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
-    assert weights == pytest.approx(expected, rel=1e-3)
+    assert weights == pytest.approx([0, 0, 0, 0.25, 0.5, 0.5], rel=1e-3)
 
 
 def test_configurations_saved_without_the_new_fields_mean_the_plain_form():
@@ -758,12 +758,26 @@ def test_held_out_ratio_is_the_planted_one_whatever_the_forged_share():
 # ---------------------------------------------------------------------------------------------- entries
 def test_study_separates_queries_from_mean_pooling():
     planted = qtfp.Planted(steps=60)
+    names = ("mean pooling", "plain queries", "queries, everything")
     found = {
-        variant: qtfp.study_auc(planted, variant, 0.1, seed=0)
-        for variant in ("mean pooling", "queries", "queries + FLCL + RAAL")
+        name: qtfp.study_run(planted, qtfp.VARIANTS[name], 0.1, seed=0)
+        for name in names
     }
-    assert found["queries"] > found["mean pooling"] + 0.05
-    assert found == {v: qtfp.study_auc(planted, v, 0.1, seed=0) for v in found}
+    pooled, everything = found["mean pooling"]["auc"], found["queries, everything"]
+    assert found["plain queries"]["auc"] > pooled + 0.05
+    assert everything["auc"] > pooled + 0.05
+    assert everything["auc"] > everything["uniform"] + 0.05
+    assert everything["attention"] > 0.8 and everything["w"] > 0.8
+    again = qtfp.study_run(planted, qtfp.VARIANTS[names[-1]], 0.1, seed=0)
+    assert again == everything
+
+
+def test_auc_inside_by_hand():
+    scores = torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 9.0], [0.0, 1.0, 2.0]])
+    forged = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 0, 1]]).bool()
+    assert qtfp.auc_inside(scores, forged) == pytest.approx((1.0 + 0.5) / 2)
+    with pytest.raises(ValueError, match="no picture"):
+        qtfp.auc_inside(scores[1:2], forged[1:2])
 
 
 def test_steps_are_measured():
@@ -781,11 +795,16 @@ def test_usage(capsys):
 
 
 def test_study_report(capsys, monkeypatch):
-    monkeypatch.setattr(qtfp, "study_auc", lambda *_: 0.5)
+    numbers = ("auc", "uniform", "attention", "w", "correlation", "correlation_real")
+    run = dict.fromkeys(numbers, 0.5) | {"entropy": 0.25}
+    monkeypatch.setattr(qtfp, "study_run", lambda *_: run)
     monkeypatch.setattr(qtfp, "study_snr", lambda *_: dict.fromkeys(SNR_NAMES, 1.5))
     assert qtfp.main(["--study", "--seeds", "2"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("0.500 +- 0.000") == len(qtfp.VARIANTS) * len(qtfp.FRACTIONS)
+    looked = sum(v.pool == "queries" for v in qtfp.VARIANTS.values())
+    aucs = len(qtfp.VARIANTS) * len(qtfp.FRACTIONS)
+    assert printed.count("0.500 +- 0.000") == aucs + 5 * looked
+    assert printed.count("0.250 +- 0.000") == looked
     assert printed.count("1.500 +- 0.000") == 4 * (len(qtfp.FRACTIONS) + 1)
 
 
