@@ -245,36 +245,76 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class QtfpConfig:
-    """QTFP (CVPR 2026); what the paper leaves open is named `ours` in the specification."""
+    """QTFP (CVPR 2026); what the paper leaves open is named `ours` in the specification.
+
+    The defaults build the paper's plain form and are what a saved configuration without a field means; the presets ask
+    for `QTFP_LIVE` instead.
+    pool: `queries`, or `cls` for the ablation's base.
+    key_width: channels of the learned key projection per head (ours); 0: none, the paper's attention.
+    query_std: of the starting queries' entries. With a key projection their length has no effect, and this only sets how
+        fast they turn.
+    readout: `mean` classifies the mean of the gathered tokens (paper), `each` sums one linear head a query (ours).
+    weight_scope: what delta is standardised over before it weights a patch in FLCL: the `picture` or the real pictures
+        of the `batch`.
+    diversity: weight of the penalty on queries that look alike at fakes (ours); 0: none.
+    raal_reference: whose CLS attention aligns: the tower's as `adapted` (detached), or the `pretrained` one's.
+    raal_warmup: steps without RAAL; its weight then rises over as many again (ours). 0: full from the first, which makes
+        queries CLS-like before they have found anything, and then they stay that. About a quarter of the training.
+    """
 
     queries: int = 4
     query_std: float = 0.02
     heads: int = 1  # 1: the paper's attention; more: multi-head variant
-    pool: str = "queries"  # `queries`, or `cls` for the ablation's base
+    pool: str = "queries"
     flcl: float = 0.14
     raal: float = 1.0
     temperature: float = 0.1
     weight_temperature: float = 1.0  # tau_w
     ema_decay: float = 0.99
     chunk: int = 0  # rows of the similarity matrix computed at once; 0: all
-    raal_reference: str = (
-        "adapted"  # whose CLS attention aligns: the tower as `adapted`, or `pretrained`
-    )
+    raal_reference: str = "adapted"
+    key_width: int = 0
+    readout: str = "mean"
+    weight_scope: str = "batch"
+    diversity: float = 0.0
+    raal_warmup: int = 0
 
     def __post_init__(self) -> None:
+        choices = {
+            "pool": ("queries", "cls"),
+            "raal_reference": ("adapted", "pretrained"),
+            "readout": ("mean", "each"),
+            "weight_scope": ("picture", "batch"),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            require(
+                value in allowed,
+                f"qtfp.{name} is {value!r}; allowed: {', '.join(allowed)}",
+            )
         require(
-            self.pool in ("queries", "cls"),
-            f"qtfp.pool is {self.pool!r}; allowed: queries, cls",
+            self.queries > 0 and self.heads > 0 and self.query_std > 0,
+            "qtfp.queries, qtfp.heads and qtfp.query_std must be positive",
         )
         require(
-            self.queries > 0 and self.heads > 0,
-            "qtfp.queries and qtfp.heads must be positive",
+            self.key_width == 0 or self.key_width >= self.queries,
+            f"qtfp.key_width is {self.key_width}; it must be 0, or at least qtfp.queries ({self.queries}) for distinct starts",
         )
-        allowed = ("adapted", "pretrained")
         require(
-            self.raal_reference in allowed,
-            f"qtfp.raal_reference is {self.raal_reference!r}; allowed: {allowed}",
+            self.diversity >= 0 and self.raal_warmup >= 0,
+            f"qtfp.diversity {self.diversity} and qtfp.raal_warmup {self.raal_warmup} cannot be negative",
         )
+
+
+# A gathering that starts distinct and far from uniform, and time to find something before RAAL pulls it to the CLS map.
+QTFP_LIVE = QtfpConfig(
+    heads=2,
+    key_width=64,
+    query_std=0.2,
+    weight_scope="picture",
+    diversity=0.1,
+    raal_warmup=1000,
+)
 
 
 @dataclass(frozen=True)
@@ -689,6 +729,7 @@ def _giant(member: str) -> MemberConfig:
             ViewConfig("face", 224, 224),
             tower,
             adapter,
+            qtfp=QTFP_LIVE,
             optim=optim,
             train=train,
         )
@@ -817,6 +858,7 @@ def _compact(member: str) -> MemberConfig:
         )
     if member == "qtfp":
         shared["optim"] = replace(decayed, head_lr=5e-4)
+        shared["qtfp"] = replace(QTFP_LIVE, readout="each", raal_warmup=500)
         return MemberConfig("qtfp", whole, _compact_tower("qtfp"), full, **shared)
     require(
         member == "vlaforge",
@@ -880,6 +922,7 @@ def _tiny(member: str) -> MemberConfig:
     small = 64 if member == "vlaforge" else side
     return replace(
         config,
+        qtfp=replace(config.qtfp, key_width=8) if member == "qtfp" else config.qtfp,
         view=ViewConfig(config.view.source, small, small),
         tower=clip_tower if member == "vlaforge" else tower,
         clip=clip_tower if member == "fusion" else None,
