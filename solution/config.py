@@ -319,7 +319,16 @@ QTFP_LIVE = QtfpConfig(
 
 @dataclass(frozen=True)
 class VlaforgeConfig:
-    """VLAForge (CVPR 2026, arXiv 2603.24454): ForgePerceiver, modulated class tokens, identity-aware scoring."""
+    """VLAForge (CVPR 2026, arXiv 2603.24454): ForgePerceiver, modulated class tokens, identity-aware scoring.
+
+    vla_channel: what weighs the perceiver's maps in the local score: A_VLA's fake channel as it is (`raw`), or after the
+        softmax over real and fake (`softmax`: files written before this field existed; it dies in training).
+    vla_scale: A_VLA is this number times a cosine, so fake minus real stays within twice it. The released code has
+        100 times an unbounded inner product. 30 fits a frozen text tower, whose two sentences hardly differ; where the
+        text tower is learned (`train_text`) they move apart, and 10 does.
+    adapter: the released code's change of CLIP's patches (preset `code`): after block `adapter_after` (1-based), through
+        `adapter_width` channels, added back at `adapter_share`.
+    """
 
     width: int = 192
     blocks: int = 8
@@ -343,6 +352,12 @@ class VlaforgeConfig:
     train_text: bool = (
         False  # compact: no pre-trained text tower exists, so it is learned
     )
+    vla_channel: str = "raw"
+    vla_scale: float = 30.0
+    adapter: bool = False
+    adapter_after: int = 11
+    adapter_width: int = 192
+    adapter_share: float = 0.05
     losses: str = "paper"  # which preset the weights below came from, for the record
     w_global: float = 1.0
     w_local: float = 1.0
@@ -380,12 +395,25 @@ class VlaforgeConfig:
             all(1 <= n <= self.blocks for n in self.fusion_after),
             f"vlaforge.fusion_after {self.fusion_after} must lie in 1..{self.blocks}",
         )
+        require(
+            self.vla_channel in ("raw", "softmax"),
+            f"vlaforge.vla_channel is {self.vla_channel!r}; allowed: raw, softmax",
+        )
+        require(
+            1 <= self.vla_scale <= 100,
+            f"vlaforge.vla_scale is {self.vla_scale}; it must lie in [1, 100]",
+        )
+        require(
+            self.adapter_after > 0 and self.adapter_width > 0,
+            "vlaforge.adapter_after and vlaforge.adapter_width must be positive",
+        )
 
 
 VLAFORGE_LOSSES = {
     "paper": {},
     "code": {
         "losses": "code",
+        "adapter": True,
         "w_global": 10.0,
         "w_local": 10.0,
         "w_localization": 200.0,
@@ -567,6 +595,8 @@ class TrainConfig:
     """The loop. `batch` pictures a process and step, `accumulate` steps an optimizer step."""
 
     epochs: int = 10
+    # Optimizer steps of an epoch, whatever the data's size; 0: as many as the data fills.
+    steps_per_epoch: int = 0
     batch: int = 32
     accumulate: int = 16
     max_steps: int = 0  # optimizer steps of a phase; 0: as many as its epochs make
@@ -595,6 +625,10 @@ class TrainConfig:
         require(
             0 <= self.average < 1,
             f"train.average is {self.average}; it must lie in [0, 1)",
+        )
+        require(
+            self.steps_per_epoch >= 0,
+            f"train.steps_per_epoch is {self.steps_per_epoch}; it cannot be negative",
         )
 
 
@@ -734,7 +768,7 @@ def _giant(member: str) -> MemberConfig:
             train=train,
         )
     optim = OptimConfig(lr=2e-5, schedule="constant", warmup_steps=0)
-    train = TrainConfig(epochs=60, batch=32, accumulate=1)
+    train = TrainConfig(epochs=60, steps_per_epoch=300, batch=32, accumulate=1)
     view = ViewConfig(
         "face", 256, 256
     )  # the ForgePerceiver sees 256 px; the member resizes that to CLIP's 224 itself
@@ -873,6 +907,11 @@ def _compact(member: str) -> MemberConfig:
         decoder_out=64,
         fusion_layers=(1, 4, 8),
         train_text=True,
+        vla_scale=10.0,
+        adapter_after=6,
+        adapter_width=96,
+        losses="paper, focal",
+        w_focal=1.0,
     )
     shared["optim"] = replace(optim, lr=1e-3, head_lr=1e-3)
     view = ViewConfig("face", side // 14 * 16, side // 14 * 16)
@@ -918,6 +957,11 @@ def _tiny(member: str) -> MemberConfig:
         fusion_after=(1,),
         fusion_layers=(1,),
         train_text=True,
+        vla_scale=10.0,
+        adapter_after=1,
+        adapter_width=24,
+        losses="paper, focal",
+        w_focal=1.0,
     )
     small = 64 if member == "vlaforge" else side
     return replace(
@@ -972,13 +1016,17 @@ def preset(name: str, member: str) -> MemberConfig:
 
 
 # ---------------------------------------------------------------------------------------------------- to and from JSON
+# What held before a field existed: a file that lacks it was written then.
+BUILT_IN = {VlaforgeConfig: {"vla_channel": "softmax", "vla_scale": 100.0}}
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass of this room as plain JSON values (tuples become lists)."""
     return dataclasses.asdict(config)
 
 
 def from_dict(kind: type, values: dict[str, Any], where: str = "") -> Any:
-    """The dataclass `kind` from JSON values.
+    """The dataclass `kind` from JSON values; a field that is missing has its default, or what `BUILT_IN` says.
 
     Raises:
         ConfigError: an unknown or missing field or a value of the wrong type, with its dotted name.
@@ -987,6 +1035,7 @@ def from_dict(kind: type, values: dict[str, Any], where: str = "") -> Any:
         isinstance(values, dict),
         f"{where or kind.__name__}: expected an object, found {type(values).__name__}",
     )
+    values = BUILT_IN.get(kind, {}) | values
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     require(

@@ -334,15 +334,17 @@ class Run:
     # -- plan
     def epoch_plan(self, epoch: int) -> list[list[Sample]]:
         """This rank's micro-batches of the epoch (counted over all phases)."""
-        size = self.config.train.batch
+        train = self.config.train
+        size = train.batch
         plan = plan_epoch(
             self.labels,
             self.sources,
             sampling=self.config.sampling,
             blend_p=self.config.augment.self_blend_p,
             batch=size * self.world.size,
-            seed=self.config.train.seed,
+            seed=train.seed,
             epoch=epoch,
+            batches=train.steps_per_epoch * self.gather,
         )
         if not plan:
             raise TrainingError(
@@ -352,7 +354,7 @@ class Run:
         return [batch[mine] for batch in plan]
 
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch; the last one may gather fewer micro-batches."""
+        """Optimizer steps of one epoch: as configured, or what the data fills (the last may gather fewer batches)."""
         return math.ceil(len(self.epoch_plan(0)) / self.gather)
 
     @property

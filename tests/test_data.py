@@ -194,6 +194,33 @@ def test_balanced_batches_are_half_and_half():
         plan_of(labels[:90])
 
 
+@pytest.mark.parametrize("balance", ["none", "balanced", "temperature"])
+def test_an_epoch_of_so_many_batches_whatever_the_size_of_the_data(balance):
+    labels = np.array([0] * 30 + [1] * 10)
+    sampling = SamplingConfig(balance=balance)
+    for batch, batches in ((8, 3), (8, 25), (3, 7), (1, 5)):
+        settings = {"sampling": sampling, "batch": batch, "batches": batches}
+        plan = plan_of(labels, **settings)
+        assert [len(samples) for samples in plan] == [batch] * batches
+        positions = [s.position for samples in plan for s in samples]
+        assert positions == list(range(batch * batches))
+        assert (
+            plan == plan_of(labels, **settings) != plan_of(labels, epoch=1, **settings)
+        )
+    counts = np.bincount(
+        [
+            s.index
+            for samples in plan_of(labels, **(settings | {"batch": 8, "batches": 25}))
+            for s in samples
+        ],
+        minlength=40,
+    )
+    if balance == "none":
+        assert counts.tolist() == [5] * 40  # 200 of 40: five whole passes
+    elif balance == "balanced":
+        assert set(counts[:30]) == {3, 4} and set(counts[30:]) == {10}
+
+
 def test_temperature_weights_sources_by_the_square_root():
     labels = np.array([0, 1] * 5000)
     sources = ["big"] * 9900 + ["small"] * 100

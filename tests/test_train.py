@@ -153,6 +153,30 @@ def test_interrupted_equals_uninterrupted_to_the_bit(tmp_path, name, stop):
     assert_same(weights(whole), weights(resumed))
 
 
+def test_epochs_of_so_many_steps_resume_in_their_middle(tmp_path):
+    """Six steps of four of sixteen pictures, two epochs: the second one, interrupted after its first step, goes on."""
+    settings = ["train.steps_per_epoch=6", "train.accumulate=2", "train.batch=2"]
+    whole = make_run(tmp_path / "a", settings=settings)
+    assert whole.steps_per_epoch() == 6
+    first, second = whole.epoch_plan(0), whole.epoch_plan(1)
+    assert [len(batch) for batch in first + second] == [2] * 24 and first != second
+    assert whole.run()["total"] == 12
+    stopped = make_run(tmp_path / "b", settings=settings)
+    step = stopped._between_steps
+
+    def interrupt(*args):
+        step(*args)
+        stopped.stopping = stopped.state["total"] >= 7
+
+    stopped._between_steps = interrupt
+    stopped.run()
+    resumed = make_run(tmp_path / "b", settings=settings)
+    assert resumed.run()["total"] == 12 and resumed.state["pictures"] == 48
+    assert_same(weights(whole), weights(resumed))
+    giant = preset("giant", "vlaforge").train
+    assert giant.epochs * giant.steps_per_epoch == 18_000
+
+
 def test_another_configuration_does_not_resume(tmp_path):
     run = make_run(tmp_path, settings=["train.max_steps=1"])
     run.run()
