@@ -158,8 +158,8 @@ CASES = {
         },
     ],
 }
-# float32 against float64. Larger: kernels that end at 4 sigma; OpenCV's 5-bit weights of cubic and linear resizes and
-# its three-digit YCrCb; JPEG is a grey level from decoder to decoder.
+# float32 against float64. More where kernels end at 4 sigma, YCrCb has OpenCV's three digits, a JPEG decoder is a grey
+# level from another.
 ROUNDING = {"blur": 1e-3, "chroma_subsampling": 2e-3, "jpeg": 1.01 / 255}
 
 
