@@ -75,7 +75,13 @@ from solution.faces import FaceDetectorMissing
 from solution.fastpath import pick_device
 from solution.images import UnreadableInput, decode_image
 from solution.member import Member
-from solution.members import build_member, fill_tower, save_member, tower_configs
+from solution.members import (
+    build_member,
+    fill_tower,
+    read_config,
+    save_member,
+    tower_configs,
+)
 from solution.metrics import auc, auc_by_source
 from solution.records import Batch, MemberOutput
 from solution.submission import atomic_file, write_atomically
@@ -300,8 +306,11 @@ class Run:
         workers: int = 0,
         provenance: dict[str, Any] | None = None,
         progress: bool = True,
+        budget: float = 0.0,
     ):
+        """budget: seconds that the steps of all phases shall take; their number is set by the first ones' speed."""
         self.member, self.config, self.folder = member.to(device), member.config, folder
+        self.budget = budget
         self.items, self.validation, self.faces = items, validation, faces
         self.device, self.world, self.workers, self.progress = (
             device,
@@ -327,6 +336,7 @@ class Run:
             "pictures": 0,
             "unreadable": 0,
             "seconds": 0.0,
+            "planned": 0,  # steps of this phase, where a budget decides
         }
         self.history: list[dict[str, Any]] = []
         self.average: Average | None = None
@@ -380,7 +390,7 @@ class Run:
                 )
                 if self.stopping:
                     break
-                self.state |= {"phase": number + 1, "step": 0}
+                self.state |= {"phase": number + 1, "step": 0, "planned": 0}
             offset += phase.epochs
         return dict(self.state)
 
@@ -416,8 +426,9 @@ class Run:
             unit="step",
             disable=not (self.progress and self.world.leads),
         )
+        self.share = self.budget * phase.epochs / self.config.train.epochs
         with bar:
-            while self.state["step"] < total and not self.stopping:
+            while self.state["step"] < self._planned(total) and not self.stopping:
                 self._run_epoch(
                     step_module, optimizer, phase, first_epoch, per_epoch, total, bar
                 )
@@ -425,9 +436,34 @@ class Run:
             self._write_checkpoint(optimizer)
         else:
             self.state["phase"] = number + 1
-            kept, self.state["step"] = self.state["step"], 0
+            kept, self.state["step"], self.state["planned"] = self.state["step"], 0, 0
             self._write_checkpoint(None)
             self.state |= {"phase": number, "step": kept}
+
+    def _planned(self, total: int) -> int:
+        """Steps of the phase: `total`, or fewer where the budget decided so after its warm-up."""
+        return min(total, self.state["planned"] or total)
+
+    def _plan_by_budget(self, phase: Phase, total: int) -> None:
+        """Once the warm-up is through, set the number of steps that the budget's remaining seconds allow.
+
+        Until then the rate does not depend on that number. The first fifth of the warm-up, when loaders and kernels
+        start, is not measured but spent.
+        """
+        step, first = self.state["step"], max(1, phase.optim.warmup_steps // 5)
+        now = time.perf_counter()
+        if step == 1:
+            self._began = now
+        if step == first:
+            self._measured = now
+        if step == max(first + 1, phase.optim.warmup_steps):
+            pace = (now - self._measured) / (step - first)
+            left = self.share - (now - self._began)
+            self.state["planned"] = step + max(1, int(left / pace))
+            print(
+                f"{self.config.name} {phase.name}: {pace:.3f} s a step; {self._planned(total)} steps in the budget",
+                file=sys.stderr,
+            )
 
     def _run_epoch(
         self, module, optimizer, phase, first_epoch, per_epoch, total, bar
@@ -444,7 +480,9 @@ class Run:
             began = time.perf_counter()
             micro = min(gather, len(plan) - start)
             factor = [
-                rate_factor(self.state["step"], total, phase.optim, g["rate"])
+                rate_factor(
+                    self.state["step"], self._planned(total), phase.optim, g["rate"]
+                )
                 for g in optimizer.param_groups
             ]
             for group, f in zip(optimizer.param_groups, factor):
@@ -468,9 +506,12 @@ class Run:
             rate = self.state["pictures"] / self.state["seconds"]
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {rate:.1f} images/s")
             bar.update()
+            if self.budget and not self.state["planned"]:
+                self._plan_by_budget(phase, total)
+                bar.total = self._planned(total)
             self._agree_on_stopping()
-            self._between_steps(optimizer, per_epoch, total)
-            if self.stopping or self.state["step"] >= total:
+            self._between_steps(optimizer, per_epoch, self._planned(total))
+            if self.stopping or self.state["step"] >= self._planned(total):
                 return
 
     def _optimizer_step(
@@ -731,22 +772,26 @@ def make_towers(
 
 
 def start_from(member: Member, folder: Path) -> None:
-    """Copy the adapter of a trained member (fusion starts from the trained global stream)."""
+    """Start where a trained member stopped: everything of one of the same kind, the adapter alone of another.
+
+    Fusion starts from the trained global stream's adapter; a second run from the first one's weights.
+
+    Raises:
+        WeightsError: no trained member there, or one that does not fit.
+    """
     from safetensors.torch import load_file
 
     if not (folder / "model.safetensors").is_file():
         raise WeightsError(f"{folder}: no model.safetensors; train that member first")
-    given = {
-        k: t
-        for k, t in load_file(folder / "model.safetensors").items()
-        if k.startswith("adapter.")
-    }
-    target = {
-        k: t for k, t in member.stored_state().items() if k.startswith("adapter.")
-    }
-    if not given:
-        return  # it trained its tower whole: --tower already brings that
-    load_state(target, given, f"{folder}: adapter for {member.config.name}")
+    given = load_file(folder / "model.safetensors")
+    target = member.stored_state()
+    if member.config.adapter.in_place:  # --tower brings that
+        target = {k: t for k, t in target.items() if not k.startswith("tower.")}
+    if read_config(folder).kind != member.config.kind:
+        given = {k: t for k, t in given.items() if k.startswith("adapter.")}
+        target = {k: t for k, t in target.items() if k.startswith("adapter.")}
+    if given:
+        load_state(target, given, f"{folder}: start of {member.config.name}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -784,7 +829,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--start-from",
         type=Path,
         metavar="DIR",
-        help="trained member whose adapter is the start",
+        help="trained member whose weights are the start (of another kind: its adapter)",
     )
     parser.add_argument(
         "--set",
@@ -805,6 +850,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=0,
         help="at most so many validation pictures",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="of training steps (one process); the schedule is fitted to it after the warm-up",
     )
     parser.add_argument(
         "--restart", action="store_true", help="ignore an earlier checkpoint"
@@ -919,6 +971,8 @@ def write_dropped(path: Path, reports: Sequence[DropReport]) -> None:
 def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run:
     """Everything before the first step: config, data, faces, towers, member."""
     config = override(preset(args.preset, args.member), args.set)
+    if args.budget and world.size > 1:
+        raise ConfigError("--budget is for one process; set train.max_steps instead")
     folder = args.out / config.name
     if args.restart and world.leads:
         for name in (
@@ -980,6 +1034,7 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
         workers=args.workers,
         provenance=provenance,
         progress=not args.quiet,
+        budget=args.budget,
     )
 
 
