@@ -53,6 +53,10 @@ adapters = pytest.mark.parametrize("adapter", [EFFORT, LORA], ids=lambda a: a.ki
 
 LIVE = {"heads": 2, "key_width": 16, "query_std": 0.2, "weight_scope": "picture"}
 
+forms = pytest.mark.parametrize(
+    "form", [{}, LIVE | {"readout": "each", "diversity": 0.1}], ids=["plain", "live"]
+)
+
 
 def make(tower=DINOV2, adapter=EFFORT, seed=0, **options):
     """A tiny member with its adapter, moved off its starting point so that the adapter does something."""
@@ -437,11 +441,13 @@ def test_member_loss_is_the_sum_of_its_parts(tower):
 
 @towers
 @adapters
+@forms
 @pytest.mark.parametrize("reference", ["adapted", "pretrained"])
 def test_gradients_reach_queries_head_and_adapter_and_nothing_else(
-    tower, adapter, reference
+    tower, adapter, reference, form
 ):
-    member = with_prototypes(make(tower, adapter, raal_reference=reference).train())
+    made = make(tower, adapter, raal_reference=reference, **form)
+    member = with_prototypes(made.train())
     batch = make_batch()
     member.loss(member(batch.images), batch)[0].backward()
     reached = {n for n, p in member.named_parameters() if p.grad is not None}
@@ -624,16 +630,18 @@ def test_refusals():
 
 
 @towers
-def test_score_alone_equals_score_in_a_batch(tower):
-    member, batch = make(tower).eval(), make_batch()
+@forms
+def test_score_alone_equals_score_in_a_batch(tower, form):
+    member, batch = make(tower, **form).eval(), make_batch()
     with torch.no_grad():
         together = member(batch.images).logit
         alone = torch.cat([member(image[None]).logit for image in batch.images])
     torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
 
 
-def test_autocast_trains():
-    member, batch = with_prototypes(make()), make_batch()
+@forms
+def test_autocast_trains(form):
+    member, batch = with_prototypes(make(**form)), make_batch()
     expected = member.loss(member(batch.images), batch)[0]
     with torch.autocast("cpu", torch.bfloat16):
         loss, parts = member.loss(member(batch.images), batch)
