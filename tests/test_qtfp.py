@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from solution import qtfp
+from solution import metrics, qtfp
 from solution.backbones import (
     adapter_state,
     add_adapter,
@@ -52,6 +52,10 @@ adapters = pytest.mark.parametrize("adapter", [EFFORT, LORA], ids=lambda a: a.ki
 
 
 LIVE = {"heads": 2, "key_width": 16, "query_std": 0.2, "weight_scope": "picture"}
+
+forms = pytest.mark.parametrize(
+    "form", [{}, LIVE | {"readout": "each", "diversity": 0.1}], ids=["plain", "live"]
+)
 
 
 def make(tower=DINOV2, adapter=EFFORT, seed=0, **options):
@@ -437,11 +441,13 @@ def test_member_loss_is_the_sum_of_its_parts(tower):
 
 @towers
 @adapters
+@forms
 @pytest.mark.parametrize("reference", ["adapted", "pretrained"])
 def test_gradients_reach_queries_head_and_adapter_and_nothing_else(
-    tower, adapter, reference
+    tower, adapter, reference, form
 ):
-    member = with_prototypes(make(tower, adapter, raal_reference=reference).train())
+    made = make(tower, adapter, raal_reference=reference, **form)
+    member = with_prototypes(made.train())
     batch = make_batch()
     member.loss(member(batch.images), batch)[0].backward()
     reached = {n for n, p in member.named_parameters() if p.grad is not None}
@@ -624,16 +630,18 @@ def test_refusals():
 
 
 @towers
-def test_score_alone_equals_score_in_a_batch(tower):
-    member, batch = make(tower).eval(), make_batch()
+@forms
+def test_score_alone_equals_score_in_a_batch(tower, form):
+    member, batch = make(tower, **form).eval(), make_batch()
     with torch.no_grad():
         together = member(batch.images).logit
         alone = torch.cat([member(image[None]).logit for image in batch.images])
     torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
 
 
-def test_autocast_trains():
-    member, batch = with_prototypes(make()), make_batch()
+@forms
+def test_autocast_trains(form):
+    member, batch = with_prototypes(make(**form)), make_batch()
     expected = member.loss(member(batch.images), batch)[0]
     with torch.autocast("cpu", torch.bfloat16):
         loss, parts = member.loss(member(batch.images), batch)
@@ -654,6 +662,86 @@ def test_effort_trains_196704_parameters_on_vit_large():
     trained = sum(p.numel() for p in member.parameters() if p.requires_grad)
     # Two heads of four queries and their scales, the key projection to 2 x 64, the head.
     assert trained == 196_704 + 2 * 4 * (64 + 1) + 2 * 64 * 1024 + 2 * 1024 + 2
+
+
+# ---------------------------------------------------------------------------------------------- a planted forgery
+PLANTED_SIDE, PLANTED_GRID = 70, 5
+PLANTED_TOWER = replace(DINOV2, arch=replace(DINOV2.arch, image_side=PLANTED_SIDE))
+
+
+def planted(count, generator):
+    """Smooth noisy pictures; in every second one a patch, elsewhere each time, is striped: a batch and masks (B, P)."""
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    side, grid = PLANTED_SIDE, PLANTED_GRID
+    smooth = F.interpolate(normal(count, 3, 4, 4), size=(side, side), mode="bilinear")
+    images = 0.5 + 0.15 * smooth + 0.1 * normal(count, 3, side, side)
+    labels = torch.arange(count) % 2
+    order = torch.rand((count, grid * grid), generator=generator).argsort(1)
+    forged = (order < 1) & (labels[:, None] == 1)
+    where = forged.view(count, 1, grid, grid).float()
+    where = F.interpolate(where, size=(side, side), mode="nearest")
+    stripes = 0.08 * (torch.arange(side) // 2 % 2 * 2 - 1)
+    images = (images + where * stripes).clamp(0, 1) * 255
+    return Batch(images.round().to(torch.uint8), labels), forged
+
+
+def train_on_planted(steps, seed=0, **options):
+    """A whole tiny tower trained through its queries, and 300 unseen pictures of the same kind with their masks."""
+    torch.manual_seed(seed)
+    adapter, view = AdapterConfig("full"), ViewConfig("image", *[PLANTED_SIDE] * 2)
+    config = MemberConfig(
+        "qtfp", view, PLANTED_TOWER, adapter, qtfp=QtfpConfig(**options)
+    )
+    tower = build_tower(PLANTED_TOWER)
+    add_adapter(tower, "qtfp", adapter)
+    member = qtfp.Qtfp(config, tower).train()
+    trained = [p for p in member.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        batch, _ = planted(16, generator)
+        output = member(batch.images)
+        optimizer.zero_grad()
+        member.loss(output, batch)[0].backward()
+        optimizer.step()
+        member.after_step(output, batch)
+    return member.eval(), *planted(300, generator)
+
+
+@torch.no_grad()
+def what_queries_do(member, batch, forged):
+    output = member(batch.images)
+    uniform = torch.full((1, 1, PLANTED_GRID**2), 1 / PLANTED_GRID**2)
+    flat = member(batch.images, attention=uniform)
+    foreign = member(batch.images, attention=output.query_attention.roll(1, 0))
+    looked = output.query_attention
+    return {
+        "auc": metrics.auc(batch.labels.numpy(), output.logit.numpy()),
+        "uniform": metrics.auc(batch.labels.numpy(), flat.logit.numpy()),
+        "foreign": metrics.auc(batch.labels.numpy(), foreign.logit.numpy()),
+        "attention": qtfp.auc_inside(looked.mean(1), forged),
+        "alike": qtfp.overlap(looked).mean().item(),
+        "alike_fakes": qtfp.overlap(looked[batch.labels == 1]).mean().item(),
+    }
+
+
+def test_queries_find_a_forged_patch_wherever_it_is():
+    options = LIVE | {"readout": "each", "diversity": 0.1, "raal_warmup": 75}
+    found = what_queries_do(*train_on_planted(250, **options))
+    assert found["auc"] > 0.9, found
+    assert found["uniform"] < found["auc"] - 0.03, found
+    assert found["foreign"] < found["auc"] - 0.03, found
+    assert found["attention"] > 0.8, found
+    assert found["alike"] < 0.9 and found["alike_fakes"] < 0.9, found
+
+
+def test_plain_queries_are_one_and_do_nothing_after_as_many_steps():
+    found = what_queries_do(*train_on_planted(250))
+    assert abs(found["uniform"] - found["auc"]) < 0.01, found
+    assert found["attention"] < 0.8, found
 
 
 # ---------------------------------------------------------------------------------------------- prototypes
