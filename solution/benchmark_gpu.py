@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,11 @@ class Sizes:
     files: int = 2000
     listed: int = 10
     side: int = 400
-    giant_files: int = 1600
+    giant_files: int = 1024
     plain_files: int = 256
     train: int = 32
     whole: int = 256
-    sides: tuple[int, ...] = (112, 224)
+    sides: tuple[int, ...] = (112, 168, 224)
     loader_batches: int = 300
     repeats: int = 5
     workers: int = 16
@@ -65,8 +65,6 @@ class Sizes:
 
 
 TINY = Sizes(
-    preset="tiny",
-    whole_preset="tiny",
     matrix=64,
     copy=1 << 16,
     batch=4,
@@ -266,12 +264,13 @@ def pictures(bench: Bench, count: int, side: int, seed: int = 0):
     import torch
     import torch.nn.functional as F
 
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 8, 8, generator=generator)
-    fine = torch.rand(count, 3, side, side, generator=generator)
+    drawn = torch.Generator(bench.device).manual_seed(seed)
+    coarse, fine = (
+        torch.rand(count, 3, size, size, generator=drawn, device=bench.device)
+        for size in (8, side)
+    )
     grown = F.interpolate(coarse, (side, side), mode="bicubic", align_corners=False)
-    mixed = (255 * (0.8 * grown + 0.2 * fine)).clamp(0, 255)
-    return mixed.to(torch.uint8).to(bench.device)
+    return (255 * (0.8 * grown + 0.2 * fine)).clamp(0, 255).to(torch.uint8)
 
 
 def tower_flops(arch: Any, side: int) -> float:
@@ -292,15 +291,37 @@ def member_flops(config: Any) -> float:
     return sum(tower_flops(t.arch, config.view.side) for t in towers)
 
 
+def config_of(bench: Bench, preset_name: str, name: str) -> Any:
+    """The member's configuration; in a rehearsal with its towers cut down, sharing and adapters as they are."""
+    from solution.config import preset
+
+    config = preset(preset_name, name)
+    tiny = preset("tiny", name)
+    if bench.sizes != TINY or config.kind == "vlaforge":
+        return tiny if bench.sizes == TINY else config
+
+    def small(tower):
+        arch = replace(tower.arch, width=32, layers=2, heads=2, image_side=56)
+        return replace(tower, arch=arch)
+
+    return replace(
+        config,
+        view=tiny.view,
+        tower=small(config.tower),
+        clip=config.clip and small(config.clip),
+        qtfp=tiny.qtfp,
+    )
+
+
 def build(bench: Bench, names: Sequence[str], seed: int = 0, preset_name: str = ""):
     """(configs, members) by name, towers shared, random weights made on the device, adapters that do something."""
     import torch
 
-    from solution.config import preset
     from solution.members import build_member, random_towers
 
     torch.manual_seed(seed)
-    configs = {n: preset(preset_name or bench.sizes.preset, n) for n in names}
+    chosen = preset_name or bench.sizes.preset
+    configs = {n: config_of(bench, chosen, n) for n in names}
     towers = random_towers(configs.values(), device=str(bench.device))
     members = {}
     for name, config in configs.items():
@@ -376,12 +397,14 @@ def shares(bench: Bench, names: Sequence[str], each: Mapping[str, float], kind: 
 # ------------------------------------------------------------------------------------------------ the card
 def stage_card(bench: Bench, entry: dict) -> None:
     """What the device is, its rate in large matrix products by type, and its copy bandwidth."""
+    import cv2
     import torch
     import transformers
 
     cuda = bench.device.type == "cuda"
     entry["torch"], entry["transformers"] = torch.__version__, transformers.__version__
     entry["cuda"] = torch.version.cuda
+    entry["opencv"] = cv2.__version__
     entry["device"] = "CPU"
     if cuda:
         about = torch.cuda.get_device_properties(bench.device)
@@ -858,7 +881,7 @@ def towers_only(bench: Bench, ensemble: Any) -> float:
     if bench.device.type == "cuda":
         torch.cuda.synchronize()
     begun, before = time.perf_counter(), None
-    rounds = max(3, min(20, 4096 // size)) if bench.device.type == "cuda" else 1
+    rounds = max(4, min(20, 1024 // size)) if bench.device.type == "cuda" else 1
     for _ in range(rounds):
         launched = ensemble.launch(views)
         if before is not None:
@@ -986,6 +1009,13 @@ def stage_pipeline_giant(bench: Bench, entry: dict) -> None:
     entry["times_the_straightforward_way"] = ours_rate * spent
 
 
+def engine(config: Any) -> Any:
+    """The degradation without drawn text where OpenCV, from 5 on, draws none on float pictures."""
+    import cv2
+
+    return replace(config, text_p=0.0) if int(cv2.__version__[0]) >= 5 else config
+
+
 def stage_compact_parity(bench: Bench, entry: dict) -> None:
     """The trained bundle on the bundled photographs, degraded many ways: default and plain half against float32."""
     from solution import predict
@@ -1012,7 +1042,7 @@ def stage_compact_parity(bench: Bench, entry: dict) -> None:
         logits = predict.score_pictures(
             ensemble,
             items,
-            degradation=DegradationConfig(global_p=1.0),
+            degradation=engine(DegradationConfig(global_p=1.0)),
             batch_size=min(32, ensemble.batch_size),
             workers=bench.workers,
             progress=False,
@@ -1058,8 +1088,9 @@ def stage_training(bench: Bench, entry: dict) -> None:
 
 
 def train_rate(bench: Bench, member: Any, batch: int, side: int) -> dict[str, Any]:
-    """Pictures/s of training steps as train.py makes them (bfloat16 autocast, reads of loss and norm), and without
-    reads; peak memory.
+    """Pictures/s of training steps in bfloat16 autocast by when they read their numbers, and peak memory.
+
+    pictures_per_s: once a step, as train.py does. reads_at_once: each as soon as it is asked for. without_reads: never.
     """
     from solution.train import make_optimizer, phases
 
@@ -1068,8 +1099,13 @@ def train_rate(bench: Bench, member: Any, batch: int, side: int) -> dict[str, An
     data = training_batch(bench, batch, side)
     peak_reset(bench)
     result: dict[str, Any] = {"batch": batch}
-    for name, reads in (("pictures_per_s", True), ("without_reads", False)):
-        spent = step_seconds(bench, member, optimizer, data, reads=reads)
+    ways = {
+        "pictures_per_s": "once",
+        "reads_at_once": "at once",
+        "without_reads": "never",
+    }
+    for name, reads in ways.items():
+        spent = step_seconds(bench, member, optimizer, data, reads)
         result[name] = batch / spent
     result["peak_gb"] = peak_gb(bench)
     return result
@@ -1088,9 +1124,9 @@ def training_batch(bench: Bench, batch: int, side: int):
 
 
 def step_seconds(
-    bench: Bench, member: Any, optimizer: Any, data: Any, *, reads: bool
+    bench: Bench, member: Any, optimizer: Any, data: Any, reads: str
 ) -> float:
-    """Wall seconds a training step; reads: wait for loss, its parts and the gradient norm, as train.py does."""
+    """Wall seconds a training step; reads: of loss and gradient norm, `once` (late), `at once`, or `never`."""
     import torch
     from torch import nn
 
@@ -1105,20 +1141,20 @@ def step_seconds(
         batch = data.to(bench.device)
         with torch.autocast(bench.device.type, torch.bfloat16):
             output = member(batch.images)
-            if reads:
-                loss, _ = member.loss(output, batch)
-            else:
-                loss = focal_loss(as_two_class(output.logit), batch.labels)
-        if reads and not torch.isfinite(loss):
-            raise RuntimeError("the loss of a training step is not finite")
+            loss = focal_loss(as_two_class(output.logit), batch.labels)
+        if reads == "at once":
+            # Finite or not, its part for the log, and itself.
+            float(torch.isfinite(loss)), loss.item(), loss.item()
         loss.backward()
-        if reads:
-            loss.item()
+        if reads == "once" and not np.isfinite(loss.item()):
+            raise RuntimeError("the loss of a training step is not finite")
         if limit:
             norm = nn.utils.clip_grad_norm_(trained, limit)
-            if reads:
-                float(norm)
+            if reads == "at once":
+                norm.item()
         optimizer.step()
+        if limit and reads == "once":
+            norm.item()
 
     cuda = bench.device.type == "cuda"
     rounds = 10 if cuda else 1
@@ -1136,7 +1172,6 @@ def step_seconds(
 
 def stage_training_loader(bench: Bench, entry: dict) -> None:
     """Pictures/s of the training loader alone (decoding, augmentation, the engine), beside the steps' rates."""
-    from solution.config import preset
     from solution.data import Item, Sample, TrainingViews, training_loader
 
     items = [
@@ -1146,7 +1181,8 @@ def stage_training_loader(bench: Bench, entry: dict) -> None:
     batch, entry["workers"] = min(32, bench.sizes.whole), bench.workers
     for name in dict.fromkeys((bench.sizes.whole_preset, bench.sizes.preset)):
         bench.need(12, f"the loader of {name}")
-        config = preset(name, "global")
+        config = config_of(bench, name, "global")
+        config = replace(config, degradation=engine(config.degradation))
         plan = [
             [
                 Sample(0, b * batch + i, (b * batch + i) % len(items), False)

@@ -103,16 +103,27 @@ def test_a_rate_leaves_out_what_all_workers_begin_with(monkeypatch):
 def lively(swiglu, quick_gelu=False):
     """The four members of whole forwards on shared towers, with adapters and scales that do something."""
     torch.manual_seed(1)
-    configs = {n: preset("tiny", n) for n in ("global", "face", "fusion", "qtfp")}
-    for name, config in configs.items():
-        arch = replace(config.tower.arch, swiglu=swiglu)
-        clip = config.clip
+    configs = {}
+    for name in ("global", "face", "fusion", "qtfp"):
+        config, tiny = preset("giant", name), preset("tiny", name)
+        tower, clip = preset("tiny", "global").tower, config.clip
+        tower = replace(tower, arch=replace(tower.arch, swiglu=swiglu))
         if clip is not None:
+            clip = preset("tiny", "fusion").clip
             assert isinstance(clip.arch, ClipArch)
             own = replace(clip.arch, quick_gelu=quick_gelu, layer_scale=not quick_gelu)
             clip = replace(clip, arch=own)
-        tower = replace(config.tower, arch=arch)
-        configs[name] = replace(config, tower=tower, clip=clip)
+        adapter = replace(config.adapter, kind="lora", rank=4, alpha=4.0)
+        if name == "global":
+            adapter = replace(adapter, kind="none")
+        configs[name] = replace(
+            config,
+            view=tiny.view,
+            tower=tower,
+            clip=clip,
+            adapter=adapter,
+            qtfp=tiny.qtfp,
+        )
     towers = random_towers(configs.values())
     members = {n: build_member(c, towers).eval() for n, c in configs.items()}
     for member in members.values():
