@@ -579,7 +579,7 @@ def compile_towers(members: Mapping[str, Any], **options) -> None:
     torch.compiler.reset()
     for tower in fastpath.towers_of(members.values()):
         if isinstance(tower, fastpath.PackedTower):
-            tower.compile(dynamic=False, **options)
+            tower.compile(dynamic=False, fullgraph=True, **options)
 
 
 def stage_parity(bench: Bench, entry: dict) -> None:

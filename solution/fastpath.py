@@ -229,6 +229,10 @@ def narrow(members: Iterable[Member], dtype: torch.dtype) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ packed blocks
+# Compiled: two views of a run's batches, and what out-of-memory halves them to.
+MOST_SHAPES = 4
+
+
 class Packed(NamedTuple):
     """A block's tensors as `packed_block` takes them: one matrix for q, k and v, one for an MLP's gate and up.
 
@@ -295,12 +299,13 @@ class PackedTower(Tower):
     def __init__(self, tower: Tower) -> None:
         super().__init__(tower.config, tower.model)
         self.to(tower.mean.device)
-        self.run: Callable[..., torch.Tensor] = packed_block
+        self._compiled: Callable[..., torch.Tensor] | None = None
+        self._shapes: set[torch.Size] = set()
         self._active = tower._active
         self._positions: dict[tuple[int, int], torch.Tensor] = {}
         blocks = list(self.blocks())
-        norm = blocks[0].norm1
-        self.eps, self.activation = norm.eps, _activation(blocks[0].mlp)
+        self._last_norm = [blocks[-1].norm1]  # in a list: it has its place in `model`
+        self.eps, self.activation = blocks[0].norm1.eps, _activation(blocks[0].mlp)
         names = {n for b in blocks for role in "qkvo" for n in _merged_names(b, role)}
         shared = [_pack_mlp(block) for block in blocks]
         self.packed = {
@@ -309,8 +314,17 @@ class PackedTower(Tower):
         }
 
     def compile(self, **options) -> None:
-        """Compile the one block that all blocks are; options: those of torch.compile."""
-        self.run = torch.compile(packed_block, fullgraph=True, **options)
+        """Compile the one block that all blocks are, for the first shapes that come; options: those of torch.compile."""
+        self._compiled, self._shapes = torch.compile(packed_block, **options), set()
+
+    def _runner(self, x: torch.Tensor) -> Callable[..., torch.Tensor]:
+        """What computes blocks of tokens like x: compiled for as many shapes as MOST_SHAPES, else as it is written."""
+        if self._compiled is None:
+            return packed_block
+        if x.shape not in self._shapes and len(self._shapes) == MOST_SHAPES:
+            return packed_block
+        self._shapes.add(x.shape)
+        return self._compiled
 
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """As `Tower.embed`, float32; the patches through one matrix product, positions interpolated once a size."""
@@ -348,13 +362,17 @@ class PackedTower(Tower):
         """As `Tower.forward`."""
         x, grid = self.embed(images)
         hidden: dict[int, torch.Tensor] = {}
-        last = x
+        last, run = x, self._runner(x)
         weights = self.packed.get(adapter, self.packed[None])
         for number, block in enumerate(weights, start=1):
             last = x
-            x = self.run(x, block, self.heads, self.eps, self.activation)
+            x = run(x, block, self.heads, self.eps, self.activation)
             if number in keep:
                 hidden[number] = x
+        # Who listens to the last block's modules (maps.look) hears what it was given.
+        (norm,) = self._last_norm
+        for listener in norm._forward_pre_hooks.values():
+            listener(norm, (last,))
         x = self.final_norm(x)
         return TowerOutput(x[:, 0], x[:, 1:], last, grid, hidden)
 

@@ -9,7 +9,7 @@ import torch
 from tiny_bundle import make_bundle
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from solution import benchmark, benchmark_gpu, fastpath
+from solution import benchmark, benchmark_gpu, fastpath, maps
 from solution.config import ClipArch, Dinov2Arch, preset
 from solution.members import build_member, random_towers
 from solution.throughput import count_flops
@@ -194,11 +194,41 @@ def test_a_tower_with_adapters_apart_stays_as_it_is():
     assert packed == [] and members["global"].tower is towers[0]
 
 
-def test_a_compiled_packed_tower_scores_the_same():
+def test_a_compiled_packed_tower_scores_the_same_and_takes_few_shapes():
     configs, members = lively(swiglu=True)
     fastpath.merge_adapters(members, torch.float32)
     plain = scores(configs, members)
-    for tower in fastpath.pack(members.values()):
-        tower.compile(dynamic=False, backend="eager")  # traced, not generated
+    towers = fastpath.pack(members.values())
+    for tower in towers:
+        # Traced, not generated.
+        tower.compile(dynamic=False, backend="eager", fullgraph=True)
     for name, found in scores(configs, members).items():
         torch.testing.assert_close(found, plain[name], atol=1e-5, rtol=1e-5)
+    side = configs["face"].view.side
+    images = torch.zeros(9, 3, side, side, dtype=torch.uint8)
+    with torch.inference_mode():
+        whole = members["face"](images).logit
+        for count in range(1, 9):
+            part = members["face"](images[:count]).logit
+            torch.testing.assert_close(part, whole[:count], atol=1e-5, rtol=1e-5)
+    assert all(len(t._shapes) <= fastpath.MOST_SHAPES for t in towers)
+
+
+def test_maps_see_a_packed_tower():
+    configs, members = lively(swiglu=False)
+    fastpath.merge_adapters(members, torch.float32)
+    unpacked = copy.deepcopy(members)
+    fastpath.pack(members.values())
+    side = configs["qtfp"].view.side
+    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    with torch.inference_mode():
+        for name in ("face", "qtfp"):
+            ours, theirs = (maps.look(m[name], images) for m in (members, unpacked))
+            for part in ("logit", "last_input"):
+                torch.testing.assert_close(
+                    getattr(ours, part), getattr(theirs, part), atol=1e-4, rtol=1e-4
+                )
+            torch.testing.assert_close(
+                maps.attention_map(members[name], ours),
+                maps.attention_map(unpacked[name], theirs),
+            )
