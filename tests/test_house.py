@@ -52,6 +52,7 @@ ORDER = [
     "explain",
     "doctor",
     "throughput",
+    "benchmark_gpu",
     "benchmark",
 ]
 
