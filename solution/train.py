@@ -61,6 +61,7 @@ from solution.data import (
     TrainingViews,
     ValidationViews,
     draw_items,
+    known_masks,
     locate_faces,
     plan_epoch,
     read_manifest,
@@ -874,6 +875,9 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
             f"{trainable:,} of {total:,} parameters train",
             file=sys.stderr,
         )
+        if config.name == "vlaforge":
+            known, fakes = known_masks(items, config.sampling)
+            print(f"masks: {known} of {fakes} fakes", file=sys.stderr)
     return Run(
         member,
         items,
