@@ -326,6 +326,11 @@ class VlaforgeConfig:
     vla_scale: A_VLA is this number times a cosine, so fake minus real stays within twice it. The released code has
         100 times an unbounded inner product. 30 fits a frozen text tower, whose two sentences hardly differ; where the
         text tower is learned (`train_text`) they move apart, and 10 does.
+    bias_scale: the learned factor of the attention biases, at the start; they begin with about half of it as their
+        spread over the patches, in the nats of an attention score.
+    copy_gain: how much the global head sees a copy's difference from the class token enlarged; 1 as published. A tower
+        trained whole on this task has so steady a class token that a bias of spread 1 moves a copy by a ninth of
+        what another picture does, and a trained head does not notice; `compact` enlarges it.
     adapter: the released code's change of CLIP's patches (preset `code`): after block `adapter_after` (1-based), through
         `adapter_width` channels, added back at `adapter_share`.
     """
@@ -354,6 +359,8 @@ class VlaforgeConfig:
     )
     vla_channel: str = "raw"
     vla_scale: float = 30.0
+    bias_scale: float = 2.0
+    copy_gain: float = 1.0
     adapter: bool = False
     adapter_after: int = 11
     adapter_width: int = 192
@@ -402,6 +409,10 @@ class VlaforgeConfig:
         require(
             1 <= self.vla_scale <= 100,
             f"vlaforge.vla_scale is {self.vla_scale}; it must lie in [1, 100]",
+        )
+        require(
+            self.bias_scale > 0 and self.copy_gain > 0,
+            "vlaforge.bias_scale and vlaforge.copy_gain must be positive",
         )
         require(
             self.adapter_after > 0 and self.adapter_width > 0,
@@ -908,6 +919,8 @@ def _compact(member: str) -> MemberConfig:
         fusion_layers=(1, 4, 8),
         train_text=True,
         vla_scale=10.0,
+        bias_scale=4.0,
+        copy_gain=4.0,
         adapter_after=6,
         adapter_width=96,
         losses="paper, focal",
@@ -958,6 +971,8 @@ def _tiny(member: str) -> MemberConfig:
         fusion_layers=(1,),
         train_text=True,
         vla_scale=10.0,
+        bias_scale=4.0,
+        copy_gain=4.0,
         adapter_after=1,
         adapter_width=24,
         losses="paper, focal",

@@ -85,8 +85,9 @@ def read_manifest(
     """The pictures of a manifest, in its order, and a report of the rows left out.
 
     source: a CSV (`path,label[,source,split,generator,mask,video]`, paths relative to it), a folder with `real/` and
-    `fake/`, or a DeepfakeBench JSON (in the folder its frames are relative to). split: keep only rows of that split; of
-    rows that name none, a tenth of the videos or pictures, by name, is `val` and the rest `train`.
+    `fake/`, or a DeepfakeBench JSON (in the folder its frames are relative to; the forgery masks lie beside the frames,
+    `masks` for `frames` in the path, where a release has them). split: keep only rows of that split; of rows that name
+    none, a tenth of the videos or pictures, by name, is `val` and the rest `train`.
     videos: keep rows whose path is a video file too; a row is otherwise a picture.
 
     Raises:
@@ -226,7 +227,25 @@ def _deepfakebench_videos(
                 split,
                 label_name if label else "",
                 f"{label_name}/{video}",
+                _mask_beside(path) if label else "",
             )
+
+
+def _mask_beside(frame: Path) -> str:
+    """The forgery mask of a DeepfakeBench frame, `masks` for `frames` in its path, a .png; empty where there is none."""
+    parts = list(frame.parts)
+    if "frames" not in parts:
+        return ""
+    parts[len(parts) - 1 - parts[::-1].index("frames")] = "masks"
+    mask = Path(*parts).with_suffix(".png")
+    return str(mask) if mask.is_file() else ""
+
+
+def known_masks(items: Sequence[Item], sampling: SamplingConfig) -> tuple[int, int]:
+    """How many fake pictures have a forgery mask, and how many fakes there are; a real one needs none."""
+    fakes = [item for item in items if item.label]
+    whole = set(sampling.fully_generated)
+    return sum(bool(i.mask) or i.generator in whole for i in fakes), len(fakes)
 
 
 def select(

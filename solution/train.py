@@ -62,6 +62,7 @@ from solution.data import (
     TrainingViews,
     ValidationViews,
     draw_items,
+    known_masks,
     locate_faces,
     manifest_splits,
     plan_epoch,
@@ -1023,6 +1024,9 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
             f"{trainable:,} of {total:,} parameters train",
             file=sys.stderr,
         )
+        if config.name == "vlaforge":
+            known, fakes = known_masks(items, config.sampling)
+            print(f"masks: {known} of {fakes} fakes", file=sys.stderr)
     return Run(
         member,
         items,

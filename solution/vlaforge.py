@@ -31,8 +31,6 @@ from solution.records import Batch, MemberOutput
 PROMPTS = ("This is a real photo of id person.", "This is a fake photo of id person.")
 PLACEHOLDER = "id"  # its token's embedding gives way to the picture's own
 FOCAL_GAMMA = 2.0
-# Spread over the patches, in nats, of the bias that a copy's attention starts with: about half of this number.
-BIAS_SCALE = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,9 +346,10 @@ def _mlp(inside: int, hidden: int, out: int, variance: float) -> nn.Sequential:
 class MaskDecoder(nn.Module):
     """Queries and patches to one localisation map per query, and one attention bias per CLIP head and query.
 
-    Both start with a spread over the patches of about 1, as CLIP's own attention scores have. Under torch's default
-    start it is a tenth: the copies of the class token are then equal but for the sixth digit, and training leaves them
-    so (a member trained that way did not notice when its bias was set to 0).
+    The maps start with a spread over the patches of about a half, the biases with `bias_scale` times that, which is the
+    size of CLIP's own attention scores. Under torch's default start they have a tenth: the copies of the class token
+    are then equal but for the sixth digit, and training leaves them so (a member trained that way did not notice when
+    its bias was set to 0).
     """
 
     def __init__(self, config: VlaforgeConfig, clip_heads: int):
@@ -361,7 +360,7 @@ class MaskDecoder(nn.Module):
         self.on_queries = _mlp(width, hidden, out, each)
         self.on_patches = _mlp(width, hidden, out, each)
         self.on_heads = _mlp(width, hidden, out * clip_heads, each)
-        self.bias_scale = nn.Parameter(torch.tensor(BIAS_SCALE))
+        self.bias_scale = nn.Parameter(torch.tensor(config.bias_scale))
         self.bias_shift = nn.Parameter(torch.zeros(()))
 
     def forward(
@@ -519,9 +518,11 @@ class Vlaforge(Member):
         pixels = self.tower.normalize(images).to(dtype)
         perceived = self.perceiver(pixels, patches)
         maps, bias = self.decoder(perceived.queries, perceived.patches)
-        features, global_logits = self.global_head(
-            self.directed_classes(seen, bias).to(dtype)
-        )
+        copies = self.directed_classes(seen, bias)
+        if settings.copy_gain != 1:
+            undirected = self.project(seen.cls_token)[:, None]
+            copies = undirected + settings.copy_gain * (copies - undirected)
+        features, global_logits = self.global_head(copies.to(dtype))
         embeddings, vla_logits = self.read(seen)
         maps = self._as_map(maps)  # (B, Q, h, w)
         vla = vla_logits.softmax(dim=1)[:, 1:]

@@ -24,6 +24,7 @@ from solution.data import (
     ValidationViews,
     collate,
     degraded_picture,
+    known_masks,
     plan_epoch,
     read_manifest,
     select,
@@ -103,6 +104,25 @@ def test_folder_and_deepfakebench_manifests(tmp_path):
         ("frames/001.png", 1, "FF", "test", "FF-DF/02_03"),
     ]
     assert report.dropped == [("frames/002.png", "file is missing")]
+
+
+def test_deepfakebench_masks_lie_beside_the_frames(tmp_path):
+    """Mask of 000 there, of 001 not; a real frame takes none, though a file of that name exists."""
+    for name in ("f/frames/1/000.png", "f/frames/1/001.png", "r/frames/2/000.jpg"):
+        save(tmp_path / name)
+    save(tmp_path / "f/masks/1/000.png")
+    save(tmp_path / "r/masks/2/000.png")
+    fake = {
+        "v": {"label": "FF-DF", "frames": [f"f/frames/1/00{n}.png" for n in (0, 1)]}
+    }
+    real = {"w": {"label": "FF-real", "frames": ["r/frames/2/000.jpg"]}}
+    tree = {"FF": {"FF-DF": {"train": fake}, "FF-real": {"train": real}}}
+    (tmp_path / "b.json").write_text(json.dumps(tree))
+    items, _ = read_manifest(tmp_path / "b.json", split="train")
+    mask = str(tmp_path / "f" / "masks" / "1" / "000.png")
+    assert [i.mask for i in items] == [mask, "", ""]
+    assert known_masks(items, SamplingConfig()) == (1, 2)
+    assert known_masks(items, SamplingConfig(fully_generated=("FF-DF",))) == (2, 2)
 
 
 def test_rows_without_a_split_are_never_in_both(tmp_path):
