@@ -721,7 +721,10 @@ def _write(
     height, width = image.shape[:2]
     across = int(place[0] * (width + TEXT_MARGIN)) - TEXT_MARGIN
     origin = (across, int(place[1] * (height + TEXT_MARGIN)))
-    cv2.putText(written, characters, origin, font, scale, colour, thickness, cv2.LINE_8)
+    # Through a mask of bytes: OpenCV 5 writes into no float picture.
+    mask = np.zeros((height, width), np.uint8)
+    cv2.putText(mask, characters, origin, font, scale, 255, thickness, cv2.LINE_8)
+    written[mask > 0] = np.float32(colour)
     return written
 
 
