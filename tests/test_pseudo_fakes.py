@@ -10,7 +10,6 @@ import pytest
 from skimage import data as pictures
 
 from solution import pseudo_fakes as room
-from solution.faces import FaceLocator
 from solution.pseudo_fakes import face_region, self_blend
 from solution.records import FaceBox
 
@@ -187,8 +186,6 @@ def test_bad_input_is_named(image):
 def test_the_command_writes_examples_and_names_what_it_cannot_read(
     image, tmp_path, capsys
 ):
-    if not FaceLocator.available():
-        pytest.skip("the face detector's package is not installed")
     source, out = tmp_path / "in", tmp_path / "out"
     (source / "more").mkdir(parents=True)
     cv2.imwrite(str(source / "a.png"), image[:, :, ::-1])
