@@ -23,7 +23,7 @@ from solution.config import (
     ViewConfig,
     preset,
 )
-from solution.data import Item, read_manifest
+from solution.data import read_manifest
 from solution.images import find_inputs
 from solution.measure import Condition
 from solution.members import build_member, random_towers
@@ -567,4 +567,3 @@ def test_a_misuse_is_named(bundle, manifest, tmp_path, capsys):
     assert explain.main(["drift", "--data", str(manifest), *lost]) == 3
     with pytest.raises(SystemExit):
         explain.main(["drift", "--data", str(manifest), *out, "--strengths", "0,2"])
-    assert isinstance(read_manifest(manifest)[0][0], Item)
