@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# Trains every member in order, calibrates them, and leaves a bundle that submit.py reads.
+# Trains every member, calibrates them, and leaves a bundle that submit.py reads.
 #
 #   DATA=manifest.csv PRESET=compact OUT=runs/compact TOWER=path/to/dinov2-small bash train.sh
 #   bash train.sh --smoke     the whole of it in a few minutes on CPU, on generated pictures and tiny towers
 #
 # DATA     manifest (CSV path,label,..., DeepfakeBench JSON, or a folder with real/ and fake/), with train and val splits
+#          and, better, an `unseen` split of other generators, which then helps to choose the best checkpoint
 # PRESET   giant (towers from the Hub) or compact (TOWER: a DINOv2-S/14 folder as facebook/dinov2-small on the Hub)
 # OUT      where members, checkpoints and the bundle OUT/bundle go; the same call goes on where it stopped
-# MEMBERS  which, in order (default: global face fusion qtfp vlaforge; fusion starts from the trained global)
+# MEMBERS  which (default: global face fusion qtfp vlaforge); what others start from is trained first
 # SEED     of everything (default 0)
-# EXTRA    further arguments of python -m solution.train, e.g. "--set train.epochs=2 --workers 4"
+# EXTRA    further arguments of python -m solution.train, e.g. "--set train.epochs=2 --workers 4"; EXTRA_global (and so
+#          on) for one member
+# JOBS     members trained at once on one device (default 1)
 # NPROC    processes of torchrun (default 1)
+# BUNDLE   0: stop after training
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 python=${PYTHON:-python}
@@ -34,32 +38,70 @@ if [[ ${NPROC:-1} -gt 1 ]]; then
   run=("$python" -m torch.distributed.run --standalone --nproc-per-node "$NPROC")
 fi
 
-for member in $MEMBERS; do
-  from=()
-  case $PRESET in
-    compact)
-      if [[ $member == global ]]; then
-        : "${TOWER:?train.sh: set TOWER to the folder of DINOv2-S/14 (as facebook/dinov2-small on the Hub)}"
-        from=(--tower "compact-dinov2-s14=$TOWER")
-      else # the tower that global trained whole
-        from=(--tower "compact-dinov2-s14=$OUT/towers/compact-dinov2-s14.safetensors")
-      fi
-      ;;
-    tiny)
-      if [[ $member == global ]]; then
-        from=(--random-towers)
-      else
-        from=(--tower "tiny-dinov2=$OUT/towers/tiny-dinov2.safetensors")
-      fi
-      ;;
-    giant)
-      if [[ $member == fusion ]]; then from=(--start-from "$OUT/global"); fi
-      ;;
-  esac
+train() { # NAME FOLDER [arguments]
+  local name=$1 folder=$2 extra=EXTRA_$1
+  shift 2
   # shellcheck disable=SC2086
-  "${run[@]}" -m solution.train --member "$member" --preset "$PRESET" --data "$DATA" --out "$OUT" \
-    --set "train.seed=${SEED:-0}" ${from[@]+"${from[@]}"} ${EXTRA:-}
+  "${run[@]}" -m solution.train --member "$name" --preset "$PRESET" --data "$DATA" --out "$folder" \
+    --set "train.seed=${SEED:-0}" "$@" ${EXTRA:-} ${!extra:-}
+}
+
+member() { # NAME: what it starts from, by preset
+  local towers=$OUT/towers
+  case $PRESET/$1 in
+    giant/global | giant/face) # a first run, and a second from its weights at a fifth of the rate, as published
+      train "$1" "$OUT/first"
+      train "$1" "$OUT" --start-from "$OUT/first/$1" --set optim.lr=1e-6
+      ;;
+    giant/fusion) train fusion "$OUT" --start-from "$OUT/global" ;;
+    compact/fusion)
+      train fusion "$OUT" --tower "s14-global=$towers/s14-global.safetensors" \
+        --tower "s14-semantic=$towers/s14-semantic.safetensors"
+      ;;
+    compact/vlaforge) train vlaforge "$OUT" --tower "s14-semantic=$towers/s14-semantic.safetensors" ;;
+    compact/*)
+      : "${TOWER:?train.sh: set TOWER to the folder of DINOv2-S/14 (as facebook/dinov2-small on the Hub)}"
+      train "$1" "$OUT" --tower "s14-$1=$TOWER"
+      ;;
+    tiny/fusion)
+      train fusion "$OUT" --tower "tiny-global=$towers/tiny-global.safetensors" \
+        --tower "tiny-semantic=$towers/tiny-semantic.safetensors"
+      ;;
+    tiny/vlaforge) train vlaforge "$OUT" --tower "tiny-semantic=$towers/tiny-semantic.safetensors" ;;
+    tiny/*) train "$1" "$OUT" --random-towers ;;
+    *) train "$1" "$OUT" ;;
+  esac
+}
+
+stage() { # NAME...: at most JOBS at once; one that fails fails all
+  local name pids=()
+  for name in "$@"; do
+    if [[ ${JOBS:-1} -le 1 ]]; then
+      member "$name"
+      continue
+    fi
+    member "$name" &
+    pids+=($!)
+    if [[ ${#pids[@]} -ge $JOBS ]]; then
+      wait "${pids[0]}"
+      pids=("${pids[@]:1}")
+    fi
+  done
+  for name in ${pids[@]+"${pids[@]}"}; do wait "$name"; done
+}
+
+first=() second=()
+for name in $MEMBERS; do
+  case $PRESET/$name in
+    */fusion | compact/vlaforge | tiny/vlaforge) second+=("$name") ;;
+    *) first+=("$name") ;;
+  esac
 done
+# The tower of general semantics, which two members of the small presets look through.
+if [[ $PRESET != giant && ${#second[@]} -gt 0 ]]; then first=(semantic ${first[@]+"${first[@]}"}); fi
+stage ${first[@]+"${first[@]}"}
+stage ${second[@]+"${second[@]}"}
+if [[ ${BUNDLE:-1} == 0 ]]; then exit 0; fi
 
 "$python" -m solution.assemble --members "$OUT" --names "${MEMBERS// /,}" --data "$DATA" --out "$OUT/bundle"
 echo "train.sh: done; score pictures with: python submit.py --weights $OUT/bundle --input DIR --out preds.csv"

@@ -630,18 +630,17 @@ class EffortLinear(nn.Module):
 def add_adapter(
     tower: Tower, name: str, config: AdapterConfig, *, decompose: bool = True
 ) -> None:
-    """Give `tower` the adapter `name`; what trains afterwards is that adapter alone (`full`: the whole tower).
+    """Give `tower` the adapter `name`; what trains afterwards is that alone (`full`: the tower, `norm`: its LayerNorms).
 
     decompose: False skips Effort's decomposition when its factors are about to be loaded from a file.
     """
     if not any(_is_lora(m) or isinstance(m, EffortLinear) for m in tower.modules()):
         tower.requires_grad_(False)
-        if (
-            config.kind == "full"
-        ):  # all that its file holds; DINOv2's mask token is unused
-            for parameter in tower_parameters(tower).values():
+        # All that its file holds (DINOv2's mask token is unused), or the image part's LayerNorms.
+        for key, parameter in tower_parameters(tower).items():
+            if config.kind == "full" or (config.kind == "norm" and is_norm(key)):
                 parameter.requires_grad_(True)
-    if config.kind in ("none", "full"):
+    if config.kind in ("none", "norm", "full"):
         return
     chosen = {
         key: path
@@ -660,6 +659,14 @@ def add_adapter(
             module.add(name, config.rank, decompose=decompose)
     tower._active = "?"  # peft switched something on; make the next `use` go through
     tower.use(name)
+
+
+def is_norm(key: str) -> bool:
+    """Whether a stable key names a LayerNorm's weight or bias in the image part of a tower."""
+    return (
+        re.fullmatch(r"(blocks\.\d+\.norm[12]|norm|norm_pre)\.(weight|bias)", key)
+        is not None
+    )
 
 
 def _add_lora(tower: Tower, name: str, config: AdapterConfig, paths: list[str]) -> None:

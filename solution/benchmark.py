@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from solution import degradation
+from solution.benchmark_gpu import add_gpu
 from solution.config import DegradationConfig
 from solution.throughput import add_inference, add_parity
 
@@ -458,6 +459,7 @@ STAGES = (
     add_faces,
     add_inference,
     add_parity,
+    add_gpu,
 )
 
 

@@ -8,6 +8,7 @@ Unknown fields fail. `override(config, ["optim.lr=1e-5"])` types each value by i
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from dataclasses import dataclass, field, replace
@@ -197,7 +198,11 @@ class TowerConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """How a tower is adapted: `none` (frozen), `lora`, `effort` (spec/qtfp), or `full` (the whole tower is trained)."""
+    """How a tower is adapted.
+
+    `none`: frozen. `lora`. `effort` (QTFP's: the residual rank-`rank` part of each projection). `norm`: the LayerNorms'
+    weights and biases alone (GenD, WACV 2026). `full`: the whole tower.
+    """
 
     kind: str = "lora"
     rank: int = 32
@@ -205,8 +210,13 @@ class AdapterConfig:
     dropout: float = 0.15
     projections: tuple[str, ...] = ("q", "k", "v", "o")
 
+    @property
+    def in_place(self) -> bool:
+        """Whether it changes the tower's own weights, so that the tower travels with the member."""
+        return self.kind in ("norm", "full")
+
     def __post_init__(self) -> None:
-        kinds = ("none", "lora", "effort", "full")
+        kinds = ("none", "lora", "effort", "norm", "full")
         require(
             self.kind in kinds,
             f"adapter.kind is {self.kind!r}; allowed: {', '.join(kinds)}",
@@ -235,41 +245,95 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class QtfpConfig:
-    """QTFP (CVPR 2026); what the paper leaves open is named `ours` in the specification."""
+    """QTFP (CVPR 2026); what the paper leaves open is named `ours` in the specification.
+
+    The defaults build the paper's plain form and are what a saved configuration without a field means; the presets ask
+    for `QTFP_LIVE` instead.
+    pool: `queries`, or `cls` for the ablation's base.
+    key_width: channels of the learned key projection per head (ours); 0: none, the paper's attention.
+    query_std: of the starting queries' entries. With a key projection their length has no effect, and this only sets how
+        fast they turn.
+    readout: `mean` classifies the mean of the gathered tokens (paper), `each` sums one linear head a query (ours).
+    weight_scope: what delta is standardised over before it weights a patch in FLCL: the `picture` or the real pictures
+        of the `batch`.
+    diversity: weight of the penalty on queries that look alike at fakes (ours); 0: none.
+    raal_reference: whose CLS attention aligns: the tower's as `adapted` (detached), or the `pretrained` one's.
+    raal_warmup: steps without RAAL; its weight then rises over as many again (ours). 0: full from the first, which makes
+        queries CLS-like before they have found anything, and then they stay that. About a quarter of the training.
+    """
 
     queries: int = 4
     query_std: float = 0.02
     heads: int = 1  # 1: the paper's attention; more: multi-head variant
-    pool: str = "queries"  # `queries`, or `cls` for the ablation's base
+    pool: str = "queries"
     flcl: float = 0.14
     raal: float = 1.0
     temperature: float = 0.1
     weight_temperature: float = 1.0  # tau_w
     ema_decay: float = 0.99
     chunk: int = 0  # rows of the similarity matrix computed at once; 0: all
-    raal_reference: str = (
-        "adapted"  # whose CLS attention aligns: the tower as `adapted`, or `pretrained`
-    )
+    raal_reference: str = "adapted"
+    key_width: int = 0
+    readout: str = "mean"
+    weight_scope: str = "batch"
+    diversity: float = 0.0
+    raal_warmup: int = 0
 
     def __post_init__(self) -> None:
+        choices = {
+            "pool": ("queries", "cls"),
+            "raal_reference": ("adapted", "pretrained"),
+            "readout": ("mean", "each"),
+            "weight_scope": ("picture", "batch"),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            require(
+                value in allowed,
+                f"qtfp.{name} is {value!r}; allowed: {', '.join(allowed)}",
+            )
         require(
-            self.pool in ("queries", "cls"),
-            f"qtfp.pool is {self.pool!r}; allowed: queries, cls",
+            self.queries > 0 and self.heads > 0 and self.query_std > 0,
+            "qtfp.queries, qtfp.heads and qtfp.query_std must be positive",
         )
         require(
-            self.queries > 0 and self.heads > 0,
-            "qtfp.queries and qtfp.heads must be positive",
+            self.key_width == 0 or self.key_width >= self.queries,
+            f"qtfp.key_width is {self.key_width}; it must be 0, or at least qtfp.queries ({self.queries}) for distinct starts",
         )
-        allowed = ("adapted", "pretrained")
         require(
-            self.raal_reference in allowed,
-            f"qtfp.raal_reference is {self.raal_reference!r}; allowed: {allowed}",
+            self.diversity >= 0 and self.raal_warmup >= 0,
+            f"qtfp.diversity {self.diversity} and qtfp.raal_warmup {self.raal_warmup} cannot be negative",
         )
+
+
+# A gathering that starts distinct and far from uniform, and time to find something before RAAL pulls it to the CLS map.
+QTFP_LIVE = QtfpConfig(
+    heads=2,
+    key_width=64,
+    query_std=0.2,
+    weight_scope="picture",
+    diversity=0.1,
+    raal_warmup=1000,
+)
 
 
 @dataclass(frozen=True)
 class VlaforgeConfig:
-    """VLAForge (CVPR 2026, arXiv 2603.24454): ForgePerceiver, modulated class tokens, identity-aware scoring."""
+    """VLAForge (CVPR 2026, arXiv 2603.24454): ForgePerceiver, modulated class tokens, identity-aware scoring.
+
+    vla_channel: what weighs the perceiver's maps in the local score: A_VLA's fake channel as it is (`raw`), or after the
+        softmax over real and fake (`softmax`: files written before this field existed; it dies in training).
+    vla_scale: A_VLA is this number times a cosine, so fake minus real stays within twice it. The released code has
+        100 times an unbounded inner product. 30 fits a frozen text tower, whose two sentences hardly differ; where the
+        text tower is learned (`train_text`) they move apart, and 10 does.
+    bias_scale: the learned factor of the attention biases, at the start; they begin with about half of it as their
+        spread over the patches, in the nats of an attention score.
+    copy_gain: how much the global head sees a copy's difference from the class token enlarged; 1 as published. A tower
+        trained whole on this task has so steady a class token that a bias of spread 1 moves a copy by a ninth of
+        what another picture does, and a trained head does not notice; `compact` enlarges it.
+    adapter: the released code's change of CLIP's patches (preset `code`): after block `adapter_after` (1-based), through
+        `adapter_width` channels, added back at `adapter_share`.
+    """
 
     width: int = 192
     blocks: int = 8
@@ -293,6 +357,14 @@ class VlaforgeConfig:
     train_text: bool = (
         False  # compact: no pre-trained text tower exists, so it is learned
     )
+    vla_channel: str = "raw"
+    vla_scale: float = 30.0
+    bias_scale: float = 2.0
+    copy_gain: float = 1.0
+    adapter: bool = False
+    adapter_after: int = 11
+    adapter_width: int = 192
+    adapter_share: float = 0.05
     losses: str = "paper"  # which preset the weights below came from, for the record
     w_global: float = 1.0
     w_local: float = 1.0
@@ -330,12 +402,29 @@ class VlaforgeConfig:
             all(1 <= n <= self.blocks for n in self.fusion_after),
             f"vlaforge.fusion_after {self.fusion_after} must lie in 1..{self.blocks}",
         )
+        require(
+            self.vla_channel in ("raw", "softmax"),
+            f"vlaforge.vla_channel is {self.vla_channel!r}; allowed: raw, softmax",
+        )
+        require(
+            1 <= self.vla_scale <= 100,
+            f"vlaforge.vla_scale is {self.vla_scale}; it must lie in [1, 100]",
+        )
+        require(
+            self.bias_scale > 0 and self.copy_gain > 0,
+            "vlaforge.bias_scale and vlaforge.copy_gain must be positive",
+        )
+        require(
+            self.adapter_after > 0 and self.adapter_width > 0,
+            "vlaforge.adapter_after and vlaforge.adapter_width must be positive",
+        )
 
 
 VLAFORGE_LOSSES = {
     "paper": {},
     "code": {
         "losses": "code",
+        "adapter": True,
         "w_global": 10.0,
         "w_local": 10.0,
         "w_localization": 200.0,
@@ -418,9 +507,22 @@ class AugmentConfig:
     crop_min: float = 0.8
     # Share of a batch's fake slots that take a real face and blend it with itself (label 1, with a mask).
     self_blend_p: float = 0.0
+    # Look, of both classes alike: brightness, contrast, saturation and hue; and sharper or softer.
+    colour_p: float = 0.0
+    sharpness_p: float = 0.0
+    # px; pictures are brought to this square before augmentation and engine, as the challenge's are.
+    side: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("flip_p", "rotate_p", "crop_p", "self_blend_p"):
+        shares = (
+            "flip_p",
+            "rotate_p",
+            "crop_p",
+            "self_blend_p",
+            "colour_p",
+            "sharpness_p",
+        )
+        for name in shares:
             value = getattr(self, name)
             require(
                 0 <= value <= 1, f"augment.{name} is {value}; it must lie in [0, 1]"
@@ -433,6 +535,7 @@ class AugmentConfig:
             0 <= self.rotate_degrees <= 180,
             f"augment.rotate_degrees is {self.rotate_degrees}; it must lie in [0, 180]",
         )
+        require(self.side > 0, f"augment.side is {self.side}; it must be positive")
 
 
 @dataclass(frozen=True)
@@ -503,6 +606,8 @@ class TrainConfig:
     """The loop. `batch` pictures a process and step, `accumulate` steps an optimizer step."""
 
     epochs: int = 10
+    # Optimizer steps of an epoch, whatever the data's size; 0: as many as the data fills.
+    steps_per_epoch: int = 0
     batch: int = 32
     accumulate: int = 16
     max_steps: int = 0  # optimizer steps of a phase; 0: as many as its epochs make
@@ -515,6 +620,8 @@ class TrainConfig:
     head_lr: float = 1e-4
     head_warmup_steps: int = 500
     validation_seed: int = 7  # of the degraded validation pictures
+    # Decay of an average over the steps' weights, which is what is validated and saved; 0: the last step's weights.
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         require(
@@ -526,11 +633,22 @@ class TrainConfig:
             "train.batch and train.accumulate must be positive",
         )
         require(self.epochs > 0, f"train.epochs is {self.epochs}; it must be positive")
+        require(
+            0 <= self.average < 1,
+            f"train.average is {self.average}; it must lie in [0, 1)",
+        )
+        require(
+            self.steps_per_epoch >= 0,
+            f"train.steps_per_epoch is {self.steps_per_epoch}; it cannot be negative",
+        )
 
 
 @dataclass(frozen=True)
 class MemberConfig:
-    """One member, complete."""
+    """One member, complete.
+
+    name: its own in a bundle: letters, digits, `-` and `_`. kind: which class it is, one of MEMBERS; empty: its name.
+    """
 
     name: str
     view: ViewConfig
@@ -546,22 +664,29 @@ class MemberConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    kind: str = ""
 
     def __post_init__(self) -> None:
+        if not self.kind:
+            object.__setattr__(self, "kind", self.name)
         require(
-            self.name in MEMBERS,
-            f"member {self.name!r} is unknown; known: {', '.join(MEMBERS)}",
+            self.kind in MEMBERS,
+            f"member {self.name!r} has the kind {self.kind!r}; known: {', '.join(MEMBERS)}",
         )
         require(
-            self.name == "vlaforge" or self.view.side % self.tower.arch.patch == 0,
+            re.fullmatch(r"[A-Za-z0-9_-]+", self.name) is not None,
+            f"member name {self.name!r}: letters, digits, - and _ only",
+        )
+        require(
+            self.kind == "vlaforge" or self.view.side % self.tower.arch.patch == 0,
             f"{self.name}: view.side {self.view.side} is no multiple of the tower's patch {self.tower.arch.patch}",
         )
         require(
-            (self.name == "fusion") == (self.clip is not None),
+            (self.kind == "fusion") == (self.clip is not None),
             f"{self.name}: `clip` belongs to the fusion member alone",
         )
         require(
-            self.name != "vlaforge" or self.tower.kind == "clip",
+            self.kind != "vlaforge" or self.tower.kind == "clip",
             "vlaforge needs a CLIP tower with its text encoder",
         )
 
@@ -649,11 +774,12 @@ def _giant(member: str) -> MemberConfig:
             ViewConfig("face", 224, 224),
             tower,
             adapter,
+            qtfp=QTFP_LIVE,
             optim=optim,
             train=train,
         )
     optim = OptimConfig(lr=2e-5, schedule="constant", warmup_steps=0)
-    train = TrainConfig(epochs=60, batch=32, accumulate=1)
+    train = TrainConfig(epochs=60, steps_per_epoch=300, batch=32, accumulate=1)
     view = ViewConfig(
         "face", 256, 256
     )  # the ForgePerceiver sees 256 px; the member resizes that to CLIP's 224 itself
@@ -671,20 +797,29 @@ def _giant(member: str) -> MemberConfig:
     )
 
 
-COMPACT_SIDE = (
-    112  # px: 8 x 8 patches; what two cores train well, see weights/README.md
-)
+COMPACT_SIDE = 168  # px: 12 x 12 patches
+FACE_SIDE = 196  # px: 14 x 14 patches of a tight crop
 SMALLEST_FACE = 0.002  # of the picture, in `compact`: 43 px in a frame of 1280 x 720
+# What makes whole faces in the data that `compact` was trained on: their forgery mask is the face.
+COMPACT_GENERATED = (
+    "stylegan1",
+    "mobilestylegan",
+    "stylegan2_tpdne",
+    "stylegan_generatedphotos_like",
+    "sd21",
+    "sdxl",
+    "flux1_schnell",
+)
 
 
-def _compact_tower() -> TowerConfig:
-    """DINOv2 ViT-S/14, trained whole by `global` and shared by all members of the bundle."""
+def _compact_tower(name: str) -> TowerConfig:
+    """A DINOv2 ViT-S/14 that the bundle brings, trained by the member it is named after."""
     arch = Dinov2Arch(width=384, layers=12, heads=6, mlp_ratio=4, swiglu=False)
-    return TowerConfig("compact-dinov2-s14", "dinov2", arch, source="bundle")
+    return TowerConfig(f"s14-{name}", "dinov2", arch, source="bundle")
 
 
 def _compact_clip(text: bool) -> TowerConfig:
-    """The same image tower in open_clip's layout; the text tower, where there is one, is small and learned."""
+    """The tower `s14-semantic` in open_clip's layout; the text tower, where there is one, is small and learned."""
     arch = ClipArch(
         width=384,
         layers=12,
@@ -702,54 +837,78 @@ def _compact_clip(text: bool) -> TowerConfig:
         context=11,  # the prompts' tokens: the member maps its few words to a table of their own
         vocab=12,
     )
-    name = "compact-clip" if text else "compact-clip-image"
-    return TowerConfig(name, "clip", arch, source="bundle:compact-dinov2-s14")
+    name = "s14-clip" if text else "s14-clip-image"
+    return TowerConfig(name, "clip", arch, source="bundle:s14-semantic")
 
 
 def _compact(member: str) -> MemberConfig:
+    """Five members on four towers of their own, and `semantic`, which trains the tower of fusion's and vlaforge's."""
     side = COMPACT_SIDE
     optim = OptimConfig(
         lr=2e-4,
-        head_lr=1e-4,
+        head_lr=2e-4,
         weight_decay=0.05,
         decoupled=True,
-        warmup_steps=100,
+        warmup_steps=50,
         final_lr=0.0,
     )
-    train = TrainConfig(epochs=1, batch=32, accumulate=1, precision="bf16")
-    augment = AugmentConfig(crop_p=0.5)
+    train = TrainConfig(
+        epochs=20, batch=128, accumulate=1, precision="bf16", average=0.99
+    )
+    augment = AugmentConfig(
+        crop_p=0.5, self_blend_p=0.3, colour_p=0.5, sharpness_p=0.3, side=208
+    )
+    shared = {
+        "optim": optim,
+        "train": train,
+        "augment": augment,
+        "sampling": SamplingConfig(
+            balance="temperature", fully_generated=COMPACT_GENERATED
+        ),
+        "stream": StreamConfig(focal_gamma=0.0),
+        # The training pictures are faces with their surroundings: a frame with a small face is cut down to that framing.
+        "face": FaceConfig(margin=1.4, min_area=SMALLEST_FACE, max_area=0.25),
+    }
+    whole, full = ViewConfig("face", side, side), AdapterConfig("full")
     lora = AdapterConfig("lora", rank=16, alpha=32.0, dropout=0.05)
-    shared = {"optim": optim, "train": train, "augment": augment}
-    face = ViewConfig("face", side, side)
-    # Trained on face crops: a frame with a small face is cut down to one, with the margin of most of them (DFDC's median
-    # is 0.99). No face of DFDC or the StyleGANs, and one of ten of the web's, covers less than a quarter of its picture.
-    shared["face"] = FaceConfig(margin=1.0, min_area=SMALLEST_FACE, max_area=0.25)
+    decayed = replace(optim, layer_decay=0.75)
     if member == "global":
-        shared |= {
-            "optim": replace(optim, layer_decay=0.75),
-            "train": replace(train, epochs=6),
-        }
-        return MemberConfig(
-            "global", face, _compact_tower(), AdapterConfig("full"), **shared
-        )
+        shared["optim"] = decayed
+        return MemberConfig("global", whole, _compact_tower("global"), full, **shared)
     if member == "face":
-        shared["face"] = FaceConfig(min_area=SMALLEST_FACE)
-        return MemberConfig("face", face, _compact_tower(), lora, **shared)
+        shared |= {
+            "optim": decayed,
+            "face": FaceConfig(margin=1.15, min_area=SMALLEST_FACE),
+            "augment": replace(augment, self_blend_p=0.6, crop_p=0.0),
+        }
+        view = ViewConfig("face", FACE_SIDE, FACE_SIDE)
+        return MemberConfig("face", view, _compact_tower("face"), full, **shared)
+    if member == "semantic":
+        norm = AdapterConfig("norm")
+        shared["optim"] = replace(optim, lr=1e-3)
+        return MemberConfig(
+            "semantic", whole, _compact_tower("semantic"), norm, kind="global", **shared
+        )
     if member == "fusion":
         shared["train"] = replace(
-            train, epochs=2, head_epochs=1, head_lr=2e-4, head_warmup_steps=50
+            train, epochs=6, head_epochs=3, head_lr=1e-3, head_warmup_steps=50
         )
         return MemberConfig(
             "fusion",
-            face,
-            _compact_tower(),
+            whole,
+            _compact_tower("global"),
             lora,
             clip=_compact_clip(text=False),
             **shared,
         )
     if member == "qtfp":
-        shared["optim"] = replace(optim, head_lr=5e-4)  # queries start at 0.02
-        return MemberConfig("qtfp", face, _compact_tower(), lora, **shared)
+        shared["optim"] = replace(decayed, head_lr=5e-4)
+        shared["qtfp"] = replace(QTFP_LIVE, readout="each", raal_warmup=500)
+        return MemberConfig("qtfp", whole, _compact_tower("qtfp"), full, **shared)
+    require(
+        member == "vlaforge",
+        f"preset compact has no member {member!r}; it has {', '.join(MEMBERS)}, semantic",
+    )
     vlaforge = VlaforgeConfig(
         width=96,
         blocks=4,
@@ -759,12 +918,17 @@ def _compact(member: str) -> MemberConfig:
         decoder_out=64,
         fusion_layers=(1, 4, 8),
         train_text=True,
+        vla_scale=10.0,
+        bias_scale=4.0,
+        copy_gain=4.0,
+        adapter_after=6,
+        adapter_width=96,
+        losses="paper, focal",
+        w_focal=1.0,
     )
-    shared["optim"] = replace(optim, lr=3e-4, head_lr=3e-4)
+    shared["optim"] = replace(optim, lr=1e-3, head_lr=1e-3)
     view = ViewConfig("face", side // 14 * 16, side // 14 * 16)
     tower = _compact_clip(text=True)
-    # The only forgery masks that this data offers are the self-blended ones.
-    shared["augment"] = replace(augment, self_blend_p=0.3)
     return MemberConfig(
         "vlaforge", view, tower, AdapterConfig("none"), vlaforge=vlaforge, **shared
     )
@@ -789,9 +953,12 @@ def _tiny(member: str) -> MemberConfig:
         text_heads=2,
     )
     config = _compact(member)
-    tower = TowerConfig("tiny-dinov2", "dinov2", dino)
+    own = config.tower.name.removeprefix(
+        "s14-"
+    )  # the same towers are shared as in compact
+    tower = TowerConfig(f"tiny-{own}", "dinov2", dino)
     clip_name = "tiny-clip" if member == "vlaforge" else "tiny-clip-image"
-    clip_tower = TowerConfig(clip_name, "clip", clip, source="bundle:tiny-dinov2")
+    clip_tower = TowerConfig(clip_name, "clip", clip, source="bundle:tiny-semantic")
     vlaforge = VlaforgeConfig(
         width=24,
         blocks=3,
@@ -803,17 +970,31 @@ def _tiny(member: str) -> MemberConfig:
         fusion_after=(1,),
         fusion_layers=(1,),
         train_text=True,
+        vla_scale=10.0,
+        bias_scale=4.0,
+        copy_gain=4.0,
+        adapter_after=1,
+        adapter_width=24,
+        losses="paper, focal",
+        w_focal=1.0,
     )
     small = 64 if member == "vlaforge" else side
     return replace(
         config,
+        qtfp=replace(config.qtfp, key_width=8) if member == "qtfp" else config.qtfp,
         view=ViewConfig(config.view.source, small, small),
         tower=clip_tower if member == "vlaforge" else tower,
         clip=clip_tower if member == "fusion" else None,
         vlaforge=vlaforge,
         optim=replace(config.optim, warmup_steps=2),
         train=replace(
-            config.train, epochs=2, batch=4, precision="float32", head_warmup_steps=2
+            config.train,
+            epochs=2,
+            batch=4,
+            precision="float32",
+            head_epochs=min(1, config.train.head_epochs),
+            head_warmup_steps=2,
+            average=0.5,
         ),
     )
 
@@ -842,20 +1023,25 @@ NTIRE26_VOTE = VoteConfig({"global": 2, "face": 1, "fusion": 2}, mean="levels_ro
 def preset(name: str, member: str) -> MemberConfig:
     """The configuration of `member` in the preset `name` (`giant`, `compact`, `ntire26`)."""
     require(name in PRESETS, f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
+    known = (*MEMBERS, "semantic") if name in ("compact", "tiny") else MEMBERS
     require(
-        member in MEMBERS, f"member {member!r} is unknown; known: {', '.join(MEMBERS)}"
+        member in known, f"member {member!r} is unknown; {name} has {', '.join(known)}"
     )
     return PRESETS[name](member)
 
 
 # ---------------------------------------------------------------------------------------------------- to and from JSON
+# What held before a field existed: a file that lacks it was written then.
+BUILT_IN = {VlaforgeConfig: {"vla_channel": "softmax", "vla_scale": 100.0}}
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass of this room as plain JSON values (tuples become lists)."""
     return dataclasses.asdict(config)
 
 
 def from_dict(kind: type, values: dict[str, Any], where: str = "") -> Any:
-    """The dataclass `kind` from JSON values.
+    """The dataclass `kind` from JSON values; a field that is missing has its default, or what `BUILT_IN` says.
 
     Raises:
         ConfigError: an unknown or missing field or a value of the wrong type, with its dotted name.
@@ -864,6 +1050,7 @@ def from_dict(kind: type, values: dict[str, Any], where: str = "") -> Any:
         isinstance(values, dict),
         f"{where or kind.__name__}: expected an object, found {type(values).__name__}",
     )
+    values = BUILT_IN.get(kind, {}) | values
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     require(

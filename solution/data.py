@@ -38,8 +38,6 @@ from solution.images import IMAGE_SUFFIXES, UnreadableInput, decode_image, resiz
 from solution.pseudo_fakes import face_region, self_blend
 from solution.records import Batch, FaceBox
 
-TRAINING_SIDE = 256  # px; pictures are brought to this square before augmentation and engine, as the challenge's are
-
 
 class ManifestError(ValueError):
     """A manifest that cannot be used: names the file, the row, what was found and what was expected."""
@@ -87,30 +85,17 @@ def read_manifest(
     """The pictures of a manifest, in its order, and a report of the rows left out.
 
     source: a CSV (`path,label[,source,split,generator,mask,video]`, paths relative to it), a folder with `real/` and
-    `fake/`, or a DeepfakeBench JSON (in the folder its frames are relative to). split: keep only rows of that split; of
-    rows that name none, a tenth of the videos or pictures, by name, is `val` and the rest `train`.
+    `fake/`, or a DeepfakeBench JSON (in the folder its frames are relative to; the forgery masks lie beside the frames,
+    `masks` for `frames` in the path, where a release has them). split: keep only rows of that split; of rows that name
+    none, a tenth of the videos or pictures, by name, is `val` and the rest `train`.
     videos: keep rows whose path is a video file too; a row is otherwise a picture.
 
     Raises:
         ManifestError: nothing usable in it, an unknown layout, a bad label, or a missing column.
     """
     source = Path(source)
-    if not source.exists():
-        raise ManifestError(
-            f"{source}: no such manifest; expected a CSV, a DeepfakeBench JSON, or a folder"
-        )
-    if source.is_dir():
-        rows = _folder_rows(source)
-    elif source.suffix.lower() == ".csv":
-        rows = _csv_rows(source)
-    elif source.suffix.lower() == ".json":
-        rows = _deepfakebench_rows(source)
-    else:
-        raise ManifestError(
-            f"{source}: expected a .csv, a .json, or a folder with real/ and fake/"
-        )
     items, report, seen = [], DropReport(), set()
-    for item in rows:
+    for item in _rows(source):
         if split is not None and split != (item.split or _held_out(item)):
             continue
         suffix = item.path.suffix.lower()
@@ -129,6 +114,28 @@ def read_manifest(
             f"{source}: no usable picture{wanted}\n{report.summary()}".rstrip()
         )
     return items, report
+
+
+def _rows(source: Path) -> Iterator[Item]:
+    """Every row of a manifest, as it stands there."""
+    if not source.exists():
+        raise ManifestError(
+            f"{source}: no such manifest; expected a CSV, a DeepfakeBench JSON, or a folder"
+        )
+    if source.is_dir():
+        return _folder_rows(source)
+    if source.suffix.lower() == ".csv":
+        return _csv_rows(source)
+    if source.suffix.lower() == ".json":
+        return _deepfakebench_rows(source)
+    raise ManifestError(
+        f"{source}: expected a .csv, a .json, or a folder with real/ and fake/"
+    )
+
+
+def manifest_splits(source: Path | str) -> set[str]:
+    """The splits that a manifest's rows belong to."""
+    return {item.split or _held_out(item) for item in _rows(Path(source))}
 
 
 def draw_items(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
@@ -220,7 +227,25 @@ def _deepfakebench_videos(
                 split,
                 label_name if label else "",
                 f"{label_name}/{video}",
+                _mask_beside(path) if label else "",
             )
+
+
+def _mask_beside(frame: Path) -> str:
+    """The forgery mask of a DeepfakeBench frame, `masks` for `frames` in its path, a .png; empty where there is none."""
+    parts = list(frame.parts)
+    if "frames" not in parts:
+        return ""
+    parts[len(parts) - 1 - parts[::-1].index("frames")] = "masks"
+    mask = Path(*parts).with_suffix(".png")
+    return str(mask) if mask.is_file() else ""
+
+
+def known_masks(items: Sequence[Item], sampling: SamplingConfig) -> tuple[int, int]:
+    """How many fake pictures have a forgery mask, and how many fakes there are; a real one needs none."""
+    fakes = [item for item in items if item.label]
+    whole = set(sampling.fully_generated)
+    return sum(bool(i.mask) or i.generator in whole for i in fakes), len(fakes)
 
 
 def select(
@@ -297,29 +322,31 @@ def plan_epoch(
     batch: int,
     seed: int,
     epoch: int,
+    batches: int = 0,
 ) -> list[list[Sample]]:
     """The batches of one epoch, over all ranks: a pure function of its arguments.
 
-    labels: (N,) 0/1. `batch` samples each; an epoch draws N samples, the remainder is left out. With `balanced` or
-    `temperature`, every batch is half real, half fake. A fake slot becomes a self-blended real with `blend_p`.
+    labels: (N,) 0/1. `batch` samples each; an epoch draws N samples, the remainder is left out, or as many as `batches`
+    take, in whole shuffled passes over the data. With `balanced` or `temperature`, every batch is half real, half fake.
+    A fake slot becomes a self-blended real with `blend_p`.
 
     Raises:
         ConfigError: a class is missing that the balance needs.
     """
     rng = np.random.default_rng([seed, epoch, 202])
     real, fake = np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)
+    total = batches * batch or len(labels)
     if sampling.balance == "none":
-        order = rng.permutation(len(labels))
+        order = _passes(np.arange(len(labels)), total, rng)
     else:
         if not len(real) or not len(fake):
             raise ConfigError(
                 f"sampling.balance={sampling.balance} needs both classes; real {len(real)}, fake {len(fake)}"
             )
-        half = len(labels) // 2
+        half = -(-total // 2) if batches else total // 2
         draws = [_draw(group, half, sources, sampling, rng) for group in (real, fake)]
-        order = np.stack(draws, axis=1).reshape(
-            -1
-        )  # real, fake, real, fake: every even batch is half and half
+        # real, fake, real, fake: every even batch is half and half
+        order = np.stack(draws, axis=1).reshape(-1)[:total]
     blend = (labels[order] == 1) & (rng.random(len(order)) < blend_p)
     if blend.any():
         if not len(real):
@@ -343,13 +370,18 @@ def _draw(
 ) -> np.ndarray:
     """`count` indices of `group`: whole shuffled passes, or source-weighted draws with `temperature`."""
     if sampling.balance == "balanced":
-        passes = -(-count // len(group))
-        return np.concatenate([rng.permutation(group) for _ in range(passes)])[:count]
+        return _passes(group, count, rng)
     names = np.array([sources[i] for i in group])
     sizes = Counter(names.tolist())
     # A source of n pictures is drawn with weight n * n ** -temperature; each of its pictures with n ** -temperature.
     weights = np.array([sizes[n] ** -sampling.temperature for n in names])
     return rng.choice(group, count, p=weights / weights.sum())
+
+
+def _passes(group: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` members of `group`: whole shuffled passes over it, the last one cut."""
+    passes = -(-count // len(group))
+    return np.concatenate([rng.permutation(group) for _ in range(passes)])[:count]
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -358,16 +390,17 @@ def stable_seed(name: str) -> int:
     return zlib.crc32(name.encode("utf-8", "surrogateescape"))
 
 
-class Geometry:
-    """Flip, rotation and square crop, on picture and mask together, through albumentations."""
+class Augmentation:
+    """Flip, rotation and square crop, on picture and mask together, then the picture's look, through albumentations."""
 
-    def __init__(self, config: AugmentConfig, side: int):
+    def __init__(self, config: AugmentConfig):
         os.environ.setdefault(
             "NO_ALBUMENTATIONS_UPDATE", "1"
         )  # its import otherwise asks the network for news
         import albumentations
         import cv2
 
+        side = config.side
         smallest = max(1, int(side * config.crop_min))
         self.compose = albumentations.Compose(
             [
@@ -379,6 +412,22 @@ class Geometry:
                 ),
                 albumentations.RandomSizedCrop(
                     min_max_height=(smallest, side), size=(side, side), p=config.crop_p
+                ),
+                albumentations.ColorJitter(
+                    brightness=(0.6, 1.5),
+                    contrast=(0.6, 1.4),
+                    saturation=(0.3, 1.7),
+                    hue=(-0.03, 0.03),
+                    p=config.colour_p,
+                ),
+                albumentations.OneOf(
+                    [
+                        albumentations.GaussianBlur(
+                            blur_limit=0, sigma_limit=(0.3, 1.5)
+                        ),
+                        albumentations.Sharpen(alpha=(0.1, 0.5), lightness=(1.0, 1.0)),
+                    ],
+                    p=config.sharpness_p,
                 ),
             ]
         )
@@ -410,8 +459,8 @@ class TrainingViews(Dataset):
             faces,
             seed,
         )
-        self.with_masks = config.name == "vlaforge"
-        self._geometry: Geometry | None = None
+        self.with_masks = config.kind == "vlaforge"
+        self._augmentation: Augmentation | None = None
 
     def __getitem__(
         self, sample: Sample
@@ -435,9 +484,9 @@ class TrainingViews(Dataset):
         face = self.faces.get(item.name)
         image, mask, known = self._forgery(image, item, face, sample.blend, rng)
         image, mask = self._square(image, mask, face)
-        if self._geometry is None:  # built in the worker: the library's import is slow
-            self._geometry = Geometry(self.config.augment, TRAINING_SIDE)
-        image, mask = self._geometry(image, mask, rng)
+        if self._augmentation is None:  # built in the worker: the import is slow
+            self._augmentation = Augmentation(self.config.augment)
+        image, mask = self._augmentation(image, mask, rng)
         image = degrade(
             np.ascontiguousarray(image),
             self.config.degradation,
@@ -483,12 +532,12 @@ class TrainingViews(Dataset):
     def _square(
         self, image: np.ndarray, mask: np.ndarray | None, face: FaceBox | None
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """The member's source, whole picture or face crop, as a TRAINING_SIDE square, with its mask."""
+        """The member's source, whole picture or face crop, as an `augment.side` square, with its mask."""
         box = view_box(self.config.view, face, image.shape[:2], self.config.face)
         if box is not None:
             image = crop_square(image, box)
             mask = None if mask is None else crop_square(mask, box)
-        side = TRAINING_SIDE
+        side = self.config.augment.side
         return resize_image(image, side, side), None if mask is None else resize_image(
             mask, side, side
         )

@@ -37,6 +37,8 @@ DIRECT_TAPS = 121
 GAUSSIAN_REACH = 4.0
 TEXT_CHARACTERS = "".join(chr(code) for code in range(32, 127))
 HERSHEY_FONTS = 8
+# A text's baseline starts up to so many px left of the picture or below it.
+TEXT_MARGIN = 100
 # Below this many expected photons a pixel's count is drawn exactly; above, from a skewed Gaussian.
 EXACT_PHOTONS = 6.0
 
@@ -254,7 +256,8 @@ def draw_sensor_noise(strength: float, rng: np.random.Generator) -> Params:
     kind = _choice(rng, ("speckle", "poisson", "salt_pepper"))
     if kind == "speckle":
         level = _integer(rng, 2, 25) * strength / 255.0
-        return {"kind": kind, **_draw_layers(level, 0.4, 0.4, rng)}
+        upper = 25.0 * strength / 255.0
+        return {"kind": kind, **_draw_layers(level, upper, 0.4, 0.4, rng)}
     if kind == "poisson":
         photons = 10.0 ** _uniform(rng, 2.0, 4.0)
         grey = bool(rng.random() < 0.5)
@@ -263,24 +266,34 @@ def draw_sensor_noise(strength: float, rng: np.random.Generator) -> Params:
 
 
 def _draw_layers(
-    level: float, colour: float, grey: float, rng: np.random.Generator
+    level: float, upper: float, colour: float, grey: float, rng: np.random.Generator
 ) -> Params:
     """Noise of standard deviation `level`: independent channels, one grey layer, or correlated channels (the rest).
 
-    Correlated channels: covariance level**2 |Q' diag(u) Q| with a random rotation Q and u ~ U(0, 1)**3, made positive
-    semi-definite; stored as its lower Cholesky factor `mix` (3x3).
+    Correlated channels always take `upper`, the end of the range that `level` was drawn from.
     """
     draw = rng.random()
     if draw < colour:
         return {"layers": "colour", "level": level, "seed": _seed(rng)}
     if draw < colour + grey:
         return {"layers": "grey", "level": level, "seed": _seed(rng)}
-    rotation, _ = np.linalg.qr(rng.standard_normal((3, 3)))
-    covariance = np.abs(rotation.T * rng.random(3) @ rotation)
-    values, vectors = np.linalg.eigh(covariance)
-    covariance = vectors * (np.abs(values) + 1e-9) @ vectors.T
-    mix = level * np.linalg.cholesky(covariance)
+    mix = correlated_mix(upper, *rng.random((2, 3, 3)), rng.random(3))
     return {"layers": "correlated", "mix": mix.tolist(), "seed": _seed(rng)}
+
+
+def correlated_mix(
+    level: float, first: np.ndarray, second: np.ndarray, diagonal: np.ndarray
+) -> np.ndarray:
+    """The (3, 3) matrix M that turns independent unit noise z into channel-correlated noise M z.
+
+    The published covariance is C = |level**2 O' D P| with O, P the orthogonal bases (left singular vectors) of the
+    (3, 3) matrices `first` and `second` and D = diag(`diagonal`). C is not symmetric; NumPy's sampler, to which it was
+    given, reads it as V' S V of its singular values and right vectors, and so does M M'.
+    """
+    bases = np.linalg.svd(np.stack([first, second]))[0]
+    covariance = np.abs(level**2 * bases[0].T @ np.diag(diagonal) @ bases[1])
+    _, sizes, right = np.linalg.svd(covariance)
+    return right.T * np.sqrt(sizes)
 
 
 def noise_layer(
@@ -452,9 +465,10 @@ def draw_gaussian_noise(
     """
     low = 60.0 if rng.random() < 0.8 else 2.0
     level = _uniform(rng, low, 100.0) * strength / 255.0
+    upper = 100.0 * strength / 255.0
     if sigma is not None:
-        level = sigma / 255.0
-    return _draw_layers(level, 0.7, 0.2, rng)
+        level = upper = sigma / 255.0
+    return _draw_layers(level, upper, 0.7, 0.2, rng)
 
 
 def gaussian_noise(image: np.ndarray, **layer: Any) -> np.ndarray:
@@ -493,7 +507,7 @@ def draw_chroma_subsampling(strength: float, rng: np.random.Generator) -> Params
 def chroma_subsampling(image: np.ndarray) -> np.ndarray:
     """Halve the chroma planes of YCrCb (area) and restore them (nearest)."""
     height, width = image.shape[:2]
-    half = (max(1, (width + 1) // 2), max(1, (height + 1) // 2))
+    half = (max(1, width // 2), max(1, height // 2))
     luma, red, blue = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb))
     planes = [luma]
     for chroma in (red, blue):
@@ -547,34 +561,25 @@ def exposure(image: np.ndarray, brightness: float, contrast: float) -> np.ndarra
 
 # ------------------------------------------------------------------------------------------------ 10 aberration
 def draw_chromatic_aberration(strength: float, rng: np.random.Generator) -> Params:
-    """int(max(1, 4 s)) px, one of the two diagonals."""
-    return {
-        "shift": int(max(1.0, 4.0 * strength)),
-        "diagonal": 1 if rng.random() < 0.5 else -1,
-    }
+    """int(max(1, 4 s)) px."""
+    return {"shift": int(max(1.0, 4.0 * strength))}
 
 
-def chromatic_aberration(image: np.ndarray, shift: int, diagonal: int) -> np.ndarray:
-    """Move red down by `shift` and right by `shift * diagonal` px, blue the opposite way.
+def chromatic_aberration(image: np.ndarray, shift: int) -> np.ndarray:
+    """Move red down and right by `shift` px, blue up and left, green nowhere.
 
     The strips that nothing moves into keep their own values.
     """
     moved = image.copy()
-    height, width = image.shape[:2]
-    if shift >= min(height, width):
-        return moved
-    from_top, from_bottom = slice(0, height - shift), slice(shift, height)
-    from_left, from_right = slice(0, width - shift), slice(shift, width)
-    if diagonal < 0:
-        from_left, from_right = from_right, from_left
-    moved[from_bottom, from_right, 0] = image[from_top, from_left, 0]
-    moved[from_top, from_left, 2] = image[from_bottom, from_right, 2]
+    if shift < min(image.shape[:2]):
+        moved[shift:, shift:, 0] = image[:-shift, :-shift, 0]
+        moved[:-shift, :-shift, 2] = image[shift:, shift:, 2]
     return moved
 
 
 # ------------------------------------------------------------------------------------------------ 11 moire
 def draw_moire(strength: float, rng: np.random.Generator) -> Params:
-    """A sinusoid grid: frequency in rad/px, angle in rad, blend 0.15 s."""
+    """One plane wave: frequency in rad/px, angle in rad, blend 0.15 s."""
     return {
         "frequency": _uniform(rng, 0.5, 3.0),
         "angle": _uniform(rng, 0.0, math.pi),
@@ -585,27 +590,28 @@ def draw_moire(strength: float, rng: np.random.Generator) -> Params:
 def moire(
     image: np.ndarray, frequency: float, angle: float, blend: float
 ) -> np.ndarray:
-    """Blend in the mean of two crossed sinusoids, 0.5 + (sin u + sin v) / 4 with u along `angle`, v across it.
+    """Blend in (sin(f (x cos a + y sin a)) + 1) / 2, the same in all channels.
 
-    sin(ax + by) = sin ax cos by + cos ax sin by, so only rows and columns need a sine.
+    sin(ux + vy) = sin ux cos vy + cos ux sin vy, so only rows and columns need a sine.
     """
     height, width = image.shape[:2]
-    cos, sin = frequency * math.cos(angle), frequency * math.sin(angle)
-    x, y = np.arange(width), np.arange(height)
-    rows, columns = [np.full(height, 0.5)], [np.ones(width)]
-    for along, down in ((cos, sin), (-sin, cos)):
-        rows += [0.25 * np.cos(down * y), 0.25 * np.sin(down * y)]
-        columns += [np.sin(along * x), np.cos(along * x)]
-    rows = blend * np.stack(rows, axis=1)
-    columns = np.repeat(np.stack(columns).astype(np.float32), 3, axis=1)
-    grid = rows.astype(np.float32) @ columns
-    blended = cv2.scaleAdd(image.reshape(height, 3 * width), 1.0 - blend, grid)
+    across = frequency * math.cos(angle) * np.arange(width)
+    down = frequency * math.sin(angle) * np.arange(height)
+    columns = np.stack([np.sin(across), np.cos(across), np.ones(width)])
+    rows = np.stack([np.cos(down), np.sin(down), np.ones(height)], axis=1)
+    rows *= 0.5 * blend
+    columns = np.repeat(columns.astype(np.float32), 3, axis=1)
+    wave = rows.astype(np.float32) @ columns
+    blended = cv2.scaleAdd(image.reshape(height, 3 * width), 1.0 - blend, wave)
     return _clip(blended).reshape(image.shape)
 
 
 # ------------------------------------------------------------------------------------------------ 12 glitch
 def draw_glitch(strength: float, rng: np.random.Generator) -> Params:
-    """int(10 s) bands of 1..8 s px: 40 % a black, grey or white drop-out, else rolled by up to 30 s px."""
+    """int(10 s) bands of 1..8 s px: 40 % a drop-out, else rolled by up to 30 s px.
+
+    A drop-out is black, white or a grey in U(0.2, 0.8), a third each.
+    """
     bands = []
     reach = int(30.0 * strength)
     for _ in range(int(10.0 * strength)):
@@ -614,7 +620,9 @@ def draw_glitch(strength: float, rng: np.random.Generator) -> Params:
             "height": _integer(rng, 1, max(1, int(8.0 * strength))),
         }
         if rng.random() < 0.4:
-            band["level"] = 0.5 * _integer(rng, 0, 2)
+            kind = _choice(rng, ("black", "white", "grey"))
+            grey = _uniform(rng, 0.2, 0.8)
+            band["level"] = {"black": 0.0, "white": 1.0, "grey": grey}[kind]
         else:
             band["roll"] = _integer(rng, -reach, reach)
         bands.append(band)
@@ -642,15 +650,17 @@ def draw_vignette(strength: float, rng: np.random.Generator) -> Params:
 
 
 def vignette(image: np.ndarray, amount: float) -> np.ndarray:
-    """Multiply by 1 - amount r**2, r the distance from the centre in half diagonals."""
+    """Multiply by 1 - amount r, r the distance from the centre: 1 at the corner pixels, on a picture seen as a square."""
     height, width = image.shape[:2]
-    down = ((np.arange(height) + 0.5) / height * 2 - 1) ** 2 * (amount / 2)
-    across = ((np.arange(width) + 0.5) / width * 2 - 1) ** 2 * (amount / 2)
-    rows = (1.0 - down).astype(np.float32)[:, None]
-    columns = np.repeat(across.astype(np.float32), 3)
-    shaded = rows - columns  # within [0, 1], so the product is too
-    shaded *= image.reshape(height, width * 3)
-    return shaded.reshape(image.shape)
+    # r**2 is the mean of both axes' squares, so the factor amount goes under the root squared.
+    down = np.linspace(-1.0, 1.0, height) ** 2 * (amount**2 / 2)
+    across = np.linspace(-1.0, 1.0, width) ** 2 * (amount**2 / 2)
+    shade = np.add.outer(down.astype(np.float32), across.astype(np.float32))
+    np.sqrt(shade, out=shade)
+    np.subtract(1.0, shade, out=shade)
+    shaded = _spread(shade)  # within [0, 1], so the product is too
+    shaded *= image
+    return shaded
 
 
 # ------------------------------------------------------------------------------------------------ 14 distractor
@@ -672,7 +682,7 @@ def draw_distractor(
 
 
 def _draw_text(rng: np.random.Generator) -> Params:
-    """0..10 printable characters; `place` is the left end of the baseline, fractions (x, y) of the picture."""
+    """0..10 printable characters; `place` is the left end of the baseline, fractions (x, y) of where it may lie."""
     picks = rng.integers(len(TEXT_CHARACTERS), size=_integer(rng, 0, 10))
     return {
         "characters": "".join(TEXT_CHARACTERS[i] for i in picks),
@@ -709,7 +719,8 @@ def _write(
     """Text in a Hershey font, plain 8-connected lines: OpenCV's anti-aliased ones can crash outside the picture."""
     written = image.copy()
     height, width = image.shape[:2]
-    origin = (int(place[0] * width), int(place[1] * height))
+    across = int(place[0] * (width + TEXT_MARGIN)) - TEXT_MARGIN
+    origin = (across, int(place[1] * (height + TEXT_MARGIN)))
     cv2.putText(written, characters, origin, font, scale, colour, thickness, cv2.LINE_8)
     return written
 

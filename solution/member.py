@@ -60,10 +60,8 @@ class Member(nn.Module):
         }
 
     def trained_tower_keys(self) -> list[str]:
-        """Stable keys of the tower that this member trains and therefore stores; all of them when `full`."""
-        return (
-            list(tower_state(self.tower)) if self.config.adapter.kind == "full" else []
-        )
+        """Stable keys of the tower that this member changes in place and therefore stores: all, or none."""
+        return list(tower_state(self.tower)) if self.config.adapter.in_place else []
 
     def stored_state(self) -> dict[str, torch.Tensor]:
         """Everything this member's file holds, under stable keys, sharing storage with the live parameters.

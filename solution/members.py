@@ -36,7 +36,6 @@ FORMAT = 1
 _KINDS: dict[str, type[Member]] = {
     "global": Stream,
     "face": Stream,
-    "fusion": Fusion,
     "qtfp": Qtfp,
     "vlaforge": Vlaforge,
 }
@@ -70,9 +69,9 @@ def build_member(
     """
     tower = towers[config.tower.name]
     add_adapter(tower, config.name, config.adapter, decompose=decompose)
-    if config.clip is not None:
+    if config.kind == "fusion":
         return Fusion(config, tower, towers[config.clip.name])
-    return _KINDS[config.name](config, tower)
+    return _KINDS[config.kind](config, tower)
 
 
 def random_towers(
@@ -139,7 +138,7 @@ def save_member(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = member.stored_state()
-    if member.config.adapter.kind == "full":
+    if member.config.adapter.in_place:
         dump_tower(
             member.tower,
             folder.parent / "towers" / f"{member.config.tower.name}.safetensors",
@@ -208,7 +207,7 @@ def load_member(folder: Path, towers: dict[str, Tower]) -> Member:
     except SafetensorError as error:
         raise WeightsError(f"{path}: damaged ({error}); fetch it again") from None
     target = member.stored_state()
-    if config.adapter.kind == "full":  # its tower was loaded from towers/
+    if config.adapter.in_place:  # its tower was loaded from towers/
         target = {k: t for k, t in target.items() if not k.startswith("tower.")}
     load_state(target, state, str(path))
     tower = towers[config.tower.name]

@@ -105,6 +105,22 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(_auc_from_counts(real[None], fake[None])[0])
 
 
+def auc_by_source(labels: np.ndarray, scores: np.ndarray, sources: np.ndarray) -> float:
+    """The mean AUC over the sources that have both classes; the others are pooled into one source more.
+
+    Raises:
+        ValueError: as `auc`; also when the pictures of the sources with one class are all there is, of one class.
+    """
+    labels, scores = _checked(labels, scores)
+    sources = np.asarray(sources)
+    both = [s for s in np.unique(sources) if len(set(labels[sources == s])) == 2]
+    parts = [sources == s for s in both]
+    rest = ~np.isin(sources, both)
+    if len(set(labels[rest])) == 2 or not parts:
+        parts.append(rest)
+    return float(np.mean([auc(labels[part], scores[part]) for part in parts]))
+
+
 def auc_interval(
     labels: np.ndarray,
     scores: np.ndarray,

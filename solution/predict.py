@@ -150,9 +150,16 @@ class Ensemble:
         return self.device.type == "cuda" and pictures >= COMPILE_FROM
 
     def compile(self) -> None:
-        """Compile every member for the one shape that batches have; a smaller last batch is filled up to it."""
+        """Compile for the one shape that batches have (a smaller last batch is filled up to it): a packed tower's one
+        block, which takes seconds, or else whole members, which takes a minute each.
+        """
         for member in self.members.values():
+            if isinstance(member.tower, fastpath.PackedTower):
+                continue
             member.compile(dynamic=False)
+        for tower in fastpath.towers_of(self.members.values()):
+            if isinstance(tower, fastpath.PackedTower):
+                tower.compile(dynamic=False)
         self.compiled = True
 
     # -- scoring
@@ -312,6 +319,8 @@ def make_fast(ensemble: Ensemble, *, second_look: bool = True) -> Ensemble:
     ensemble.merged = fastpath.merge_adapters(members, dtype)
     if dtype != torch.float32:
         fastpath.narrow(members.values(), dtype)
+    if ensemble.device.type == "cuda":
+        fastpath.pack(members.values())
     if ensemble.exact:
         ensemble.margins = _measure_margins(ensemble)
     return ensemble

@@ -8,12 +8,13 @@ Source: Wang et al., "Beyond [CLS] Token", CVPR 2026; no code is public, and wha
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -37,36 +38,116 @@ from solution.streams import as_two_class, two_class_logit
 
 # Below this the positives' share of a row, at worst e^(-2 / tau), nears float32's smallest numbers.
 MIN_TEMPERATURE = 0.03
+# Correlation between two queries' attentions from which on they count as one in `diversity_loss`.
+SHARED_LOOK = 0.5
 
 
 # ------------------------------------------------------------------------------------------------ queries
 class QueryPool(nn.Module):
     """K learnable queries that know nothing of the pre-training gather patch tokens (paper, section 3).
 
-    A = softmax(Q Z^T / sqrt(D)), Z~ = A Z, mean over the queries. With `heads` > 1 (ours) each head does so on its own
-    D / heads channels. No projections: the queries are all that is trained here.
+    Paper (`key_width` 0): A = softmax(Q Z^T / sqrt(D)), Z~ = A Z. With `heads` > 1 (ours) each head does so on its own
+    D / heads channels. Queries of N(0, std^2) with a small std start uniform and equal, and stay so.
+    Ours (`key_width` d): a light multi-head attention with its own keys. Head h of query k looks for the direction
+        u_kh = e^(scale_kh) sqrt(d) W_h^T q_kh / |q_kh|,   W_h (d, D) learned, orthonormal rows at the start,
+    in the patches' deviations from their picture's mean, divided by the picture's root mean square of these:
+        A_kh = softmax((Z - mean_P Z) / rms(Z - mean_P Z) u_kh / sqrt(d)).
+    So the scores start with a standard deviation near 1 whatever the tower's scale, the queries of a head start
+    orthogonal, and decay of the queries' length cannot make them uniform. W is linear: the function is that of a free
+    direction and temperature a query and head; what it changes is where they start and that queries learn keys together.
+    In both forms the values are the tokens themselves, unprojected: what is gathered is where the attention lies.
     """
 
-    def __init__(self, width: int, queries: int, *, heads: int, std: float):
+    def __init__(
+        self, width: int, queries: int, *, heads: int, std: float, key_width: int = 0
+    ):
         super().__init__()
-        self.heads = heads
-        self.queries = nn.Parameter(torch.randn(queries, width) * std)
+        self.heads, self.key_width = heads, key_width
+        if not key_width:
+            self.queries = nn.Parameter(torch.randn(queries, width) * std)
+            return
+        start = torch.empty(heads, queries, key_width)
+        for of_head in start:
+            nn.init.orthogonal_(of_head, gain=std * key_width**0.5)
+        self.queries = nn.Parameter(start)
+        self.keys = nn.Parameter(torch.empty(heads * key_width, width))
+        nn.init.orthogonal_(self.keys)
+        self.log_scale = nn.Parameter(torch.zeros(heads, queries))
 
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patch tokens (B, P, D) -> gathered (B, D) and attention (B, K, P) float32, rows summing to one."""
-        q = split_heads(self.queries[None], self.heads)  # (1, heads, K, d)
-        z = split_heads(tokens, self.heads)  # (B, heads, P, d)
-        scores = (q @ z.transpose(-1, -2)) * q.shape[-1] ** -0.5  # (B, heads, K, P)
-        attention = scores.float().softmax(dim=-1)
-        gathered = merge_heads(attention.to(z.dtype) @ z)  # (B, K, D)
-        return gathered.mean(dim=1), attention.mean(dim=1)
+    def forward(
+        self, tokens: torch.Tensor, *, attention: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patch tokens (B, P, D) -> gathered (B, K, D) and attention (B, K, P) float32, the heads' mean, rows sum to one.
+
+        attention: (B, K, P) or what expands to it, used by every head in place of the pool's own (interventions).
+        """
+        if attention is None:
+            by_head = self._scores(tokens).softmax(dim=-1)  # (B, heads, K, P)
+        else:
+            shape = (len(tokens), self.queries.shape[-2], tokens.shape[1])
+            by_head = attention.float().expand(shape)[:, None]
+        z = split_heads(tokens, self.heads)  # (B, heads, P, D / heads)
+        gathered = merge_heads(by_head.to(z.dtype) @ z)  # (B, K, D)
+        return gathered, by_head.mean(dim=1)
+
+    def _scores(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the softmax is taken of: (B, P, D) -> (B, heads, K, P) float32, or wider with the tokens."""
+        if not self.key_width:
+            q = split_heads(self.queries[None], self.heads)  # (1, heads, K, d)
+            z = split_heads(tokens, self.heads)  # (B, heads, P, d)
+            return ((q @ z.transpose(-1, -2)) * q.shape[-1] ** -0.5).float()
+        # Never in bf16: the patches of a picture have most of their token in common.
+        with torch.autocast(tokens.device.type, enabled=False):
+            wide = _wide(tokens)
+            wide = wide - wide.mean(dim=1, keepdim=True)
+            size = wide.square().mean(dim=(1, 2), keepdim=True)
+            wide = wide * (size + torch.finfo(wide.dtype).tiny).rsqrt()
+            q = F.normalize(self.queries.to(wide.dtype), dim=-1)
+            q = q * self.log_scale.to(wide.dtype).exp()[..., None]  # (heads, K, d)
+            keys = self.keys.to(wide.dtype).unflatten(0, (self.heads, self.key_width))
+            directions = q @ keys  # (heads, K, D); u / sqrt(d)
+            return torch.einsum("bpd,hkd->bhkp", wide, directions)
+
+
+def read_gathered(
+    gathered: torch.Tensor, readout: str, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What a linear head reads of gathered tokens (B, K, D): their mean (B, D), or for `each` all of them / K (B, K D).
+
+    keep: (K,) or (B, K), False for a query that is left out; the others make up for it. None: all are kept.
+    """
+    if keep is not None:
+        share = keep.to(gathered.dtype)
+        share = share * (share.shape[-1] / share.sum(dim=-1, keepdim=True))
+        gathered = gathered * share[..., None]
+    if readout == "each":
+        return gathered.flatten(1) / gathered.shape[1]
+    return gathered.mean(dim=1)
+
+
+def overlap(attention: torch.Tensor) -> torch.Tensor:
+    """How alike the queries look: mean correlation over patches between two of them, (B, K, P) -> (B,) in [-1, 1].
+
+    Uniform rows correlate with nothing (0). K of at least 2.
+    """
+    return pair_correlations(attention).mean(dim=-1)
+
+
+def pair_correlations(attention: torch.Tensor) -> torch.Tensor:
+    """The correlation over patches of each pair of queries' attentions: (B, K, P) -> (B, K (K - 1) / 2)."""
+    centred = F.normalize(attention - attention.mean(dim=-1, keepdim=True), dim=-1)
+    one, two = torch.triu_indices(*[attention.shape[1]] * 2, offset=1)
+    return (centred[:, one] * centred[:, two]).sum(dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------ prototypes
 def unit_tokens(tokens: torch.Tensor) -> torch.Tensor:
     """Tokens (..., D) at length one, in float32 or wider: the losses compare directions (ours)."""
-    wide = tokens if tokens.dtype == torch.float64 else tokens.float()
-    return F.normalize(wide, dim=-1)
+    return F.normalize(_wide(tokens), dim=-1)
+
+
+def _wide(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens if tokens.dtype == torch.float64 else tokens.float()
 
 
 def fake_likeness(unit: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
@@ -168,17 +249,28 @@ def signal_to_noise(
 
 # ------------------------------------------------------------------------------------------------ losses
 @torch.no_grad()
-def patch_weights(
-    unit: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor, tau: float
+def fake_likelihood_weights(
+    tokens: torch.Tensor,
+    prototypes: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """w = sigmoid((delta - mean_real delta) / (tau std_real delta)) (ours): (B, P) in (0, 1), without gradient.
+    """w = sigmoid((delta - mean delta) / (temperature std delta)) (ours): (B, P) in (0, 1), without gradient.
 
-    unit: (B, P, D). labels: (B,), with at least one real image. prototypes: (2, D). tau: the weight's temperature.
+    tokens: (B, P, D), of any length. prototypes: (2, D) real, fake.
+    labels: None standardises each picture's deltas by themselves: w says where in a picture. (B,) with at least one real
+    picture standardises all by the patches of the real ones: w says first of all which picture.
     """
-    delta = fake_likeness(unit, prototypes)  # (B, P)
-    real = delta[labels == 0]
-    std = real.std(correction=0).clamp_min(torch.finfo(delta.dtype).tiny)
-    return ((delta - real.mean()) / (tau * std)).sigmoid()
+    delta = fake_likeness(unit_tokens(tokens), prototypes)  # (B, P)
+    if labels is None:
+        mean = delta.mean(dim=1, keepdim=True)
+        std = delta.std(dim=1, keepdim=True, correction=0)
+    else:
+        real = delta[labels == 0]
+        mean, std = real.mean(), real.std(correction=0)
+    std = std.clamp_min(torch.finfo(delta.dtype).tiny)
+    return ((delta - mean) / (temperature * std)).sigmoid()
 
 
 def fake_likelihood_loss(
@@ -188,6 +280,7 @@ def fake_likelihood_loss(
     *,
     temperature: float,
     weight_temperature: float,
+    weight_scope: str = "picture",
     chunk: int = 0,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
@@ -198,6 +291,7 @@ def fake_likelihood_loss(
     image only, as the formula may be read, numerator and denominator would be one.) No gradient passes w.
 
     tokens: (B, P, D). labels: (B,), both classes present. prototypes: (2, D), of other images.
+    weight_scope: what delta is standardised over for w: each `picture`, or the real patches of the `batch`.
     chunk: rows of the similarity matrix that exist at once; 0: all. dtype: of that matrix; None: of the tokens.
 
     Raises:
@@ -210,7 +304,12 @@ def fake_likelihood_loss(
             f"FLCL contrasts fake with real patches: found {len(fake)} fake and {len(real)} real ones, "
             "expected at least 2 and 1; use balanced batches"
         )
-    weights = patch_weights(unit, labels, prototypes, weight_temperature)
+    weights = fake_likelihood_weights(
+        unit,
+        prototypes,
+        temperature=weight_temperature,
+        labels=labels if weight_scope == "batch" else None,
+    )
     weights = weights[labels == 1].flatten()  # (fake patches,)
     ordered = torch.cat([fake, real])  # (patches, D), fake ones first
     return _WeightedContrast.apply(
@@ -283,13 +382,30 @@ def attention_alignment_loss(
     return (attention * divergence).sum(dim=-1).mean()
 
 
+def late(progress: float) -> float:
+    """RAAL's share of its full weight (ours): none until `progress` 1, rising to all at 2.
+
+    Not a rise from the start: before the queries have found anything, cross-entropy hardly pulls at them, and the smallest
+    weight is enough to make them CLS-like (the optimizer divides by the gradient's size).
+    """
+    return min(1.0, max(0.0, progress - 1.0))
+
+
+def diversity_loss(attention: torch.Tensor) -> torch.Tensor:
+    """Mean over pictures and pairs of queries of how far their correlation exceeds `SHARED_LOOK` (ours).
+
+    attention: (F, K, P), the queries' rows on fake images. Queries may share what they look at, not all of it.
+    """
+    return (pair_correlations(attention) - SHARED_LOOK).clamp_min(0).mean()
+
+
 # ------------------------------------------------------------------------------------------------ the member
 @dataclass(frozen=True, kw_only=True)
 class QtfpOutput(MemberOutput):
     """What QTFP says of a batch, and what its losses read.
 
     patch_tokens: (B, P, D) after the tower's final LayerNorm. last_input: (B, 1 + P, D), what the last block received.
-    query_attention: (B, K, P) float32; None when [CLS] is classified (`qtfp.pool=cls`).
+    query_attention: (B, K, P) float32, what the tokens were gathered with (heads' mean, or the one that was put in); None when [CLS] is classified (`qtfp.pool=cls`).
     """
 
     patch_tokens: torch.Tensor
@@ -298,8 +414,10 @@ class QtfpOutput(MemberOutput):
 
 
 class Qtfp(Member):
-    """`qtfp`: an adapted tower, `QueryPool`, Linear D -> 2; inference needs no more than these.
+    """`qtfp`: an adapted tower, `QueryPool`, a linear head; inference needs no more than these.
 
+    The head reads the mean over queries of what they gathered (`qtfp.readout=mean`, paper), or the logit is the mean over
+    queries of a linear head each (`each`, ours; one linear layer on the K D concatenated channels).
     Ablations: `qtfp.pool=cls` classifies [CLS] instead, `qtfp.flcl=0` and `qtfp.raal=0` drop a loss.
     """
 
@@ -319,36 +437,64 @@ class Qtfp(Member):
             "qtfp.raal_reference=pretrained needs an untouched tower, but adapter.kind=full trains it; "
             "use qtfp.raal_reference=adapted, or adapter.kind=lora or effort",
         )
-        self.pool = None
+        require(
+            options.heads * options.key_width <= tower.width,
+            f"qtfp.heads x qtfp.key_width is {options.heads} x {options.key_width}; "
+            f"it may not exceed the tower's width {tower.width}",
+        )
+        self.pool, read = None, tower.width
         if options.pool == "queries":
             self.pool = QueryPool(
                 tower.width,
                 options.queries,
                 heads=options.heads,
                 std=options.query_std,
+                key_width=options.key_width,
             )
-        self.head = nn.Linear(tower.width, 2)
+            if options.readout == "each":
+                read = options.queries * tower.width
+        self.head = nn.Linear(read, 2)
         self.prototypes = Prototypes(tower.width, decay=options.ema_decay)
 
-    def forward(self, images: torch.Tensor) -> QtfpOutput:
+    def forward(
+        self,
+        images: torch.Tensor,
+        *,
+        attention: torch.Tensor | None = None,
+        keep: torch.Tensor | None = None,
+    ) -> QtfpOutput:
+        """Score pictures (B, 3, H, W). The two options are for interventions on a trained member.
+
+        attention: (B, K, P), or what expands to it, gathers in place of the queries' own; rows sum to one.
+        keep: (K,) or (B, K) bool, False for a query that is left out; the rest are averaged. At least one is kept.
+
+        Raises:
+            ValueError: an intervention on a member that classifies [CLS].
+        """
         tokens = self.tower(images, adapter=self.adapter)
-        pooled, attention, evidence = tokens.cls_token, None, {}
-        if self.pool is not None:
-            pooled, attention = self.pool(tokens.patch_tokens)  # (B, D), (B, K, P)
-            evidence["query_attention"] = attention.unflatten(-1, tokens.grid)
+        if self.pool is None:
+            if attention is not None or keep is not None:
+                raise ValueError(
+                    "qtfp.pool=cls has no queries: neither `attention` nor `keep` applies"
+                )
+            pooled, looked, evidence = tokens.cls_token, None, {}
+        else:
+            gathered, looked = self.pool(tokens.patch_tokens, attention=attention)
+            pooled = read_gathered(gathered, self.config.qtfp.readout, keep)
+            evidence = {"query_attention": looked.unflatten(-1, tokens.grid)}
         return QtfpOutput(
             logit=two_class_logit(self.head(pooled)),
             features=pooled,
             evidence=evidence,
             patch_tokens=tokens.patch_tokens,
             last_input=tokens.last_input,
-            query_attention=attention,
+            query_attention=looked,
         )
 
     def loss(
         self, output: QtfpOutput, batch: Batch
     ) -> tuple[torch.Tensor, dict[str, float | str]]:
-        """L = L_CE + flcl L_FLCL + raal L_RAAL (paper, section 3).
+        """L = L_CE + flcl L_FLCL + raal L_RAAL (paper, section 3) + diversity L_diversity (ours).
 
         A batch without the pictures that a loss needs leaves it out: its part is 0 and `skipped` says why.
         """
@@ -358,7 +504,13 @@ class Qtfp(Member):
         skipped = []
         for name, weight, obstacle, compute in (
             ("flcl", options.flcl, self._flcl_obstacle, self._flcl),
-            ("raal", options.raal, self._raal_obstacle, self._raal),
+            ("raal", self._raal_weight(), self._raal_obstacle, self._raal),
+            (
+                "diversity",
+                self._diversity_weight(),
+                self._diversity_obstacle,
+                self._diversity,
+            ),
         ):
             if weight == 0:
                 continue
@@ -396,9 +548,18 @@ class Qtfp(Member):
             self.prototypes.mean,
             temperature=options.temperature,
             weight_temperature=options.weight_temperature,
+            weight_scope=options.weight_scope,
             chunk=options.chunk,
             dtype=torch.get_autocast_dtype(device) if half else None,
         )
+
+    def _raal_weight(self) -> float:
+        """What RAAL weighs now: by the steps so far, as the prototypes (stored with the member) count them."""
+        options = self.config.qtfp
+        if options.raal_warmup == 0 or options.raal == 0:
+            return options.raal
+        steps = int(self.prototypes.updates.min())
+        return options.raal * late(steps / options.raal_warmup)
 
     def _raal_obstacle(self, batch: Batch) -> str:
         if self.pool is None:
@@ -409,6 +570,22 @@ class Qtfp(Member):
         real = batch.labels == 0
         reference = self._cls_attention(output.last_input[real], batch.images[real])
         return attention_alignment_loss(output.query_attention[real], reference)
+
+    def _diversity_weight(self) -> float:
+        options = self.config.qtfp
+        alone = self.pool is None or options.queries == 1
+        return 0.0 if alone else options.diversity
+
+    def _diversity_obstacle(self, batch: Batch) -> str:
+        return "" if bool((batch.labels == 1).any()) else "no fake picture"
+
+    def _diversity(self, output: QtfpOutput, batch: Batch) -> torch.Tensor:
+        return diversity_loss(output.query_attention[batch.labels == 1])
+
+    @torch.no_grad()
+    def cls_attention(self, output: QtfpOutput, images: torch.Tensor) -> torch.Tensor:
+        """The CLS -> patch attention that RAAL aligns to, of the pictures that `output` scored: (B, P), rows sum to one."""
+        return self._cls_attention(output.last_input, images)
 
     @torch.no_grad()
     def _cls_attention(
@@ -445,14 +622,43 @@ class Planted:
 
 
 FRACTIONS = (0.05, 0.1, 0.25, 0.5)
-# Name -> what is classified, weight of FLCL, weight of RAAL (the paper's).
+# The share of forged patches whose mechanism is looked into.
+LOOK_INTO = 0.1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the study: what is classified, and with which losses.
+
+    pool: `mean` over the patches, `cls` (a near-uniform attention), or `queries` with these options of `QueryPool`.
+    flcl, raal, diversity, scope, readout: as in `QtfpConfig`. warmup: RAAL's, as a share of the steps.
+    """
+
+    pool: str = "queries"
+    key_width: int = 0
+    readout: str = "mean"
+    flcl: float = 0.0
+    raal: float = 0.0
+    diversity: float = 0.0
+    scope: str = "picture"
+    warmup: float = 0.0
+
+
+_OURS = Variant(key_width=16, readout="each")
 VARIANTS = {
-    "mean pooling": ("mean", 0.0, 0.0),
-    "CLS-like pooling": ("cls", 0.0, 0.0),
-    "queries": ("queries", 0.0, 0.0),
-    "queries + FLCL": ("queries", 0.14, 0.0),
-    "queries + RAAL": ("queries", 0.0, 1.0),
-    "queries + FLCL + RAAL": ("queries", 0.14, 1.0),
+    "mean pooling": Variant("mean"),
+    "CLS-like pooling": Variant("cls"),
+    "plain queries": Variant(),
+    "plain + FLCL + RAAL": Variant(flcl=0.14, raal=1.0, scope="batch"),
+    "queries, mean readout": replace(_OURS, readout="mean"),
+    "queries": _OURS,
+    "queries + FLCL": replace(_OURS, flcl=0.14),
+    "queries + RAAL": replace(_OURS, raal=1.0),
+    "queries + RAAL, late": replace(_OURS, raal=1.0, warmup=0.25),
+    "queries + diversity": replace(_OURS, diversity=0.1),
+    "queries, everything": replace(
+        _OURS, flcl=0.14, raal=1.0, warmup=0.25, diversity=0.1
+    ),
 }
 
 
@@ -491,59 +697,128 @@ class PlantedWorld:
 class _StudyModel(nn.Module):
     """A linear residual adapter of the tokens, a pooling, a linear head: the member without its tower."""
 
-    def __init__(self, world: PlantedWorld, pool: str):
+    def __init__(self, world: PlantedWorld, variant: Variant):
         super().__init__()
         width = world.planted.width
-        self.world, self.kind = world, pool
+        self.world, self.variant = world, variant
         self.adapter = nn.Linear(width, width, bias=False)
         nn.init.zeros_(self.adapter.weight)
-        self.pool = QueryPool(width, 4, heads=1, std=0.02)
-        self.head = nn.Linear(width, 2)
+        wide = variant.key_width
+        self.pool = QueryPool(
+            width,
+            4,
+            heads=2 if wide else 1,
+            std=0.2 if wide else 0.02,
+            key_width=wide,
+        )
+        self.head = nn.Linear(width * (4 if variant.readout == "each" else 1), 2)
 
-    def forward(self, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        tokens = raw + self.adapter(raw)  # (B, P, D)
-        gathered, attention = self.pool(tokens)
-        if self.kind == "mean":
-            gathered = tokens.mean(dim=1)
-        elif self.kind == "cls":
-            gathered = (self.world.cls_attention(raw)[..., None] * tokens).sum(dim=1)
-        return self.head(gathered), tokens, attention
+    def forward(
+        self, raw: torch.Tensor, *, attention: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Raw tokens (B, P, D) -> two-class logits (B, 2), adapted tokens (B, P, D), attention (B, K, P)."""
+        tokens = raw + self.adapter(raw)
+        gathered, looked = self.pool(tokens, attention=attention)
+        read = read_gathered(gathered, self.variant.readout)
+        if self.variant.pool == "mean":
+            read = tokens.mean(dim=1)
+        elif self.variant.pool == "cls":
+            read = (self.world.cls_attention(raw)[..., None] * tokens).sum(dim=1)
+        return self.head(read), tokens, looked
 
 
-def study_auc(planted: Planted, variant: str, fraction: float, seed: int) -> float:
-    """Train one variant of the study on fresh images of its world; its AUC on images it has not seen."""
-    pool, flcl, raal = VARIANTS[variant]
+def _study_loss(
+    model: _StudyModel,
+    raw: torch.Tensor,
+    labels: torch.Tensor,
+    prototypes: Prototypes,
+    progress: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The variant's loss and the adapted tokens; progress: share of the steps that are done, in (0, 1]."""
+    variant = model.variant
+    logits, tokens, attention = model(raw)
+    loss = F.cross_entropy(logits, labels)
+    if variant.flcl and prototypes.ready:
+        loss = loss + variant.flcl * fake_likelihood_loss(
+            tokens,
+            labels,
+            prototypes.mean,
+            temperature=0.1,
+            weight_temperature=1.0,
+            weight_scope=variant.scope,
+        )
+    if variant.raal:
+        weight = variant.raal
+        if variant.warmup:
+            weight *= late(progress / variant.warmup)
+        real = labels == 0
+        reference = model.world.cls_attention(raw[real])
+        loss = loss + weight * attention_alignment_loss(attention[real], reference)
+    if variant.diversity:
+        loss = loss + variant.diversity * diversity_loss(attention[labels == 1])
+    return loss, tokens
+
+
+def study_run(
+    planted: Planted, variant: Variant, fraction: float, seed: int
+) -> dict[str, float]:
+    """Train one variant of the study on fresh images of its world; what it does on images it has not seen.
+
+    auc: of the images. uniform: the same with uniform attention in place of the queries'. attention, w: inside a fake, AUC
+    for forged against untouched patches of the queries' mean attention and of w. correlation: between queries, on fakes and
+    on reals (`correlation_real`). entropy: of an attention, 1 for a uniform one.
+    """
     world = PlantedWorld(planted, fraction, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _StudyModel(world, pool)
+        model = _StudyModel(world, variant)
     prototypes = Prototypes(planted.width, decay=0.99)
     optimizer = torch.optim.Adam(model.parameters(), lr=planted.rate)
-    for _ in range(planted.steps):
+    for step in range(1, planted.steps + 1):
         raw, labels, _ = world.draw(planted.images)
-        logits, tokens, attention = model(raw)
-        loss = F.cross_entropy(logits, labels)
-        if flcl and prototypes.ready:
-            loss = loss + flcl * fake_likelihood_loss(
-                tokens,
-                labels,
-                prototypes.mean,
-                temperature=0.1,
-                weight_temperature=1.0,
-            )
-        if raal:
-            real = labels == 0
-            reference = world.cls_attention(raw[real])
-            loss = loss + raal * attention_alignment_loss(attention[real], reference)
+        loss, tokens = _study_loss(model, raw, labels, prototypes, step / planted.steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if flcl:
-            prototypes.observe(tokens.detach(), labels)
-    with torch.no_grad():
-        raw, labels, _ = world.draw(planted.test_images)
-        scores = two_class_logit(model(raw)[0])
-    return metrics.auc(labels.numpy(), scores.numpy())
+        prototypes.observe(tokens.detach(), labels)
+    return _study_measure(model, prototypes)
+
+
+@torch.no_grad()
+def _study_measure(model: _StudyModel, prototypes: Prototypes) -> dict[str, float]:
+    planted = model.world.planted
+    raw, labels, forged = model.world.draw(planted.test_images)
+    logits, tokens, attention = model(raw)
+    uniform = torch.full((1, 1, planted.patches), 1 / planted.patches)
+    flat, _, _ = model(raw, attention=uniform)
+    fake = labels == 1
+    weights = fake_likelihood_weights(tokens[fake], prototypes.mean)
+    tiny = torch.finfo(attention.dtype).tiny
+    entropy = -(attention * attention.clamp_min(tiny).log()).sum(dim=-1).mean()
+    return {
+        "auc": metrics.auc(labels.numpy(), two_class_logit(logits).numpy()),
+        "uniform": metrics.auc(labels.numpy(), two_class_logit(flat).numpy()),
+        "attention": auc_inside(attention[fake].mean(dim=1), forged[fake]),
+        "w": auc_inside(weights, forged[fake]),
+        "correlation": overlap(attention[fake]).mean().item(),
+        "correlation_real": overlap(attention[~fake]).mean().item(),
+        "entropy": entropy.item() / math.log(planted.patches),
+    }
+
+
+def auc_inside(scores: torch.Tensor, forged: torch.Tensor) -> float:
+    """Mean over pictures of the AUC of `scores` (B, P) for forged against untouched patches, `forged` (B, P) bool.
+
+    Pictures that are forged everywhere or nowhere say nothing and are left out.
+
+    Raises:
+        ValueError: no picture has both.
+    """
+    both = forged.any(dim=1) & ~forged.all(dim=1)
+    if not bool(both.any()):
+        raise ValueError("no picture has forged and untouched patches")
+    pairs = zip(forged[both].cpu().numpy(), scores[both].float().cpu().numpy())
+    return statistics.fmean(metrics.auc(f.astype("int64"), s) for f, s in pairs)
 
 
 def study_snr(planted: Planted, fraction: float, seed: int) -> dict[str, float]:
@@ -582,14 +857,31 @@ def _report_study(seeds: int) -> None:
         f"planted ||d|| / sigma = {planted.snr}; {planted.images} real + {planted.images} fake images of "
         f"{planted.patches} tokens of width {planted.width} a step, {planted.steps} steps; {seeds} seeds"
     )
+    runs = {
+        (variant, f): [study_run(planted, options, f, seed) for seed in range(seeds)]
+        for variant, options in VARIANTS.items()
+        for f in FRACTIONS
+    }
     print("\nAUC on unseen images, mean +- standard deviation over the seeds")
     _print_row("forged share of patches", [f"{f:.0%}" for f in FRACTIONS])
     for variant in VARIANTS:
-        cells = [
-            [study_auc(planted, variant, f, seed) for seed in range(seeds)]
-            for f in FRACTIONS
-        ]
+        cells = [[run["auc"] for run in runs[variant, f]] for f in FRACTIONS]
         _print_row(variant, [_spread(values) for values in cells])
+    print(f"\nwhat the queries do at {LOOK_INTO:.0%} forged patches")
+    titles = {
+        "uniform": "AUC, uniform",
+        "attention": "patches by A",
+        "w": "patches by w",
+        "correlation": "corr. on fakes",
+        "correlation_real": "corr. on reals",
+        "entropy": "entropy/ln P",
+    }
+    _print_row("", list(titles.values()))
+    for variant, options in VARIANTS.items():
+        if options.pool == "queries":
+            found = runs[variant, LOOK_INTO]
+            cells = [_spread([run[name] for run in found]) for name in titles]
+            _print_row(variant, cells)
     print("\nsignal-to-noise ratios, mean +- standard deviation over the seeds")
     settings = {f"{f:.0%}": (planted, f) for f in FRACTIONS}
     settings["no signal"] = (Planted(snr=0.0), 0.25)

@@ -39,6 +39,7 @@ from solution.backbones import (
     adapter_state,
     build_tower,
     count_parameters,
+    is_norm,
     load_state,
     tower_parameters,
 )
@@ -61,7 +62,9 @@ from solution.data import (
     TrainingViews,
     ValidationViews,
     draw_items,
+    known_masks,
     locate_faces,
+    manifest_splits,
     plan_epoch,
     read_manifest,
     select,
@@ -73,8 +76,14 @@ from solution.faces import FaceDetectorMissing
 from solution.fastpath import pick_device
 from solution.images import UnreadableInput, decode_image
 from solution.member import Member
-from solution.members import build_member, fill_tower, save_member, tower_configs
-from solution.metrics import auc
+from solution.members import (
+    build_member,
+    fill_tower,
+    read_config,
+    save_member,
+    tower_configs,
+)
+from solution.metrics import auc, auc_by_source
 from solution.records import Batch, MemberOutput
 from solution.submission import atomic_file, write_atomically
 from solution.weights import tower_weights
@@ -138,15 +147,23 @@ def parameter_groups(member: Member, phase: Phase) -> list[dict[str, Any]]:
     adapted = adapted_parameters(member)
     for parameter in adapted:
         parameter.requires_grad_(phase.name == "all")
-    groups = [
-        _group(p, optim.head_lr or optim.lr, optim) for p in member.head_parameters()
-    ]
+    rates = [(p, optim.head_lr or optim.lr) for p in member.head_parameters()]
     if phase.name == "all":
         depths = depth_of(member.tower)
-        for parameter in adapted:
-            rate = optim.lr * optim.layer_decay ** depths.get(id(parameter), 0)
-            groups.append(_group(parameter, rate, optim))
-    return groups
+        rates += [
+            (p, optim.lr * optim.layer_decay ** depths.get(id(p), 0)) for p in adapted
+        ]
+    # Few groups: an optimizer takes the parameters of one together.
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter, rate in rates:
+        # Decoupled decay leaves one-dimensional parameters alone (norms, biases); Adam's L2 term covers all, as published.
+        spared = optim.decoupled and parameter.ndim < 2
+        decay = 0.0 if spared else optim.weight_decay
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "rate": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
 
 
 def adapted_parameters(member: Member) -> list[nn.Parameter]:
@@ -157,6 +174,8 @@ def adapted_parameters(member: Member) -> list[nn.Parameter]:
     )
     adapter = [p for key, p in state.items() if not key.endswith(start)]
     keys = member.trained_tower_keys()
+    if member.config.adapter.kind == "norm":
+        keys = [key for key in keys if is_norm(key)]
     tower = tower_parameters(member.tower) if keys else {}
     return adapter + [tower[key] for key in keys]
 
@@ -175,16 +194,45 @@ def depth_of(tower: Tower) -> dict[int, int]:
     return depths | {id(p): 0 for p in final.parameters()}
 
 
-def _group(parameter: nn.Parameter, rate: float, optim: OptimConfig) -> dict[str, Any]:
-    # Decoupled decay leaves one-dimensional parameters alone (norms, biases); Adam's L2 term covers all, as published.
-    decay = 0.0 if optim.decoupled and parameter.ndim < 2 else optim.weight_decay
-    return {"params": [parameter], "lr": rate, "rate": rate, "weight_decay": decay}
-
-
 def make_optimizer(member: Member, phase: Phase) -> torch.optim.Optimizer:
     """Adam or AdamW over the phase's groups; each group keeps its base rate as `rate`."""
     kind = torch.optim.AdamW if phase.optim.decoupled else torch.optim.Adam
-    return kind(parameter_groups(member, phase))
+    groups = parameter_groups(member, phase)
+    on_gpu = any(p.is_cuda for group in groups for p in group["params"])
+    return kind(groups, fused=True if on_gpu else None)
+
+
+class Average:
+    """A moving average of the trained parameters over the steps, which is validated and saved in their place.
+
+    The decay rises to `decay` with the steps, (1 + n) / (10 + n), so that the start is forgotten.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float):
+        self.parameters, self.decay = list(parameters), decay
+        self.values = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self, steps: int) -> None:
+        """Take in the parameters after `steps` steps."""
+        decay = min(self.decay, (1 + steps) / (10 + steps))
+        torch._foreach_lerp_(self.values, self.parameters, 1 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The parameters hold the average, and what they held before again afterwards."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for value, parameter in zip(self.values, self.parameters):
+            kept = value.clone()
+            value.copy_(parameter)
+            parameter.copy_(kept)
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -259,8 +307,11 @@ class Run:
         workers: int = 0,
         provenance: dict[str, Any] | None = None,
         progress: bool = True,
+        budget: float = 0.0,
     ):
+        """budget: seconds that the steps of all phases shall take; their number is set by the first ones' speed."""
         self.member, self.config, self.folder = member.to(device), member.config, folder
+        self.budget = budget
         self.items, self.validation, self.faces = items, validation, faces
         self.device, self.world, self.workers, self.progress = (
             device,
@@ -286,21 +337,25 @@ class Run:
             "pictures": 0,
             "unreadable": 0,
             "seconds": 0.0,
+            "planned": 0,  # steps of this phase, where a budget decides
         }
         self.history: list[dict[str, Any]] = []
+        self.average: Average | None = None
 
     # -- plan
     def epoch_plan(self, epoch: int) -> list[list[Sample]]:
         """This rank's micro-batches of the epoch (counted over all phases)."""
-        size = self.config.train.batch
+        train = self.config.train
+        size = train.batch
         plan = plan_epoch(
             self.labels,
             self.sources,
             sampling=self.config.sampling,
             blend_p=self.config.augment.self_blend_p,
             batch=size * self.world.size,
-            seed=self.config.train.seed,
+            seed=train.seed,
             epoch=epoch,
+            batches=train.steps_per_epoch * self.gather,
         )
         if not plan:
             raise TrainingError(
@@ -310,7 +365,7 @@ class Run:
         return [batch[mine] for batch in plan]
 
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch; the last one may gather fewer micro-batches."""
+        """Optimizer steps of one epoch: as configured, or what the data fills (the last may gather fewer batches)."""
         return math.ceil(len(self.epoch_plan(0)) / self.gather)
 
     @property
@@ -336,7 +391,7 @@ class Run:
                 )
                 if self.stopping:
                     break
-                self.state |= {"phase": number + 1, "step": 0}
+                self.state |= {"phase": number + 1, "step": 0, "planned": 0}
             offset += phase.epochs
         return dict(self.state)
 
@@ -344,6 +399,9 @@ class Run:
         self, number: int, phase: Phase, first_epoch: int, checkpoint: dict | None
     ) -> None:
         optimizer = make_optimizer(self.member, phase)
+        if self.config.train.average:
+            trained = [p for g in optimizer.param_groups for p in g["params"]]
+            self.average = Average(trained, self.config.train.average)
         per_epoch = self.steps_per_epoch()
         total = phase.epochs * per_epoch
         if self.config.train.max_steps:
@@ -354,10 +412,13 @@ class Run:
             and checkpoint["optimizer"] is not None
         ):
             optimizer.load_state_dict(checkpoint["optimizer"])
+            if self.average is not None:
+                for value, kept in zip(self.average.values, checkpoint["average"]):
+                    value.copy_(kept)
         step_module: nn.Module = TrainingStep(self.member)
         if self.world.size > 1:
             step_module = nn.parallel.DistributedDataParallel(
-                step_module, find_unused_parameters=self.config.name == "vlaforge"
+                step_module, find_unused_parameters=self.config.kind == "vlaforge"
             )
         bar = tqdm(
             total=total,
@@ -366,8 +427,9 @@ class Run:
             unit="step",
             disable=not (self.progress and self.world.leads),
         )
+        self.share = self.budget * phase.epochs / self.config.train.epochs
         with bar:
-            while self.state["step"] < total and not self.stopping:
+            while self.state["step"] < self._planned(total) and not self.stopping:
                 self._run_epoch(
                     step_module, optimizer, phase, first_epoch, per_epoch, total, bar
                 )
@@ -375,9 +437,34 @@ class Run:
             self._write_checkpoint(optimizer)
         else:
             self.state["phase"] = number + 1
-            kept, self.state["step"] = self.state["step"], 0
+            kept, self.state["step"], self.state["planned"] = self.state["step"], 0, 0
             self._write_checkpoint(None)
             self.state |= {"phase": number, "step": kept}
+
+    def _planned(self, total: int) -> int:
+        """Steps of the phase: `total`, or fewer where the budget decided so after its warm-up."""
+        return min(total, self.state["planned"] or total)
+
+    def _plan_by_budget(self, phase: Phase, total: int) -> None:
+        """Once the warm-up is through, set the number of steps that the budget's remaining seconds allow.
+
+        Until then the rate does not depend on that number. The first fifth of the warm-up, when loaders and kernels
+        start, is not measured but spent.
+        """
+        step, first = self.state["step"], max(1, phase.optim.warmup_steps // 5)
+        now = time.perf_counter()
+        if step == 1:
+            self._began = now
+        if step == first:
+            self._measured = now
+        if step == max(first + 1, phase.optim.warmup_steps):
+            pace = (now - self._measured) / (step - first)
+            left = self.share - (now - self._began)
+            self.state["planned"] = step + max(1, int(left / pace))
+            print(
+                f"{self.config.name} {phase.name}: {pace:.3f} s a step; {self._planned(total)} steps in the budget",
+                file=sys.stderr,
+            )
 
     def _run_epoch(
         self, module, optimizer, phase, first_epoch, per_epoch, total, bar
@@ -394,7 +481,9 @@ class Run:
             began = time.perf_counter()
             micro = min(gather, len(plan) - start)
             factor = [
-                rate_factor(self.state["step"], total, phase.optim, g["rate"])
+                rate_factor(
+                    self.state["step"], self._planned(total), phase.optim, g["rate"]
+                )
                 for g in optimizer.param_groups
             ]
             for group, f in zip(optimizer.param_groups, factor):
@@ -418,9 +507,12 @@ class Run:
             rate = self.state["pictures"] / self.state["seconds"]
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {rate:.1f} images/s")
             bar.update()
+            if self.budget and not self.state["planned"]:
+                self._plan_by_budget(phase, total)
+                bar.total = self._planned(total)
             self._agree_on_stopping()
-            self._between_steps(optimizer, per_epoch, total)
-            if self.stopping or self.state["step"] >= total:
+            self._between_steps(optimizer, per_epoch, self._planned(total))
+            if self.stopping or self.state["step"] >= self._planned(total):
                 return
 
     def _optimizer_step(
@@ -428,7 +520,9 @@ class Run:
     ) -> dict[str, Any]:
         """One optimizer step over `micro` micro-batches: the gradient of their mean loss."""
         optimizer.zero_grad(set_to_none=True)
-        line: dict[str, float] = {}
+        # Numbers stay on the device until the step is through: each one read sooner would wait for it.
+        sums: dict[str, torch.Tensor | float] = {}
+        words: dict[str, str] = {}
         pictures = 0
         for index in range(micro):
             batch = next(batches)
@@ -443,19 +537,18 @@ class Run:
                     self.device.type, torch.bfloat16, enabled=self.bf16
                 ):
                     loss, parts, output = module(batch)
-                if not torch.isfinite(loss):
-                    raise TrainingError(
-                        f"loss is {loss.item()} at step {self.state['total']}; batch: {batch.names[:8]}"
-                    )
                 (loss / micro).backward()
             pictures += len(batch.labels) * self.world.size
             self.lost += self.config.train.batch - len(batch.labels)
-            for name, value in ({"loss": loss.item()} | parts).items():
-                line[name] = (
-                    line.get(name, 0.0) + value / micro
-                    if isinstance(value, float)
-                    else value
-                )
+            for name, value in ({"loss": loss.detach()} | parts).items():
+                if isinstance(value, str):
+                    words[name] = value
+                else:
+                    sums[name] = sums.get(name, 0.0) + value / micro
+        if not math.isfinite(float(sums["loss"])):
+            raise TrainingError(
+                f"loss is {float(sums['loss'])} at step {self.state['total']}; last batch: {batch.names[:8]}"
+            )
         if phase.optim.clip_norm:
             trained = [
                 p
@@ -463,13 +556,13 @@ class Run:
                 for p in g["params"]
                 if p.grad is not None
             ]
-            line["grad_norm"] = float(
-                nn.utils.clip_grad_norm_(trained, phase.optim.clip_norm)
-            )
+            sums["grad_norm"] = nn.utils.clip_grad_norm_(trained, phase.optim.clip_norm)
         optimizer.step()
+        if self.average is not None:
+            self.average.update(self.state["step"])
         with torch.no_grad():
-            line |= self.member.after_step(output, batch)
-        return line | {"pictures": pictures}
+            numbers = sums | self.member.after_step(output, batch)
+        return _as_floats(numbers) | words | {"pictures": pictures}
 
     def _agree_on_stopping(self) -> None:
         """One process that was told to stop stops all, at the same step; unreadable samples are counted over all."""
@@ -492,21 +585,26 @@ class Run:
 
     # -- validation
     def validate(self) -> None:
-        """AUC on clean and on degraded validation pictures; the best mean of the two keeps its weights."""
+        """AUC on seen and unseen generators, clean and degraded; the best mean of the four keeps its weights.
+
+        Without an `unseen` split it is the mean of the two on seen generators.
+        """
         if not self.validation or not self.world.leads:
             return
-        labels = np.array([item.label for item in self.validation])
-        line: dict[str, Any] = {"step": self.state["total"], "validation": len(labels)}
-        logits = {
-            "clean": self.score(None),
-            "degraded": self.score(DegradationConfig(global_p=1.0)),
-        }
-        line |= {name: auc(labels, values) for name, values in logits.items()}
-        line["mean"] = (line["clean"] + line["degraded"]) / 2
-        self.history.append(line)
-        if line["mean"] > self.state["best"]:
-            self.state["best"] = line["mean"]
-            self.save_best(line, logits)
+        averaged = self.average.in_place() if self.average else contextlib.nullcontext()
+        with averaged:
+            logits = {
+                "clean": self.score(None),
+                "degraded": self.score(DegradationConfig(global_p=1.0)),
+            }
+            line: dict[str, Any] = {
+                "step": self.state["total"],
+                "validation": len(self.validation),
+            } | split_aucs(self.validation, logits)
+            self.history.append(line)
+            if line["mean"] > self.state["best"]:
+                self.state["best"] = line["mean"]
+                self.save_best(line, logits)
         self.member.train()
 
     def score(self, degradation: DegradationConfig | None) -> np.ndarray:
@@ -539,9 +637,9 @@ class Run:
         save_member(self.member, self.folder, training=training)
         with atomic_file(self.folder / "validation.csv") as file:
             rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["image", "label", "source", *logits])
+            rows.writerow(["image", "label", "source", "split", *logits])
             for item, *values in zip(self.validation, *logits.values()):
-                rows.writerow([item.name, item.label, item.source, *values])
+                rows.writerow([item.name, item.label, item.source, item.split, *values])
 
     # -- checkpoints
     @property
@@ -572,6 +670,7 @@ class Run:
             "state": dict(self.state),
             "weights": {k: t.detach() for k, t in self.member.stored_state().items()},
             "optimizer": None if optimizer is None else optimizer.state_dict(),
+            "average": None if self.average is None else self.average.values,
         }
         part = self.checkpoint_path.with_suffix(".part")
         torch.save(content, part)
@@ -617,6 +716,35 @@ class Run:
         )
 
 
+def _as_floats(numbers: dict[str, torch.Tensor | float]) -> dict[str, float]:
+    """Numbers of a step as floats, read off the device at once."""
+    tensors = {n: v for n, v in numbers.items() if isinstance(v, torch.Tensor)}
+    if not tensors:
+        return dict(numbers)
+    stacked = torch.stack([v.detach().float().reshape(()) for v in tensors.values()])
+    return dict(numbers) | dict(zip(tensors, stacked.tolist()))
+
+
+def split_aucs(
+    items: Sequence[Item], logits: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """AUC by condition on seen and (where the items have that split) unseen generators, and the mean of all.
+
+    Seen: over all pictures. Unseen: the mean over sources that have both classes; the rest is one source more.
+    """
+    labels = np.array([item.label for item in items])
+    unseen = np.array([item.split == "unseen" for item in items])
+    sources = np.array([item.source for item in items])
+    found = {}
+    for name, values in logits.items():
+        found[name] = auc(labels[~unseen], values[~unseen])
+        if unseen.any():
+            found[f"unseen_{name}"] = auc_by_source(
+                labels[unseen], values[unseen], sources[unseen]
+            )
+    return found | {"mean": sum(found.values()) / len(found)}
+
+
 # ------------------------------------------------------------------------------------------------ entry
 def make_towers(
     config: MemberConfig, sources: dict[str, str], *, random: bool = False
@@ -645,29 +773,37 @@ def make_towers(
 
 
 def start_from(member: Member, folder: Path) -> None:
-    """Copy the adapter of a trained member (fusion starts from the trained global stream)."""
+    """Start where a trained member stopped: everything of one of the same kind, the adapter alone of another.
+
+    Fusion starts from the trained global stream's adapter; a second run from the first one's weights.
+
+    Raises:
+        WeightsError: no trained member there, or one that does not fit.
+    """
     from safetensors.torch import load_file
 
     if not (folder / "model.safetensors").is_file():
         raise WeightsError(f"{folder}: no model.safetensors; train that member first")
-    given = {
-        k: t
-        for k, t in load_file(folder / "model.safetensors").items()
-        if k.startswith("adapter.")
-    }
-    target = {
-        k: t for k, t in member.stored_state().items() if k.startswith("adapter.")
-    }
-    if not given:
-        return  # it trained its tower whole: --tower already brings that
-    load_state(target, given, f"{folder}: adapter for {member.config.name}")
+    given = load_file(folder / "model.safetensors")
+    target = member.stored_state()
+    if member.config.adapter.in_place:  # --tower brings that
+        target = {k: t for k, t in target.items() if not k.startswith("tower.")}
+    if read_config(folder).kind != member.config.kind:
+        given = {k: t for k, t in given.items() if k.startswith("adapter.")}
+        target = {k: t for k, t in target.items() if k.startswith("adapter.")}
+    if given:
+        load_state(target, given, f"{folder}: start of {member.config.name}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m solution.train", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--member", required=True, choices=MEMBERS)
+    parser.add_argument(
+        "--member",
+        required=True,
+        help=f"a member of the preset: {', '.join(MEMBERS)}; compact has `semantic` too, the tower of two of them",
+    )
     parser.add_argument("--preset", default="compact", choices=list(PRESETS))
     parser.add_argument(
         "--data",
@@ -694,7 +830,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--start-from",
         type=Path,
         metavar="DIR",
-        help="trained member whose adapter is the start",
+        help="trained member whose weights are the start (of another kind: its adapter)",
     )
     parser.add_argument(
         "--set",
@@ -715,6 +851,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=0,
         help="at most so many validation pictures",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="of training steps (one process); the schedule is fitted to it after the warm-up",
     )
     parser.add_argument(
         "--restart", action="store_true", help="ignore an earlier checkpoint"
@@ -771,9 +914,16 @@ def readable(
 def validation_pictures(
     args: argparse.Namespace, config: MemberConfig, *, progress: bool
 ) -> tuple[list[Item], DropReport]:
-    """The readable validation pictures, at most `--validation-limit` (a fixed draw), and what was left out."""
-    items, lost = read_manifest(args.data, split="val")
-    items = draw_items(items, args.validation_limit, config.train.validation_seed)
+    """The readable pictures to validate on, at most `--validation-limit` of each split (a fixed draw), and what was left out.
+
+    Those of the splits `val` (generators that occur in training, other pictures) and `unseen` (other generators).
+    """
+    items, lost = [], DropReport()
+    present = manifest_splits(args.data)
+    for split in [split for split in ("val", "unseen") if split in present]:
+        part, left_out = read_manifest(args.data, split=split)
+        items += draw_items(part, args.validation_limit, config.train.validation_seed)
+        lost.dropped += left_out.dropped
     items = readable(items, config, lost, progress=progress)
     if len({item.label for item in items}) < 2:
         raise ManifestError(
@@ -791,7 +941,7 @@ def with_faces(
 ) -> tuple[list[Item], dict]:
     """The training pictures, and their faces where the member needs them; the unreadable ones go into `report`."""
     crops = config.view.source == "face"
-    if not (crops or config.augment.self_blend_p or config.name == "vlaforge"):
+    if not (crops or config.augment.self_blend_p or config.kind == "vlaforge"):
         return items, {}  # the loader counts what it cannot read
     located = replace(config.face, margin=1.0, max_area=1.0)  # what does not matter
     settings = json.dumps([to_dict(located), str(args.data.resolve())])
@@ -822,6 +972,8 @@ def write_dropped(path: Path, reports: Sequence[DropReport]) -> None:
 def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run:
     """Everything before the first step: config, data, faces, towers, member."""
     config = override(preset(args.preset, args.member), args.set)
+    if args.budget and world.size > 1:
+        raise ConfigError("--budget is for one process; set train.max_steps instead")
     folder = args.out / config.name
     if args.restart and world.leads:
         for name in (
@@ -872,6 +1024,9 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
             f"{trainable:,} of {total:,} parameters train",
             file=sys.stderr,
         )
+        if config.name == "vlaforge":
+            known, fakes = known_masks(items, config.sampling)
+            print(f"masks: {known} of {fakes} fakes", file=sys.stderr)
     return Run(
         member,
         items,
@@ -883,6 +1038,7 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
         workers=args.workers,
         provenance=provenance,
         progress=not args.quiet,
+        budget=args.budget,
     )
 
 

@@ -30,7 +30,6 @@ from solution.records import Batch, MemberOutput
 
 PROMPTS = ("This is a real photo of id person.", "This is a fake photo of id person.")
 PLACEHOLDER = "id"  # its token's embedding gives way to the picture's own
-COSINE_SCALE = 100.0
 FOCAL_GAMMA = 2.0
 
 
@@ -40,10 +39,11 @@ class VlaforgeOutput(MemberOutput):
 
     global_logits, local_logits: (B, 2), the two scores that `logit` mixes.
     localization: (B, 1, h, w) in [0, 1], M_loc.
-    vla_logits: (B, 2, h, w); their softmax is M_VLA.
+    vla_logits: (B, 2, h, w), A_VLA; its softmax over real and fake is M_VLA.
     bias: (B, heads, Q, h, w), the forgery-aware masks M that were added to CLIP's attention.
     perceiver_tokens: up to three (B, N, D), the ForgePerceiver's patches after its middle blocks.
     patch_embeddings: (B, N, E), CLIP's patches in the joint space.
+    adapted: (B, N, C), the patch adapter's inner features; None without one.
     """
 
     global_logits: torch.Tensor
@@ -53,15 +53,18 @@ class VlaforgeOutput(MemberOutput):
     bias: torch.Tensor
     perceiver_tokens: tuple[torch.Tensor, ...]
     patch_embeddings: torch.Tensor
+    adapted: torch.Tensor | None = None
 
 
 # ------------------------------------------------------------------------------------------------ CLIP, one pass
 class ClipPass(NamedTuple):
-    """What one plain pass of the frozen image tower leaves behind.
+    """What one pass of the frozen image tower leaves behind.
 
     cls_token (B, D) and patch_tokens (B, N, D) after the final LayerNorm; start (B, 1, D), the class token that entered
     the first block; hidden: block number (1-based) -> patches (B, N, D) after it; keys, values: per block, the patches'
-    (B, heads, N, d).
+    (B, heads, N, d); branch (B, 1 + N, D): all tokens after the block that was asked for; adapted (B, N, C): the patch
+    adapter's inner features. `cls_token` and `hidden` are always the plain tower's; with an adapter, `patch_tokens` and
+    the later keys and values are those of the changed patches.
     """
 
     cls_token: torch.Tensor
@@ -70,27 +73,84 @@ class ClipPass(NamedTuple):
     hidden: dict[int, torch.Tensor]
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    branch: torch.Tensor | None = None
+    adapted: torch.Tensor | None = None
 
 
 @torch.no_grad()
-def clip_pass(tower: Tower, images: torch.Tensor, keep: tuple[int, ...]) -> ClipPass:
-    """The plain tower on pictures (B, 3, side, side), keeping every block's keys and values and the patches in `keep`."""
+def clip_pass(
+    tower: Tower, images: torch.Tensor, keep: tuple[int, ...], branch: int = 0
+) -> ClipPass:
+    """The plain tower on pictures (B, 3, side, side), with every block's keys and values and the patches in `keep`.
+
+    branch: the block (1-based) after which all tokens are kept; 0: none.
+    """
     tower.use(None)
     x, _ = tower.embed(images)
-    start, hidden, keys, values = x[:, :1], {}, [], []
+    start, hidden, keys, values, kept = x[:, :1], {}, [], [], None
     for number, block in enumerate(tower.blocks(), start=1):
-        h = block.norm1(x)
-        q, k, v = (
-            split_heads(project(h), tower.heads)
-            for project in (block.q, block.k, block.v)
-        )  # (B, heads, 1 + N, d)
-        x = finish_block(block, x, F.scaled_dot_product_attention(q, k, v))
-        keys.append(k[:, :, 1:])
-        values.append(v[:, :, 1:])
+        x, k, v = _block_with_keys(block, x, tower.heads)
+        keys.append(k)
+        values.append(v)
         if number in keep:
             hidden[number] = x[:, 1:]
+        if number == branch:
+            kept = x
     x = tower.final_norm(x)
-    return ClipPass(x[:, 0], x[:, 1:], start, hidden, keys, values)
+    return ClipPass(x[:, 0], x[:, 1:], start, hidden, keys, values, kept)
+
+
+def _block_with_keys(
+    block: Block, x: torch.Tensor, heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One block on x (B, 1 + N, D): its output, and the patches' keys and values (B, heads, N, d)."""
+    h = block.norm1(x)
+    q, k, v = (
+        split_heads(project(h), heads) for project in (block.q, block.k, block.v)
+    )  # (B, heads, 1 + N, d)
+    x = finish_block(block, x, F.scaled_dot_product_attention(q, k, v))
+    return x, k[:, :, 1:], v[:, :, 1:]
+
+
+class PatchAdapter(nn.Module):
+    """The released code's change of CLIP's patches: 1x1 down, ReLU, 1x1 up, added back at `share` (not in the paper).
+
+    The contrast between forged and unforged patches acts on the inner features.
+    """
+
+    def __init__(self, width: int, inner: int, share: float):
+        super().__init__()
+        self.share = share
+        self.down = nn.Linear(width, inner)
+        self.up = nn.Linear(inner, width)
+
+    def forward(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """patches (B, N, D) -> the changed patches (B, N, D) and the inner features (B, N, C)."""
+        inner = self.down(patches.to(self.down.weight.dtype)).relu()
+        return patches + (self.share * self.up(inner)).to(patches.dtype), inner
+
+
+def adapted_pass(
+    tower: Tower, seen: ClipPass, adapter: PatchAdapter, after: int
+) -> ClipPass:
+    """The blocks after number `after` once more, on the patches that the adapter changed there.
+
+    seen: the plain pass, with its `branch` after that block. Gradients reach the adapter through the frozen blocks.
+    """
+    patches, inner = adapter(seen.branch[:, 1:])
+    x = torch.cat([seen.branch[:, :1], patches], dim=1)
+    keys, values = seen.keys[:after], seen.values[:after]
+    slim = tower.checkpointing and torch.is_grad_enabled()
+    for block in list(tower.blocks())[after:]:
+        given = (block, x, tower.heads)
+        x, k, v = (
+            checkpoint(_block_with_keys, *given, use_reentrant=False)
+            if slim
+            else _block_with_keys(*given)
+        )
+        keys, values = [*keys, k], [*values, v]
+    patches = tower.final_norm(x)[:, 1:]
+    return seen._replace(patch_tokens=patches, keys=keys, values=values, adapted=inner)
 
 
 def run_copies(tower: Tower, seen: ClipPass, bias: torch.Tensor) -> torch.Tensor:
@@ -208,17 +268,21 @@ class PerceiverOutput(NamedTuple):
 
 
 class ForgePerceiver(nn.Module):
-    """An independent small vision transformer (timm's ViT-tiny geometry) with learned queries, fed with CLIP's patches.
+    """An independent small vision transformer with learned queries, fed with CLIP's patches.
 
-    Positions are added again before every block. After the blocks `fusion_after`, CLIP's patches of the matching layer
-    are added through a LayerNorm and a 1x1 projection (as in the paper; the released code has such a fusion, with
-    projections made anew in every forward, and never calls it).
+    As published: timm's ViT-tiny from scratch (patch embedding, pre-norm blocks and their start), its first eight
+    blocks, 128 queries; positions are added again before every block. Presets of small geometry have fewer and narrower
+    blocks. Ours: a LayerNorm after the last block, so that the mask decoder starts from inputs of known size.
+    After the blocks `fusion_after`, CLIP's patches of the matching layer are added through a LayerNorm and a 1x1
+    projection (as in the paper; the released code has such a fusion, with projections made anew in every forward, and
+    never calls it).
     """
 
     def __init__(self, config: VlaforgeConfig, clip_width: int):
         super().__init__()
         from timm.layers import LayerNorm, PatchEmbed
         from timm.models.vision_transformer import Block as TimmBlock
+        from timm.models.vision_transformer import init_weights_vit_timm
 
         self.fusion_after = config.fusion_after
         first = config.blocks // 2  # of the ViT-tiny's eight: blocks 4, 5 and 6
@@ -235,6 +299,7 @@ class ForgePerceiver(nn.Module):
         self.blocks = nn.ModuleList(
             TimmBlock(width, config.heads, qkv_bias=True) for _ in range(config.blocks)
         )
+        self.blocks.apply(init_weights_vit_timm)
         self.fusions = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(clip_width), nn.Linear(clip_width, width))
             for _ in config.fusion_after
@@ -263,28 +328,39 @@ class ForgePerceiver(nn.Module):
         return PerceiverOutput(x[:, :queries], x[:, queries:], tuple(middle))
 
 
-def _mlp(inside: int, hidden: int, out: int) -> nn.Sequential:
-    """Three linear layers with ReLU between."""
-    return nn.Sequential(
+def _mlp(inside: int, hidden: int, out: int, variance: float) -> nn.Sequential:
+    """Three linear layers with ReLU between; inputs of variance 1 leave with about `variance` at the start."""
+    layers = nn.Sequential(
         nn.Linear(inside, hidden),
         nn.ReLU(),
         nn.Linear(hidden, hidden),
         nn.ReLU(),
         nn.Linear(hidden, out),
     )
+    for layer, gain in zip(layers[::2], (1.0, 2.0, 2.0 * variance)):
+        nn.init.normal_(layer.weight, std=math.sqrt(gain / layer.in_features))
+        nn.init.zeros_(layer.bias)
+    return layers
 
 
 class MaskDecoder(nn.Module):
-    """Queries and patches to one localisation map per query, and one attention bias per CLIP head and query."""
+    """Queries and patches to one localisation map per query, and one attention bias per CLIP head and query.
+
+    The maps start with a spread over the patches of about a half, the biases with `bias_scale` times that, which is the
+    size of CLIP's own attention scores. Under torch's default start they have a tenth: the copies of the class token
+    are then equal but for the sixth digit, and training leaves them so (a member trained that way did not notice when
+    its bias was set to 0).
+    """
 
     def __init__(self, config: VlaforgeConfig, clip_heads: int):
         super().__init__()
         width, hidden, out = config.width, config.decoder_hidden, config.decoder_out
         self.heads = clip_heads
-        self.on_queries = _mlp(width, hidden, out)
-        self.on_patches = _mlp(width, hidden, out)
-        self.on_heads = _mlp(width, hidden, out * clip_heads)
-        self.bias_scale = nn.Parameter(torch.ones(()))
+        each = out**-0.5  # so that a sum of `out` products has variance 1
+        self.on_queries = _mlp(width, hidden, out, each)
+        self.on_patches = _mlp(width, hidden, out, each)
+        self.on_heads = _mlp(width, hidden, out * clip_heads, each)
+        self.bias_scale = nn.Parameter(torch.tensor(config.bias_scale))
         self.bias_shift = nn.Parameter(torch.zeros(()))
 
     def forward(
@@ -364,9 +440,11 @@ def mix_scores(
     The mixture is of probabilities; both its logarithm and its complement's are taken in the log domain, so that
     two certain scores stay ordered where the probability itself rounds to 1.
     """
-    both = torch.stack([global_logits, local_logits]).float().log_softmax(dim=-1)
-    share = both.new_tensor([alpha, 1 - alpha]).log()[:, None, None]
-    real, fake = (both + share).logsumexp(dim=0).unbind(dim=-1)  # (B,) each
+    parts = [
+        logits.float().log_softmax(dim=-1) + (math.log(share) if share else -math.inf)
+        for logits, share in ((global_logits, alpha), (local_logits, 1 - alpha))
+    ]
+    real, fake = torch.logaddexp(*parts).unbind(dim=-1)  # (B,) each
     return fake - real
 
 
@@ -400,6 +478,11 @@ class Vlaforge(Member):
             if arch.text_width == arch.embed_dim
             else nn.Linear(arch.embed_dim, arch.text_width, bias=False)
         )
+        self.adapter_of_patches = (
+            PatchAdapter(tower.width, settings.adapter_width, settings.adapter_share)
+            if settings.adapter
+            else None
+        )
         self.local_mix = nn.Conv2d(settings.queries, settings.queries, 1)
         self.local_head = nn.Linear(settings.queries, 2)
         sentences, self.place, known = prompt_tokens()
@@ -421,7 +504,7 @@ class Vlaforge(Member):
 
     # -- forward
     def forward(self, images: torch.Tensor) -> VlaforgeOutput:
-        """Score pictures (B, 3, S, S), uint8 or float in [0, 1]; gradients never reach CLIP's image blocks."""
+        """Score pictures (B, 3, S, S), uint8 or float in [0, 1]; CLIP's image blocks get no gradients of their own."""
         settings = self.config.vlaforge
         if images.shape[-2:] != (settings.input_side, settings.input_side):
             raise ValueError(
@@ -435,14 +518,15 @@ class Vlaforge(Member):
         pixels = self.tower.normalize(images).to(dtype)
         perceived = self.perceiver(pixels, patches)
         maps, bias = self.decoder(perceived.queries, perceived.patches)
-        features, global_logits = self.global_head(
-            self.directed_classes(seen, bias).to(dtype)
-        )
+        copies = self.directed_classes(seen, bias)
+        if settings.copy_gain != 1:
+            undirected = self.project(seen.cls_token)[:, None]
+            copies = undirected + settings.copy_gain * (copies - undirected)
+        features, global_logits = self.global_head(copies.to(dtype))
         embeddings, vla_logits = self.read(seen)
         maps = self._as_map(maps)  # (B, Q, h, w)
         vla = vla_logits.softmax(dim=1)[:, 1:]
-        mixed = self.local_mix(maps * vla.to(maps.dtype)).mean(dim=(2, 3))  # (B, Q)
-        local_logits = self.local_head(mixed)
+        local_logits = self.local_score(maps, vla_logits)
         localization = self.localize(maps).float().sigmoid()
         return VlaforgeOutput(
             logit=mix_scores(global_logits, local_logits, settings.alpha),
@@ -455,18 +539,40 @@ class Vlaforge(Member):
             bias=self._as_map(bias),
             perceiver_tokens=perceived.middle,
             patch_embeddings=embeddings,
+            adapted=seen.adapted,
         )
+
+    def local_score(self, maps: torch.Tensor, vla_logits: torch.Tensor) -> torch.Tensor:
+        """s_VLA, two logits (B, 2): the maps (B, Q, h, w) weighted by A_VLA's fake channel, mixed and averaged.
+
+        The channel enters as it is. After a softmax it dies in training: both sides of the cosine are learned and most
+        of most masks is empty, so the map losses push it to 0 on every patch, and the score is one constant.
+        """
+        channel = (
+            vla_logits
+            if self.config.vlaforge.vla_channel == "raw"
+            else vla_logits.softmax(dim=1)
+        )[:, 1:]
+        mixed = self.local_mix(maps * channel.to(maps.dtype)).mean(dim=(2, 3))  # (B, Q)
+        return self.local_head(mixed)
 
     def _as_map(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, self.grid)  # (..., N) -> (..., h, w)
 
     def look(self, images: torch.Tensor) -> ClipPass:
-        """The one plain pass of CLIP, on pictures (B, 3, S, S) in [0, 1] brought to its side."""
-        side = self.tower.config.arch.image_side
+        """The one plain pass of CLIP, on pictures (B, 3, S, S) in [0, 1] brought to its side.
+
+        With a patch adapter, the blocks after it run a second time.
+        """
+        settings, side = self.config.vlaforge, self.tower.config.arch.image_side
         small = F.interpolate(
             images, (side, side), mode="bilinear", align_corners=False
         )
-        return clip_pass(self.tower, small, self.config.vlaforge.fusion_layers)
+        if self.adapter_of_patches is None:
+            return clip_pass(self.tower, small, settings.fusion_layers)
+        after = settings.adapter_after
+        seen = clip_pass(self.tower, small, settings.fusion_layers, branch=after)
+        return adapted_pass(self.tower, seen, self.adapter_of_patches, after)
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (..., D) after the final LayerNorm -> the joint space (..., E), unit norm."""
@@ -477,13 +583,19 @@ class Vlaforge(Member):
         return self.project(run_copies(self.tower, seen, bias))
 
     def read(self, seen: ClipPass) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patches in the joint space (B, N, E), and their likeness to the two sentences, 100 cosine: (B, 2, h, w)."""
+        """Patches in the joint space (B, N, E), and A_VLA (B, 2, h, w), `vla_scale` times their cosine to the sentences.
+
+        The released code multiplies 100 by the inner product with the patches as they come out of their projection,
+        whose norm is unbounded; a cosine bounds the likeness, and with it how far the map losses can drive it.
+        """
         dtype = self.to_joint.weight.dtype
         embeddings = self.to_joint(seen.patch_tokens.to(dtype))
         sentences = self.sentences(self.project(seen.cls_token).to(dtype))  # (B, 2, E)
         unit = F.normalize(embeddings.float(), dim=-1)
-        with torch.autocast(unit.device.type, enabled=False):  # 100 magnifies rounding
-            likeness = COSINE_SCALE * sentences @ unit.transpose(1, 2)  # (B, 2, N)
+        # The scale magnifies rounding.
+        with torch.autocast(unit.device.type, enabled=False):
+            scale = self.config.vlaforge.vla_scale
+            likeness = scale * sentences @ unit.transpose(1, 2)  # (B, 2, N)
         return embeddings, self._as_map(likeness)
 
     def sentences(self, classes: torch.Tensor) -> torch.Tensor:
@@ -534,7 +646,7 @@ class Vlaforge(Member):
     def _mask_losses(self, output: VlaforgeOutput, batch: Batch) -> dict:
         """The losses on forgery masks by name, not yet computed; pictures of unknown mask are left out of each."""
         s, masks, known = self.config.vlaforge, batch.masks.float(), batch.mask_known
-        size = masks.shape[-2:]
+        size, each = masks.shape[-2:], mask_weights(batch.labels, known)
 
         def enlarged(values: torch.Tensor) -> torch.Tensor:
             return F.interpolate(values, size, mode="bilinear", align_corners=False)
@@ -548,21 +660,22 @@ class Vlaforge(Member):
             return sum(patch_contrast(x[fake], forged[fake], tau) for x in layers)
 
         def clip() -> torch.Tensor:
-            x, real = output.patch_embeddings, batch.labels == 0
+            x, real = output.adapted, batch.labels == 0
+            x = output.patch_embeddings if x is None else x
             within = patch_contrast(x[fake], forged[fake], tau)
             return within + picture_contrast(x[real], x[fake], forged[fake], tau)
 
         return {
             "localization": lambda: localization_loss(
-                enlarged(output.localization)[:, 0], masks, known
+                enlarged(output.localization)[:, 0], masks, each
             ),
             "dice": lambda: dice_loss(
                 enlarged(output.vla_logits).softmax(dim=1)[:, 1],
                 masks,
-                known,
+                each,
                 s.patch**2,
             ),
-            "focal": lambda: focal_map_loss(enlarged(output.vla_logits), masks, known),
+            "focal": lambda: focal_map_loss(enlarged(output.vla_logits), masks, each),
             "intra": intra,
             "clip": clip,
         }
@@ -590,6 +703,10 @@ def _check(config: MemberConfig, tower: Tower) -> None:
             f"vlaforge.input_side / vlaforge.patch is {side}, CLIP's patch grid {clip_side}; they must agree",
         ),
         (
+            not s.adapter or s.adapter_after < arch.layers,
+            f"vlaforge.adapter_after is {s.adapter_after}; the tower has {arch.layers} blocks, and some must follow",
+        ),
+        (
             arch.context >= length,
             f"tower.arch.context is {arch.context}; a sentence has {length} tokens",
         ),
@@ -604,39 +721,50 @@ def _check(config: MemberConfig, tower: Tower) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ losses
-def _known_mean(values: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """The mean of values (B,) over the pictures of known mask; 0 where there is none."""
-    return (values * known).sum() / known.sum().clamp_min(1)
+def mask_weights(labels: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """The weight (B,) of each picture in the losses on masks: the real ones share 1/2, the forged ones 1/2.
+
+    The paper's batches are half real, half forged with a mask. Where few forged pictures have a known mask, a plain mean
+    is one over empty masks, and says that nothing is ever forged. A picture of unknown mask weighs 0.
+
+    labels: (B,), 1 for forged. known: (B,) bool.
+    """
+    real, forged = known & (labels == 0), known & (labels == 1)
+    shares = [kind / (2 * kind.sum().clamp_min(1)) for kind in (real, forged)]
+    return shares[0] + shares[1]
 
 
 def localization_loss(
-    maps: torch.Tensor, masks: torch.Tensor, known: torch.Tensor
+    maps: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """L_loc: mean squared error of maps (B, H, W) to masks (B, H, W) over the pictures `known` (B,)."""
-    return _known_mean((maps - masks).square().mean(dim=(1, 2)), known)
+    """L_loc: mean squared error of maps (B, H, W) to masks (B, H, W), pictures weighted by `weights` (B,)."""
+    return ((maps - masks).square().mean(dim=(1, 2)) * weights).sum()
 
 
 def dice_loss(
-    maps: torch.Tensor, masks: torch.Tensor, known: torch.Tensor, smooth: float
+    maps: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor, smooth: float
 ) -> torch.Tensor:
-    """L_VLA: mean over the pictures `known` of 1 - (2 sum(p m) + smooth) / (sum(p) + sum(m) + smooth).
+    """L_VLA: 1 - (2 sum(p m) + smooth) / (sum(p) + sum(m) + smooth), pictures weighted by `weights` (B,).
 
     maps, masks: (B, H, W). smooth: in pixels; the member uses the area of one patch, the finest thing its map can
     say: with a single pixel the loss of a real picture, whose mask is empty, is flat everywhere but at zero.
     """
     both = (maps * masks).sum(dim=(1, 2))
     size = maps.sum(dim=(1, 2)) + masks.sum(dim=(1, 2))
-    return _known_mean(1 - (2 * both + smooth) / (size + smooth), known)
+    return ((1 - (2 * both + smooth) / (size + smooth)) * weights).sum()
 
 
 def focal_map_loss(
-    logits: torch.Tensor, masks: torch.Tensor, known: torch.Tensor
+    logits: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Focal loss (gamma 2) per pixel, averaged; logits (B, 2, H, W), masks (B, H, W) taken as forged above 0.5."""
+    """Focal loss (gamma 2) per pixel, its mean over each picture weighted by `weights` (B,).
+
+    logits: (B, 2, H, W), real before fake. masks: (B, H, W), taken as forged above 0.5.
+    """
     log_p = logits.float().log_softmax(dim=1)
     log_pt = torch.where(masks > 0.5, log_p[:, 1], log_p[:, 0])  # (B, H, W)
     values = -((1 - log_pt.exp()) ** FOCAL_GAMMA) * log_pt
-    return _known_mean(values.mean(dim=(1, 2)), known)
+    return (values.mean(dim=(1, 2)) * weights).sum()
 
 
 def orthogonality_loss(bias: torch.Tensor) -> torch.Tensor:

@@ -295,7 +295,7 @@ def member_rows(bundle: Bundle) -> list[dict[str, Any]]:
     rows = []
     for name, config in bundle.configs.items():
         paths = [f"{name}/model.safetensors"]
-        if config.adapter.kind == "full":
+        if config.adapter.in_place:
             paths.append(f"towers/{stored_name(config.tower)}.safetensors")
         towers = [tower for tower in (config.tower, config.clip) if tower]
         rows.append(

@@ -1,12 +1,11 @@
-"""The compound degradation engine again: plain, slow, obviously right; what the tests measure the fast one against.
+"""The specification's ops again, read from its table alone: plain, slow, float64. What the tests hold the engine to.
 
-Everything is float64 and follows the table of the paper's engine op by op: direct convolutions, per-pixel formulas,
-matrices that resample. `apply_op` takes the parameters of the fast engine's ops; `reference_degrade` draws its own, with
-its own code. A `seed` is either the integer of a recipe (16-bit words of a SFC64 stream, mapped through the normal's
-quantile function) or a numpy Generator, whose own `standard_normal` and `poisson` are then used.
+Each function stands under its row of the table and takes the parameters of a recipe. Nothing here draws: the ranges
+stand, as numbers of the table, in `test_degradation_distribution.py`. Pictures are (H, W, 3) in [0, 1].
+
+A recipe's noise seed means: 16-bit words of an SFC64 stream, in reading order, w -> u = (w + 0.5) / 65536, and every
+random value is the u-quantile of its law.
 """
-
-from __future__ import annotations
 
 import io
 import math
@@ -14,236 +13,260 @@ import math
 import cv2
 import numpy as np
 from PIL import Image
-from scipy import ndimage, stats
-
-LUMA = np.array([0.299, 0.587, 0.114])
+from scipy import linalg, stats
 
 
 # ------------------------------------------------------------------------------------------------ helpers
-def words(seed: int, count: int) -> np.ndarray:
-    stream = np.random.Generator(np.random.SFC64(seed))
+def uniforms(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    stream, count = np.random.Generator(np.random.SFC64(seed)), math.prod(shape)
     drawn = stream.integers(0, 2**64, (count + 3) // 4, dtype=np.uint64)
-    return drawn.view(np.uint16)[:count]
+    return (drawn.view(np.uint16)[:count].reshape(shape) + 0.5) / 65536
 
 
-def uniform_field(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    return (words(seed, math.prod(shape)).reshape(shape) + 0.5) / 65536
+def normals(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    return stats.norm.ppf(uniforms(seed, shape))
 
 
-def normal_field(seed, shape: tuple[int, ...]) -> np.ndarray:
-    if isinstance(seed, np.random.Generator):
-        return seed.standard_normal(shape)
-    return stats.norm.ppf(uniform_field(seed, shape))
+def photons_of(seed: int, expected: np.ndarray) -> np.ndarray:
+    return stats.poisson.ppf(uniforms(seed, expected.shape), expected)
 
 
-def poisson_field(seed, expected: np.ndarray) -> np.ndarray:
-    if isinstance(seed, np.random.Generator):
-        return seed.poisson(expected).astype(np.float64)
-    return stats.poisson.ppf(uniform_field(seed, expected.shape), expected)
+def luma(image: np.ndarray) -> np.ndarray:
+    """ITU-R BT.601, (H, W, 1)."""
+    red, green, blue = np.split(image, 3, axis=2)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def filtered(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Direct correlation, mirror border (the edge pixel not repeated)."""
-    return ndimage.correlate(image, kernel[:, :, None], mode="mirror")
+    """Sum over the kernel (rows, columns) about its middle, "mirror border": the edge pixel is not repeated."""
+    height, width = image.shape[:2]
+    up, left = kernel.shape[0] // 2, kernel.shape[1] // 2
+    down, right = kernel.shape[0] - 1 - up, kernel.shape[1] - 1 - left
+    padded = np.pad(image, ((up, down), (left, right), (0, 0)), mode="reflect")
+    total = np.zeros_like(image)
+    for row, column in zip(*np.nonzero(kernel)):
+        part = padded[row : row + height, column : column + width]
+        total += kernel[row, column] * part
+    return total
 
 
-def resample_matrix(size: int, new: int, method: str) -> np.ndarray:
-    """(new, size): each new pixel's weights over the old ones."""
-    matrix = np.zeros((new, size))
-    ratio = size / new
-    for i in range(new):
+def resampled(image: np.ndarray, size: int, method: str) -> np.ndarray:
+    """The first axis brought to `size`; pixel i covers [i, i + 1), as in OpenCV."""
+    old = len(image)
+    ratio, rows = old / size, []
+    for i in range(size):
+        weights = np.zeros(old)
         if method == "nearest":
-            matrix[i, min(int(i * (1 / (new / size))), size - 1)] = 1
-        elif method == "area":  # the share of the new pixel that each old one covers
-            for j in range(size):
-                covered = min((i + 1) * ratio, j + 1) - max(i * ratio, j)
-                matrix[i, j] = max(0.0, covered) / ratio
+            weights[min(int(i * ratio), old - 1)] = 1
+        elif method == "area":
+            for j in range(old):
+                weights[j] = max(0, min((i + 1) * ratio, j + 1) - max(i * ratio, j))
         else:
             centre = (i + 0.5) * ratio - 0.5
-            first = math.floor(centre)
-            for j in range(first - 1, first + 3):
-                weight = (linear if method == "linear" else cubic)(centre - j)
-                matrix[i, min(max(j, 0), size - 1)] += weight
-    return matrix
+            for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
+                edge = min(max(j, 0), old - 1)
+                weights[edge] += {"linear": tent, "cubic": keys}[method](j - centre)
+        rows.append(weights / weights.sum())
+    return np.tensordot(np.array(rows), image, 1)
 
 
-def linear(x: float) -> float:
+def tent(x: float) -> float:
     return max(0.0, 1 - abs(x))
 
 
-def cubic(x: float, a: float = -0.75) -> float:
-    """Keys' kernel with OpenCV's constant."""
+def keys(x: float, a: float = -0.75) -> float:
+    """Keys' cubic with OpenCV's constant."""
     x = abs(x)
-    if x <= 1:
+    if x < 1:
         return (a + 2) * x**3 - (a + 3) * x**2 + 1
-    return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+    return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
 
 
-def resized(image: np.ndarray, shape: tuple[int, int], method: str) -> np.ndarray:
-    if image.shape[:2] == tuple(shape):
+def resized(image: np.ndarray, height: int, width: int, method: str) -> np.ndarray:
+    if image.shape[:2] == (height, width):
         return image
-    rows = resample_matrix(image.shape[0], shape[0], method)
-    columns = resample_matrix(image.shape[1], shape[1], method)
-    return np.einsum("ij,jkc,lk->ilc", rows, image, columns, optimize=True)
+    tall = resampled(image, height, method)
+    return resampled(tall.swapaxes(0, 1), width, method).swapaxes(0, 1)
 
 
-def to_grey(image: np.ndarray) -> np.ndarray:
-    return image @ LUMA
-
-
-# ------------------------------------------------------------------------------------------------ the ops
+# ------------------------------------------------------------------------------------------------ the table
+# 0 blur: "anisotropic Gaussian, angle, **variances** l1, l2, kernel 2*int(max(l1,l2))+1; isotropic Gaussian, kernel
+# [size], sigma; box, side. Mirror border"
 def blur(image, kind, **p):
     if kind == "box":
-        return filtered(image, np.full((p["side"], p["side"]), 1 / p["side"] ** 2))
+        return filtered(image, np.ones((p["side"], p["side"])) / p["side"] ** 2)
     if kind == "isotropic":
-        radius, precision = p["size"] // 2, np.eye(2) / max(p["sigma"], 1e-9) ** 2
+        radius, covariance = p["size"] // 2, p["sigma"] ** 2 * np.eye(2)
     else:
         radius = int(max(p["l1"], p["l2"]))
-        cos, sin = math.cos(p["angle"]), math.sin(p["angle"])
-        turn = np.array([[cos, -sin], [sin, cos]])
-        variances = np.maximum([p["l1"], p["l2"]], 1e-6)
-        precision = turn @ np.diag(1 / variances) @ turn.T
-    kernel = np.zeros((2 * radius + 1, 2 * radius + 1))
-    for y in range(-radius, radius + 1):
-        for x in range(-radius, radius + 1):
-            at = np.array([x, y])
-            kernel[y + radius, x + radius] = math.exp(-0.5 * at @ precision @ at)
+        along = np.array([math.cos(p["angle"]), math.sin(p["angle"])])
+        across = np.array([-along[1], along[0]])
+        covariance = p["l1"] * np.outer(along, along) + p["l2"] * np.outer(
+            across, across
+        )
+    precision = np.linalg.inv(covariance + 1e-6 * np.eye(2))
+    at = np.stack(np.meshgrid(*[np.arange(-radius, radius + 1)] * 2), axis=-1)
+    kernel = np.exp(-0.5 * np.einsum("yxi,ij,yxj->yx", at, precision, at))
     return filtered(image, kernel / kernel.sum())
 
 
+# 1 motion blur: "line kernel, side [odd], angle" in degrees; "use a real line rasteriser"
 def motion_blur(image, side, angle):
-    """A line of pixels through the centre, one for each step along its steeper axis."""
-    kernel = np.zeros((side, side))
-    dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    reach = round(side // 2 * max(abs(dx), abs(dy)))
-    for step in range(-reach, reach + 1):
-        x, y = (step * v / max(abs(dx), abs(dy)) for v in (dx, dy))
-        kernel[side // 2 + round(y), side // 2 + round(x)] = 1
-    return filtered(image, kernel / kernel.sum())
+    kernel, radius, turn = np.zeros((side, side)), side // 2, math.radians(angle)
+    end_x, end_y = radius * math.cos(turn), radius * math.sin(turn)
+    if abs(end_x) >= abs(end_y):
+        reach, slope = round(abs(end_x)), end_y / end_x
+        points = [(x, round(x * slope)) for x in range(-reach, reach + 1)]
+    else:
+        reach, slope = round(abs(end_y)), end_x / end_y
+        points = [(round(y * slope), y) for y in range(-reach, reach + 1)]
+    for x, y in points:
+        kernel[radius + y, radius + x] = 1 / len(points)
+    return filtered(image, kernel)
 
 
-def layer(shape, layers, seed, level=0.0, mix=None):
+# 2 and 5: noise at a level: "colour, grey, channel-correlated"
+def layer(shape, layers, seed, level=None, mix=None):
     if layers == "grey":
-        return level * np.repeat(normal_field(seed, shape)[:, :, None], 3, axis=2)
-    field = normal_field(seed, (*shape, 3))
+        return level * normals(seed, (*shape, 1))
+    noise = normals(seed, (*shape, 3))
     if layers == "colour":
-        return level * field
-    return field @ np.array(mix).T
+        return level * noise
+    return np.einsum("ij,yxj->yxi", np.array(mix), noise)
 
 
+# "covariance |L^2 O^T D O'|, O and O' the orthogonal bases of two random 3x3 matrices, D diagonal"
+def correlated_covariance(level, first, second, diagonal):
+    d = np.diag(diagonal)
+    return np.abs(level**2 * linalg.orth(first).T @ d @ linalg.orth(second))
+
+
+# 2 sensor noise: "speckle at level; Poisson with [n] photons (colour, grey); salt and pepper with density"
 def sensor_noise(image, kind, **p):
     shape = image.shape[:2]
     if kind == "speckle":
         return image + image * layer(shape, **p)
     if kind == "poisson":
-        if not p["grey"]:
-            return poisson_field(p["seed"], image * p["photons"]) / p["photons"]
-        grey = to_grey(image)
-        error = poisson_field(p["seed"], grey * p["photons"]) / p["photons"] - grey
-        return image + error[:, :, None]
-    if isinstance(p["seed"], np.random.Generator):
-        draw = p["seed"].random(shape)
-    else:
-        draw = uniform_field(p["seed"], shape)
-    noisy = image.copy()
-    noisy[draw < p["density"] / 2] = 0
-    noisy[draw > 1 - p["density"] / 2] = 1
+        counted = luma(image) if p["grey"] else image
+        expected = counted * p["photons"]
+        if p["grey"]:
+            expected = expected[:, :, 0]
+        found = photons_of(p["seed"], expected).reshape(counted.shape) / p["photons"]
+        return image + (found - counted)
+    u, noisy = uniforms(p["seed"], shape), image.copy()
+    noisy[u < p["density"] / 2] = 0
+    noisy[u > 1 - p["density"] / 2] = 1
     return noisy
 
 
+# 3 resize: "shrink by [scale]; grow by [scale]; none; nearest, linear, cubic, area"
 def resize(image, scale, method):
-    height, width = (max(1, int(side * scale)) for side in image.shape[:2])
-    return resized(image, (height, width), method)
+    height, width = image.shape[:2]
+    return resized(
+        image, max(1, int(height * scale)), max(1, int(width * scale)), method
+    )
 
 
+# 4 colour: "grey; fade (saturation); per-channel cast"
 def colour(image, kind, saturation=None, gains=None):
-    grey = to_grey(image)[:, :, None]
     if kind == "grey":
-        return np.repeat(grey, 3, axis=2)
+        return np.repeat(luma(image), 3, axis=2)
     if kind == "fade":
-        return grey + saturation * (image - grey)
-    return image * np.array(gains)
+        return saturation * image + (1 - saturation) * luma(image)
+    return np.stack([image[:, :, c] * gains[c] for c in range(3)], axis=2)
 
 
+# 5 Gaussian noise
 def gaussian_noise(image, **p):
     return image + layer(image.shape[:2], **p)
 
 
+# 6 JPEG: "quality"
 def jpeg(image, quality):
     stored = io.BytesIO()
-    pixels = np.rint(image * 255).astype(np.uint8)
-    Image.fromarray(pixels).save(stored, "JPEG", quality=quality, subsampling="4:2:0")
+    pixels = Image.fromarray(np.rint(image * 255).astype(np.uint8))
+    pixels.save(stored, "JPEG", quality=quality, subsampling="4:2:0")
     return np.asarray(Image.open(stored)) / 255.0
 
 
+# 7 chroma subsampling: "YCrCb, chroma halved (area) and restored (nearest)"
 def chroma_subsampling(image):
-    grey = to_grey(image)
-    red, blue = 0.713 * (image[..., 0] - grey), 0.564 * (image[..., 2] - grey)
-    chroma = np.stack([red, blue], axis=2)
-    half = [max(1, (side + 1) // 2) for side in grey.shape]
-    chroma = resized(resized(chroma, half, "area"), grey.shape, "nearest")
-    red, blue = chroma[..., 0], chroma[..., 1]
-    green = grey - 0.714 * red - 0.344 * blue
-    return np.stack([grey + 1.403 * red, green, grey + 1.773 * blue], axis=2)
+    height, width = image.shape[:2]
+    y = luma(image)
+    chroma = np.concatenate(
+        [(image[:, :, :1] - y) / 1.402, (image[:, :, 2:] - y) / 1.772], axis=2
+    )
+    small = resized(chroma, max(1, height // 2), max(1, width // 2), "area")
+    chroma = resized(small, height, width, "nearest")
+    red, blue = y + 1.402 * chroma[:, :, :1], y + 1.772 * chroma[:, :, 1:]
+    return np.concatenate([red, (y - 0.299 * red - 0.114 * blue) / 0.587, blue], axis=2)
 
 
+# 8 banding: "[so many] levels per channel"
 def banding(image, levels):
-    return np.rint(image * (levels - 1)) / (levels - 1)
+    return np.floor(image * (levels - 1) + 0.5) / (levels - 1)
 
 
+# 9 exposure: "darken; brighten then contrast; mild brightness or contrast"; contrast about the mean luma, as PIL
 def exposure(image, brightness, contrast):
-    image = np.clip(image * brightness, 0, 1)
-    mean = to_grey(image).mean()
-    return mean + contrast * (image - mean)
+    bright = np.minimum(image * brightness, 1)
+    return luma(bright).mean() * (1 - contrast) + bright * contrast
 
 
-def chromatic_aberration(image, shift, diagonal):
+# 10 chromatic aberration: "red d down and d right, blue d up and d left; the strip that nothing moves into keeps its
+# old values (one diagonal, always the same)"
+def chromatic_aberration(image, shift):
     moved = image.copy()
     height, width = image.shape[:2]
     for y in range(height):
         for x in range(width):
-            for channel, sign in ((0, 1), (2, -1)):
-                y0, x0 = y - sign * shift, x - sign * shift * diagonal
-                if 0 <= y0 < height and 0 <= x0 < width:
-                    moved[y, x, channel] = image[y0, x0, channel]
+            if y + shift < height and x + shift < width:
+                moved[y + shift, x + shift, 0] = image[y, x, 0]
+            if y - shift >= 0 and x - shift >= 0:
+                moved[y - shift, x - shift, 2] = image[y, x, 2]
     return moved
 
 
+# 11 moire: "one plane wave (sin(f(x cos a + y sin a)) + 1) / 2, f in rad/px, blended into the picture"
 def moire(image, frequency, angle, blend):
-    y, x = np.mgrid[: image.shape[0], : image.shape[1]].astype(np.float64)
-    u = frequency * (x * math.cos(angle) + y * math.sin(angle))
-    v = frequency * (-x * math.sin(angle) + y * math.cos(angle))
-    grid = 0.5 + 0.25 * np.sin(u) + 0.25 * np.sin(v)
-    return (1 - blend) * image + blend * grid[:, :, None]
+    y, x = np.indices(image.shape[:2])
+    wave = np.sin(frequency * (x * math.cos(angle) + y * math.sin(angle))) + 1
+    return image + blend * (wave[:, :, None] / 2 - image)
 
 
+# 12 glitch: "bands of [height] px: a drop-out whose value is [level]; else a horizontal roll of [roll] px"
 def glitch(image, bands):
     broken = image.copy()
     for band in bands:
         top = int(band["top"] * len(image))
-        for row in range(top, min(top + band["height"], len(image))):
-            if "level" in band:
-                broken[row] = band["level"]
-            else:
-                broken[row] = np.roll(broken[row], band["roll"], axis=0)
+        for y in range(top, min(top + band["height"], len(image))):
+            row = broken[y].copy()
+            for x in range(len(row)):
+                if "level" in band:
+                    broken[y, x] = band["level"]
+                else:
+                    broken[y, (x + band["roll"]) % len(row)] = row[x]
     return broken
 
 
+# 13 vignette: "radial darkening [amount] at the corner": none in the middle, in proportion to the radius
 def vignette(image, amount):
     height, width = image.shape[:2]
-    y, x = np.mgrid[:height, :width] + 0.5
-    # The distance is measured on the picture stretched to a square, so that all four sides darken alike.
-    radius = np.hypot((2 * y / height - 1), (2 * x / width - 1)) / math.sqrt(2)
-    return image * (1 - amount * radius**2)[:, :, None]
+    y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None, :]
+    radius = np.sqrt((x**2 + y**2) / 2)
+    return image * (1 - amount * radius[:, :, None])
 
 
+# 14 distractor: "random printable text (font, scale, thickness, colour, place, may lie partly outside); a pasted patch
+# of another image". A text's place is a share of the picture with 100 px more on its left and below it.
 def distractor(image, kind, text, donor=None, **p):
     changed = image.copy()
     height, width = image.shape[:2]
     if kind == "patch" and donor is not None:
-        donor = donor / 255.0 if donor.dtype == np.uint8 else donor
-        rows = min(p["height"], height, donor.shape[0])
-        columns = min(p["width"], width, donor.shape[1])
+        rows, columns = (
+            min(p[side], image.shape[axis], donor.shape[axis])
+            for axis, side in enumerate(("height", "width"))
+        )
         x0 = int(p["source"][0] * (donor.shape[1] - columns + 1))
         y0 = int(p["source"][1] * (donor.shape[0] - rows + 1))
         x1 = int(p["place"][0] * (width - columns + 1))
@@ -252,14 +275,17 @@ def distractor(image, kind, text, donor=None, **p):
         changed[y1 : y1 + rows, x1 : x1 + columns] = patch
         return changed
     ink = np.zeros((height, width), np.uint8)
-    place = (int(text["place"][0] * width), int(text["place"][1] * height))
+    place = (
+        math.floor(text["place"][0] * (width + 100)) - 100,
+        math.floor(text["place"][1] * (height + 100)),
+    )
     style = (text["font"], text["scale"], 255, text["thickness"])
     cv2.putText(ink, text["characters"], place, *style)
     changed[ink > 0] = text["colour"]
     return changed
 
 
-OPS = (
+TABLE = (
     blur,
     motion_blur,
     sensor_noise,
@@ -276,161 +302,21 @@ OPS = (
     vignette,
     distractor,
 )
-BY_NAME = {op.__name__: op for op in OPS}
 
 
 def apply_op(name: str, image: np.ndarray, params: dict, donor=None) -> np.ndarray:
-    """float64 HWC in [0, 1] of the op's exact result."""
+    """The op's exact result, float64 in [0, 1]; `donor` in [0, 1] too."""
     extra = {"donor": donor} if name == "distractor" else {}
-    changed = BY_NAME[name](image.astype(np.float64), **params, **extra)
-    return np.clip(changed, 0, 1)
+    op = {op.__name__: op for op in TABLE}[name]
+    return np.clip(op(image.astype(np.float64), **params, **extra), 0, 1)
 
 
-# ------------------------------------------------------------------------------------------------ drawing
-def draw_layer(level, colour_share, grey_share, rng):
-    kind = rng.choice(
-        ["colour", "grey", "correlated"],
-        p=[colour_share, grey_share, 1 - colour_share - grey_share],
-    )
-    if kind != "correlated":
-        return {"layers": kind, "level": level, "seed": rng}
-    rotation = stats.ortho_group.rvs(3, random_state=rng)
-    covariance = np.abs(rotation.T @ np.diag(rng.random(3)) @ rotation)
-    _, sizes, right = np.linalg.svd(covariance)
-    # Any factor F with F F' = |covariance| gives noise of the same distribution.
-    mix = level * right.T @ np.diag(np.sqrt(sizes))
-    return {"layers": "correlated", "mix": mix, "seed": rng}
-
-
-def draw(name: str, s: float, rng: np.random.Generator) -> dict:
-    """The parameters of the op `name` at strength `s`, straight from the table."""
-    u = rng.uniform
-    if name == "blur":
-        kind = rng.choice(["anisotropic", "isotropic", "box"])
-        if kind == "anisotropic":
-            l1, l2 = u(0, 30 * s), u(0, 30 * s)
-            return {"kind": kind, "angle": u(0, math.pi), "l1": l1, "l2": l2}
-        if kind == "isotropic":
-            size = rng.choice(np.arange(7, 26, 2))
-            return {"kind": kind, "size": size, "sigma": u(0, 30 * s)}
-        return {"kind": kind, "side": rng.integers(3, max(3, int(30 * s)) + 1)}
-    if name == "motion_blur":
-        side = int(max(3, 12 * s))
-        return {"side": side if side % 2 else side + 1, "angle": u(0, 180)}
-    if name == "sensor_noise":
-        kind = rng.choice(["speckle", "poisson", "salt_pepper"])
-        if kind == "speckle":
-            level = rng.integers(2, 26) * s / 255
-            return {"kind": kind, **draw_layer(level, 0.4, 0.4, rng)}
-        if kind == "poisson":
-            photons, grey = 10 ** u(2, 4), rng.random() < 0.5
-            return {"kind": kind, "photons": photons, "grey": grey, "seed": rng}
-        return {"kind": kind, "density": 0.1 * s, "seed": rng}
-    if name == "resize":
-        kind = rng.choice(["shrink", "grow", "none"], p=[0.7, 0.2, 0.1])
-        smooth = rng.choice(["linear", "cubic", "area"])
-        if kind == "shrink":
-            low = 0.25 / s if s > 0 else 1.0
-            scale = np.clip(u(min(low, 1), max(low, 1)), 0.1, 1)
-            return {
-                "scale": scale,
-                "method": "nearest" if rng.random() < 0.5 else smooth,
-            }
-        return {"scale": u(1, 2) if kind == "grow" else 1.0, "method": smooth}
-    if name == "colour":
-        if rng.random() < 0.2:
-            return {"kind": "grey"}
-        if rng.random() < 0.3:
-            return {"kind": "fade", "saturation": u(0.1, max(0.2, 1 - s))}
-        if rng.random() < 1 / 5:
-            return {"kind": "cast", "gains": (0.8, 1.2, 0.8)}
-        return {"kind": "cast", "gains": u(1 - 0.4 * s, 1 + 0.4 * s, 3)}
-    if name == "gaussian_noise":
-        level = u(60, 100) if rng.random() < 0.8 else u(2, 100)
-        return draw_layer(level * s / 255, 0.7, 0.2, rng)
-    if name == "jpeg":
-        return {"quality": int(rng.integers(10, 96))}
-    if name == "chroma_subsampling":
-        return {}
-    if name == "banding":
-        return {"levels": int(max(4, 32 - 14 * s))}
-    if name == "exposure":
-        kind = rng.choice(["darken", "haze", "mild"], p=[0.45, 0.45, 0.1])
-        if kind == "darken":
-            return {"brightness": u(max(0.02, 1 - 0.98 * s), 1), "contrast": 1}
-        if kind == "haze":
-            low = max(0.1, 1 - 0.9 * s)
-            contrast = u(min(low, 0.8), max(low, 0.8))
-            return {"brightness": u(1, 1 + 1.5 * s), "contrast": contrast}
-        gain = u(max(0.5, 1 - 0.5 * s), 1 + 0.5 * s)
-        if rng.random() < 0.5:
-            return {"brightness": gain, "contrast": 1}
-        return {"brightness": 1, "contrast": gain}
-    if name == "chromatic_aberration":
-        return {"shift": int(max(1, 4 * s)), "diagonal": rng.choice([-1, 1])}
-    if name == "moire":
-        angle = u(0, math.pi)
-        return {"frequency": u(0.5, 3), "angle": angle, "blend": 0.15 * s}
-    if name == "glitch":
-        bands = []
-        for _ in range(int(10 * s)):
-            height = rng.integers(1, max(1, int(8 * s)) + 1)
-            band = {"top": rng.random(), "height": height}
-            if rng.random() < 0.4:
-                band["level"] = rng.choice([0, 0.5, 1])
-            else:
-                band["roll"] = rng.integers(-int(30 * s), int(30 * s) + 1)
-            bands.append(band)
-        return {"bands": bands}
-    if name == "vignette":
-        return {"amount": 0.4 + 0.4 * s}
-    text = {
-        "characters": "".join(
-            chr(code) for code in rng.integers(32, 127, rng.integers(0, 11))
-        ),
-        "font": int(rng.integers(0, 8)),
-        "scale": u(0, 8),
-        "thickness": int(rng.integers(1, 9)),
-        "colour": rng.random(3),
-        "place": rng.random(2),
-    }
-    if rng.random() < 0.9:
-        return {"kind": "text", "text": text}
-    height, width = rng.integers(20, 101, 2)
-    places = {"source": rng.random(2), "place": rng.random(2)}
-    return {"kind": "patch", "height": height, "width": width, "text": text, **places}
-
-
-def reference_degrade(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    donor: np.ndarray | None = None,
-    op_p: float = 0.3,
-    cycle_p: float = 0.3,
-    ops: tuple[str, ...] = tuple(BY_NAME),
-    strength: float | None = None,
-    growth: float = 2.0,
-) -> np.ndarray:
-    """float64 HWC in [0, 1]: one degraded picture, drawn and made the plain way (global_p = 1)."""
-
-    def next_strength() -> float:
-        return rng.beta(1.2, 1.2) if strength is None else strength
-
-    steps = []
-    if rng.random() < cycle_p:
-        s = next_strength()
-        first, second = ("jpeg", "resize") if rng.random() < 0.5 else ("resize", "jpeg")
-        for _ in range(rng.integers(1, 6)):
-            steps += [(first, s), (second, s)]
-    for name in rng.permutation(ops):
-        if rng.random() < op_p and (name != "distractor" or rng.random() < 0.15):
-            steps.append((name, next_strength()))
+def apply_steps(image: np.ndarray, steps, donor=None) -> np.ndarray:
+    """A recipe's steps one after the other; "at the end the image is resized back to its input size"."""
     work = image.astype(np.float64)
-    for name, s in steps:
-        params = draw(name, s, rng)
-        if name == "resize":
-            room = growth * max(image.shape[:2]) / max(work.shape[:2])
-            params["scale"] = min(params["scale"], room)
-        work = apply_op(name, work, params, donor)
-    method = rng.choice(["linear", "cubic", "area"])
-    return np.clip(resized(work, image.shape[:2], method), 0, 1)
+    for name, params in steps:
+        if name == "restore":
+            work = np.clip(resized(work, *image.shape[:2], params["method"]), 0, 1)
+        else:
+            work = apply_op(name, work, params, donor)
+    return work

@@ -18,12 +18,13 @@ from solution.config import (
     preset,
 )
 from solution.data import (
-    Geometry,
+    Augmentation,
     ManifestError,
     TrainingViews,
     ValidationViews,
     collate,
     degraded_picture,
+    known_masks,
     plan_epoch,
     read_manifest,
     select,
@@ -103,6 +104,25 @@ def test_folder_and_deepfakebench_manifests(tmp_path):
         ("frames/001.png", 1, "FF", "test", "FF-DF/02_03"),
     ]
     assert report.dropped == [("frames/002.png", "file is missing")]
+
+
+def test_deepfakebench_masks_lie_beside_the_frames(tmp_path):
+    """Mask of 000 there, of 001 not; a real frame takes none, though a file of that name exists."""
+    for name in ("f/frames/1/000.png", "f/frames/1/001.png", "r/frames/2/000.jpg"):
+        save(tmp_path / name)
+    save(tmp_path / "f/masks/1/000.png")
+    save(tmp_path / "r/masks/2/000.png")
+    fake = {
+        "v": {"label": "FF-DF", "frames": [f"f/frames/1/00{n}.png" for n in (0, 1)]}
+    }
+    real = {"w": {"label": "FF-real", "frames": ["r/frames/2/000.jpg"]}}
+    tree = {"FF": {"FF-DF": {"train": fake}, "FF-real": {"train": real}}}
+    (tmp_path / "b.json").write_text(json.dumps(tree))
+    items, _ = read_manifest(tmp_path / "b.json", split="train")
+    mask = str(tmp_path / "f" / "masks" / "1" / "000.png")
+    assert [i.mask for i in items] == [mask, "", ""]
+    assert known_masks(items, SamplingConfig()) == (1, 2)
+    assert known_masks(items, SamplingConfig(fully_generated=("FF-DF",))) == (2, 2)
 
 
 def test_rows_without_a_split_are_never_in_both(tmp_path):
@@ -194,6 +214,33 @@ def test_balanced_batches_are_half_and_half():
         plan_of(labels[:90])
 
 
+@pytest.mark.parametrize("balance", ["none", "balanced", "temperature"])
+def test_an_epoch_of_so_many_batches_whatever_the_size_of_the_data(balance):
+    labels = np.array([0] * 30 + [1] * 10)
+    sampling = SamplingConfig(balance=balance)
+    for batch, batches in ((8, 3), (8, 25), (3, 7), (1, 5)):
+        settings = {"sampling": sampling, "batch": batch, "batches": batches}
+        plan = plan_of(labels, **settings)
+        assert [len(samples) for samples in plan] == [batch] * batches
+        positions = [s.position for samples in plan for s in samples]
+        assert positions == list(range(batch * batches))
+        assert (
+            plan == plan_of(labels, **settings) != plan_of(labels, epoch=1, **settings)
+        )
+    counts = np.bincount(
+        [
+            s.index
+            for samples in plan_of(labels, **(settings | {"batch": 8, "batches": 25}))
+            for s in samples
+        ],
+        minlength=40,
+    )
+    if balance == "none":
+        assert counts.tolist() == [5] * 40  # 200 of 40: five whole passes
+    elif balance == "balanced":
+        assert set(counts[:30]) == {3, 4} and set(counts[30:]) == {10}
+
+
 def test_temperature_weights_sources_by_the_square_root():
     labels = np.array([0, 1] * 5000)
     sources = ["big"] * 9900 + ["small"] * 100
@@ -219,7 +266,9 @@ def test_geometry_moves_picture_and_mask_together():
     image[10:30, 5:25] = 255
     mask = (image[:, :, 0] / 255).astype(np.float32)
     moved = 0
-    geometry = Geometry(AugmentConfig(flip_p=0.5, rotate_p=1.0, crop_p=0.5), 64)
+    geometry = Augmentation(
+        AugmentConfig(flip_p=0.5, rotate_p=1.0, crop_p=0.5, side=64)
+    )
     for _ in range(20):
         out, out_mask = geometry(image, mask, rng)
         assert (

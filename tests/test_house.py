@@ -53,6 +53,7 @@ ORDER = [
     "explain",
     "doctor",
     "throughput",
+    "benchmark_gpu",
     "benchmark",
 ]
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from solution import qtfp
+from solution import metrics, qtfp
 from solution.backbones import (
     adapter_state,
     add_adapter,
@@ -26,8 +26,10 @@ from solution.config import (
     QtfpConfig,
     TowerConfig,
     ViewConfig,
+    from_dict,
     override,
     preset,
+    to_dict,
 )
 from solution.records import Batch
 
@@ -47,6 +49,13 @@ EFFORT = AdapterConfig("effort", rank=1, dropout=0.0)
 LORA = AdapterConfig("lora", rank=2, alpha=4.0, dropout=0.0)
 towers = pytest.mark.parametrize("tower", [DINOV2, CLIP], ids=lambda t: t.kind)
 adapters = pytest.mark.parametrize("adapter", [EFFORT, LORA], ids=lambda a: a.kind)
+
+
+LIVE = {"heads": 2, "key_width": 16, "query_std": 0.2, "weight_scope": "picture"}
+
+forms = pytest.mark.parametrize(
+    "form", [{}, LIVE | {"readout": "each", "diversity": 0.1}], ids=["plain", "live"]
+)
 
 
 def make(tower=DINOV2, adapter=EFFORT, seed=0, **options):
@@ -105,7 +114,7 @@ def test_queries_follow_the_formula():
                     e[p] / sum(e), abs=1e-6
                 )
                 mean += e[p] / sum(e) * tokens[b, p] / 3
-        torch.testing.assert_close(gathered[b], mean, atol=1e-6, rtol=0)
+        torch.testing.assert_close(gathered[b].mean(0), mean, atol=1e-6, rtol=0)
 
 
 def test_heads_attend_to_their_own_channels():
@@ -117,12 +126,126 @@ def test_heads_attend_to_their_own_channels():
         single = qtfp.QueryPool(3, 3, heads=1, std=1.0).double()
         single.queries.data = pool.queries.data[:, half]
         part, one_map = single(tokens[..., half])
-        torch.testing.assert_close(gathered[:, half], part)
+        torch.testing.assert_close(gathered[..., half], part)
         maps.append(one_map)
     torch.testing.assert_close(attention, (maps[0] + maps[1]) / 2)
 
 
-def flcl_by_hand(tokens, labels, prototypes, tau, tau_w):
+def test_projected_queries_follow_their_formula():
+    tokens = random_tokens(2, 5, 6)
+    pool = qtfp.QueryPool(6, 2, heads=2, std=0.3, key_width=3).double()
+    pool.log_scale.data.copy_(random_tokens(2, 2, seed=3))
+    gathered, attention = pool(tokens)
+    for b in range(2):
+        centred = tokens[b] - tokens[b].mean(0)
+        centred = centred / centred.square().mean().sqrt()
+        for k in range(2):
+            maps = []
+            for h in range(2):
+                query = pool.queries[h, k] / pool.queries[h, k].norm()
+                query = query * pool.log_scale[h, k].exp() * math.sqrt(3)
+                keys = centred @ pool.keys[3 * h : 3 * h + 3].T
+                maps.append((keys @ query / math.sqrt(3)).softmax(0))
+                part = slice(3 * h, 3 * h + 3)
+                expected = maps[-1] @ tokens[b][:, part]
+                torch.testing.assert_close(
+                    gathered[b, k, part], expected, atol=1e-6, rtol=0
+                )
+            mean = (maps[0] + maps[1]) / 2
+            torch.testing.assert_close(attention[b, k], mean, atol=1e-6, rtol=0)
+
+
+def test_projected_queries_start_distinct_and_far_from_uniform():
+    """Whatever the tower's scale and whatever its tokens have in common; the plain ones start as one."""
+    torch.manual_seed(0)
+    tokens = 0.1 * random_tokens(8, 64, 256) + 3 * random_tokens(256, seed=1)
+    for scale in (1.0, 1e-3):
+        pool = qtfp.QueryPool(256, 4, heads=2, std=0.2, key_width=64)
+        scores = pool._scores(scale * tokens)
+        assert scores.std(-1).mean().item() == pytest.approx(1.0, abs=0.1)
+        attention = pool(scale * tokens)[1]
+        entropy = -(attention * attention.log()).sum(-1).mean().item()
+        assert entropy < math.log(64) - 0.15
+        assert qtfp.overlap(attention).abs().max() < 0.3
+    plain = qtfp.QueryPool(256, 4, heads=1, std=0.02)(tokens.float())[1]
+    entropy = -(plain * plain.log()).sum(-1).mean().item()
+    assert entropy > math.log(64) - 0.001
+
+
+@pytest.mark.parametrize("options", [{}, LIVE, LIVE | {"readout": "each"}])
+def test_interventions(options):
+    member, batch = make(**options).eval(), make_batch()
+    output = member(batch.images)
+    own = member(batch.images, attention=output.query_attention)
+    uniform = torch.full((1, 1, 9), 1 / 9)
+    flat = member(batch.images, attention=uniform)
+    assert flat.query_attention.shape == (4, 4, 9)
+    mean = output.patch_tokens.mean(1)
+    torch.testing.assert_close(
+        flat.features.unflatten(-1, (-1, 32)).sum(1), mean, atol=1e-5, rtol=1e-5
+    )
+    if not options:  # of a single head, the attention is all there is to a gathering
+        torch.testing.assert_close(own.logit, output.logit)
+    everyone = torch.ones(4, dtype=torch.bool)
+    torch.testing.assert_close(member(batch.images, keep=everyone).logit, output.logit)
+    each = [
+        member(batch.images, keep=everyone & (torch.arange(4) == k)) for k in range(4)
+    ]
+    together = torch.stack([one.features for one in each]).mean(0)
+    torch.testing.assert_close(together, output.features)
+    by_picture = torch.eye(4, dtype=torch.bool)
+    mixed = member(batch.images, keep=by_picture).logit
+    diagonal = torch.stack([each[k].logit[k] for k in range(4)])
+    torch.testing.assert_close(mixed, diagonal)
+
+
+def test_interventions_need_queries():
+    member, batch = make(pool="cls"), make_batch()
+    for option in (
+        {"attention": torch.full((1, 1, 9), 1 / 9)},
+        {"keep": torch.ones(4)},
+    ):
+        with pytest.raises(ValueError, match="has no queries"):
+            member(batch.images, **option)
+
+
+def test_weights_within_a_picture_do_not_say_which_picture():
+    tokens = random_tokens(6, 9, 8) + 3 * random_tokens(6, 1, 8, seed=1)
+    labels, prototypes = torch.tensor([0, 1] * 3), random_tokens(2, 8, seed=2)
+    inside = qtfp.fake_likelihood_weights(tokens, prototypes)
+    across = qtfp.fake_likelihood_weights(tokens, prototypes, labels=labels)
+    assert inside.mean(1).std() < across.mean(1).std() / 3
+    assert inside.std(1).mean() > 0.1
+    torch.testing.assert_close(inside.argsort(1), across.argsort(1))
+    same = torch.ones(1, 4, 8, dtype=torch.float64)
+    torch.testing.assert_close(
+        qtfp.fake_likelihood_weights(same, prototypes),
+        torch.full((1, 4), 0.5, dtype=torch.float64),
+    )
+
+
+def test_diversity_counts_what_queries_share_beyond_the_margin():
+    one = random_tokens(1, 1, 9).softmax(-1)
+    other = random_tokens(1, 1, 9, seed=1).softmax(-1)
+    uniform = torch.full((1, 1, 9), 1 / 9, dtype=torch.float64)
+    same = torch.cat([one, one, uniform], dim=1)
+    found = qtfp.pair_correlations(same)
+    torch.testing.assert_close(
+        found, torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    )
+    assert qtfp.overlap(same).item() == pytest.approx(1 / 3)
+    assert qtfp.diversity_loss(same).item() == pytest.approx((1 - qtfp.SHARED_LOOK) / 3)
+    by_numpy = torch.corrcoef(torch.cat([one[0], other[0]]))[0, 1]
+    pair = torch.cat([one, other], dim=1)
+    torch.testing.assert_close(qtfp.pair_correlations(pair)[0, 0], by_numpy)
+
+
+def spread(values):
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+
+
+def flcl_by_hand(tokens, labels, prototypes, tau, tau_w, scope="batch"):
     """FLCL as the specification writes it, one patch and one pair at a time."""
     z = [
         [tokens[b, p] / tokens[b, p].norm() for p in range(tokens.shape[1])]
@@ -133,12 +256,12 @@ def flcl_by_hand(tokens, labels, prototypes, tau, tau_w):
         (b, p): (z[b][p] @ (prototypes[1] - prototypes[0])).item() for b, p in patches
     }
     real = [delta[i] for i in patches if labels[i[0]] == 0]
-    mean = sum(real) / len(real)
-    std = math.sqrt(sum((d - mean) ** 2 for d in real) / len(real))
     terms = []
     for i in patches:
         if labels[i[0]] == 0:
             continue
+        own = [delta[j] for j in patches if j[0] == i[0]]
+        mean, std = spread(own if scope == "picture" else real)
         weight = 1 / (1 + math.exp(-(delta[i] - mean) / (tau_w * std)))
         positive, every = 0.0, 0.0
         for j in patches:
@@ -152,19 +275,21 @@ def flcl_by_hand(tokens, labels, prototypes, tau, tau_w):
     return sum(terms) / len(terms)
 
 
+@pytest.mark.parametrize("scope", ["picture", "batch"])
 @pytest.mark.parametrize("chunk", [0, 1, 4, 100])
-def test_flcl_and_its_gradient_agree_with_loops(chunk):
+def test_flcl_and_its_gradient_agree_with_loops(chunk, scope):
     labels = torch.tensor([1, 0, 1, 0, 0])
     prototypes = random_tokens(2, 4, seed=3)
     one = random_tokens(5, 3, 4).requires_grad_()
     two = one.detach().clone().requires_grad_()
-    expected = flcl_by_hand(one, labels.tolist(), prototypes, 0.1, 0.7)
+    expected = flcl_by_hand(one, labels.tolist(), prototypes, 0.1, 0.7, scope)
     found = qtfp.fake_likelihood_loss(
         two,
         labels,
         prototypes,
         temperature=0.1,
         weight_temperature=0.7,
+        weight_scope=scope,
         chunk=chunk,
     )
     assert found.item() == pytest.approx(expected.item(), abs=1e-9)
@@ -180,7 +305,7 @@ def test_flcl_gradient_stops_at_weights_and_prototypes():
     options = {"temperature": 0.1, "weight_temperature": 1.0}
     qtfp.fake_likelihood_loss(tokens, labels, prototypes, **options).backward()
     assert prototypes.grad is None and tokens.grad.abs().sum() > 0
-    assert not qtfp.patch_weights(tokens, labels, prototypes, 1.0).requires_grad
+    assert not qtfp.fake_likelihood_weights(tokens, prototypes).requires_grad
 
 
 def test_flcl_is_scale_free_and_wants_both_classes():
@@ -316,11 +441,13 @@ def test_member_loss_is_the_sum_of_its_parts(tower):
 
 @towers
 @adapters
+@forms
 @pytest.mark.parametrize("reference", ["adapted", "pretrained"])
 def test_gradients_reach_queries_head_and_adapter_and_nothing_else(
-    tower, adapter, reference
+    tower, adapter, reference, form
 ):
-    member = with_prototypes(make(tower, adapter, raal_reference=reference).train())
+    made = make(tower, adapter, raal_reference=reference, **form)
+    member = with_prototypes(made.train())
     batch = make_batch()
     member.loss(member(batch.images), batch)[0].backward()
     reached = {n for n, p in member.named_parameters() if p.grad is not None}
@@ -366,6 +493,46 @@ def test_raal_reaches_real_pictures_only_and_flcl_leaves_the_queries_alone():
     assert (tokens.grad.abs().sum((1, 2)) > 0).all()
 
 
+def test_diversity_reaches_fake_pictures_only():
+    member, batch = with_prototypes(make(**LIVE, diversity=0.1, raal=0.0)), make_batch()
+    output = member(batch.images)
+    attention = output.query_attention[:, :1].detach().expand(-1, 4, -1)
+    attention = (attention + 0.01 * torch.rand_like(attention)).requires_grad_()
+    _, parts = member.loss(replace(output, query_attention=attention), batch)
+    assert set(parts) == {"ce", "flcl", "diversity"} and parts["diversity"] > 0
+    member._diversity(replace(output, query_attention=attention), batch).backward()
+    moved = attention.grad.abs().sum((1, 2)) > 0
+    assert moved.tolist() == (batch.labels == 1).tolist()
+
+
+def test_raal_comes_late():
+    member, batch = make(**LIVE, raal=0.5, raal_warmup=2, flcl=0.0), make_batch()
+    weights = []
+    for _ in range(6):
+        output = member(batch.images)
+        loss, parts = member.loss(output, batch)
+        extra = loss.item() - parts["ce"]
+        weights.append(extra / parts["raal"] if "raal" in parts else 0.0)
+        member.after_step(output, batch)
+    assert weights == pytest.approx([0, 0, 0, 0.25, 0.5, 0.5], rel=1e-3)
+
+
+def test_configurations_saved_without_the_new_fields_mean_the_plain_form():
+    saved = to_dict(QtfpConfig())
+    new = ("key_width", "readout", "weight_scope", "diversity", "raal_warmup")
+    for name in new:
+        del saved[name]
+    config = from_dict(QtfpConfig, saved)
+    assert config == QtfpConfig()
+    assert (config.key_width, config.readout, config.weight_scope) == (
+        0,
+        "mean",
+        "batch",
+    )
+    for name in ("giant", "compact"):
+        assert preset(name, "qtfp").qtfp.key_width > 0
+
+
 @pytest.mark.parametrize(
     ("labels", "skipped"),
     [
@@ -408,7 +575,8 @@ def test_cls_base_of_the_ablation():
 
 def test_ablation_switches_of_the_preset():
     config = override(
-        preset("compact", "qtfp"), ["qtfp.flcl=0", "qtfp.raal=0", "qtfp.queries=1"]
+        preset("compact", "qtfp"),
+        ["qtfp.flcl=0", "qtfp.raal=0", "qtfp.queries=1", "qtfp.key_width=8"],
     )
     config = replace(config, tower=DINOV2, view=ViewConfig("image", SIDE, SIDE))
     tower = build_tower(DINOV2)
@@ -451,6 +619,7 @@ def test_refusals():
     for options, message in (
         ({"heads": 3}, "must divide"),
         ({"temperature": 0.01}, "at least"),
+        ({"heads": 4, "key_width": 16}, "may not exceed"),
         (
             {"raal_reference": "pretrained", "adapter": AdapterConfig("full")},
             "untouched tower",
@@ -461,16 +630,18 @@ def test_refusals():
 
 
 @towers
-def test_score_alone_equals_score_in_a_batch(tower):
-    member, batch = make(tower).eval(), make_batch()
+@forms
+def test_score_alone_equals_score_in_a_batch(tower, form):
+    member, batch = make(tower, **form).eval(), make_batch()
     with torch.no_grad():
         together = member(batch.images).logit
         alone = torch.cat([member(image[None]).logit for image in batch.images])
     torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
 
 
-def test_autocast_trains():
-    member, batch = with_prototypes(make()), make_batch()
+@forms
+def test_autocast_trains(form):
+    member, batch = with_prototypes(make(**form)), make_batch()
     expected = member.loss(member(batch.images), batch)[0]
     with torch.autocast("cpu", torch.bfloat16):
         loss, parts = member.loss(member(batch.images), batch)
@@ -489,7 +660,88 @@ def test_effort_trains_196704_parameters_on_vit_large():
     with torch.device("meta"):
         member = qtfp.Qtfp(config, tower)
     trained = sum(p.numel() for p in member.parameters() if p.requires_grad)
-    assert trained == 196_704 + 4 * 1024 + 2 * 1024 + 2
+    # Two heads of four queries and their scales, the key projection to 2 x 64, the head.
+    assert trained == 196_704 + 2 * 4 * (64 + 1) + 2 * 64 * 1024 + 2 * 1024 + 2
+
+
+# ---------------------------------------------------------------------------------------------- a planted forgery
+PLANTED_SIDE, PLANTED_GRID = 70, 5
+PLANTED_TOWER = replace(DINOV2, arch=replace(DINOV2.arch, image_side=PLANTED_SIDE))
+
+
+def planted(count, generator):
+    """Smooth noisy pictures; in every second one a patch, elsewhere each time, is striped: a batch and masks (B, P)."""
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    side, grid = PLANTED_SIDE, PLANTED_GRID
+    smooth = F.interpolate(normal(count, 3, 4, 4), size=(side, side), mode="bilinear")
+    images = 0.5 + 0.15 * smooth + 0.1 * normal(count, 3, side, side)
+    labels = torch.arange(count) % 2
+    order = torch.rand((count, grid * grid), generator=generator).argsort(1)
+    forged = (order < 1) & (labels[:, None] == 1)
+    where = forged.view(count, 1, grid, grid).float()
+    where = F.interpolate(where, size=(side, side), mode="nearest")
+    stripes = 0.08 * (torch.arange(side) // 2 % 2 * 2 - 1)
+    images = (images + where * stripes).clamp(0, 1) * 255
+    return Batch(images.round().to(torch.uint8), labels), forged
+
+
+def train_on_planted(steps, seed=0, **options):
+    """A whole tiny tower trained through its queries, and 300 unseen pictures of the same kind with their masks."""
+    torch.manual_seed(seed)
+    adapter, view = AdapterConfig("full"), ViewConfig("image", *[PLANTED_SIDE] * 2)
+    config = MemberConfig(
+        "qtfp", view, PLANTED_TOWER, adapter, qtfp=QtfpConfig(**options)
+    )
+    tower = build_tower(PLANTED_TOWER)
+    add_adapter(tower, "qtfp", adapter)
+    member = qtfp.Qtfp(config, tower).train()
+    trained = [p for p in member.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        batch, _ = planted(16, generator)
+        output = member(batch.images)
+        optimizer.zero_grad()
+        member.loss(output, batch)[0].backward()
+        optimizer.step()
+        member.after_step(output, batch)
+    return member.eval(), *planted(300, generator)
+
+
+@torch.no_grad()
+def what_queries_do(member, batch, forged):
+    output = member(batch.images)
+    uniform = torch.full((1, 1, PLANTED_GRID**2), 1 / PLANTED_GRID**2)
+    flat = member(batch.images, attention=uniform)
+    foreign = member(batch.images, attention=output.query_attention.roll(1, 0))
+    looked = output.query_attention
+    return {
+        "auc": metrics.auc(batch.labels.numpy(), output.logit.numpy()),
+        "uniform": metrics.auc(batch.labels.numpy(), flat.logit.numpy()),
+        "foreign": metrics.auc(batch.labels.numpy(), foreign.logit.numpy()),
+        "attention": qtfp.auc_inside(looked.mean(1), forged),
+        "alike": qtfp.overlap(looked).mean().item(),
+        "alike_fakes": qtfp.overlap(looked[batch.labels == 1]).mean().item(),
+    }
+
+
+def test_queries_find_a_forged_patch_wherever_it_is():
+    options = LIVE | {"readout": "each", "diversity": 0.1, "raal_warmup": 75}
+    found = what_queries_do(*train_on_planted(250, **options))
+    assert found["auc"] > 0.9, found
+    assert found["uniform"] < found["auc"] - 0.03, found
+    assert found["foreign"] < found["auc"] - 0.03, found
+    assert found["attention"] > 0.8, found
+    assert found["alike"] < 0.9 and found["alike_fakes"] < 0.9, found
+
+
+def test_plain_queries_are_one_and_do_nothing_after_as_many_steps():
+    found = what_queries_do(*train_on_planted(250))
+    assert abs(found["uniform"] - found["auc"]) < 0.01, found
+    assert found["attention"] < 0.8, found
 
 
 # ---------------------------------------------------------------------------------------------- prototypes
@@ -594,12 +846,26 @@ def test_held_out_ratio_is_the_planted_one_whatever_the_forged_share():
 # ---------------------------------------------------------------------------------------------- entries
 def test_study_separates_queries_from_mean_pooling():
     planted = qtfp.Planted(steps=60)
+    names = ("mean pooling", "plain queries", "queries, everything")
     found = {
-        variant: qtfp.study_auc(planted, variant, 0.1, seed=0)
-        for variant in ("mean pooling", "queries", "queries + FLCL + RAAL")
+        name: qtfp.study_run(planted, qtfp.VARIANTS[name], 0.1, seed=0)
+        for name in names
     }
-    assert found["queries"] > found["mean pooling"] + 0.05
-    assert found == {v: qtfp.study_auc(planted, v, 0.1, seed=0) for v in found}
+    pooled, everything = found["mean pooling"]["auc"], found["queries, everything"]
+    assert found["plain queries"]["auc"] > pooled + 0.05
+    assert everything["auc"] > pooled + 0.05
+    assert everything["auc"] > everything["uniform"] + 0.05
+    assert everything["attention"] > 0.8 and everything["w"] > 0.8
+    again = qtfp.study_run(planted, qtfp.VARIANTS[names[-1]], 0.1, seed=0)
+    assert again == everything
+
+
+def test_auc_inside_by_hand():
+    scores = torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 9.0], [0.0, 1.0, 2.0]])
+    forged = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 0, 1]]).bool()
+    assert qtfp.auc_inside(scores, forged) == pytest.approx((1.0 + 0.5) / 2)
+    with pytest.raises(ValueError, match="no picture"):
+        qtfp.auc_inside(scores[1:2], forged[1:2])
 
 
 def test_steps_are_measured():
@@ -617,11 +883,16 @@ def test_usage(capsys):
 
 
 def test_study_report(capsys, monkeypatch):
-    monkeypatch.setattr(qtfp, "study_auc", lambda *_: 0.5)
+    numbers = ("auc", "uniform", "attention", "w", "correlation", "correlation_real")
+    run = dict.fromkeys(numbers, 0.5) | {"entropy": 0.25}
+    monkeypatch.setattr(qtfp, "study_run", lambda *_: run)
     monkeypatch.setattr(qtfp, "study_snr", lambda *_: dict.fromkeys(SNR_NAMES, 1.5))
     assert qtfp.main(["--study", "--seeds", "2"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("0.500 +- 0.000") == len(qtfp.VARIANTS) * len(qtfp.FRACTIONS)
+    looked = sum(v.pool == "queries" for v in qtfp.VARIANTS.values())
+    aucs = len(qtfp.VARIANTS) * len(qtfp.FRACTIONS)
+    assert printed.count("0.500 +- 0.000") == aucs + 5 * looked
+    assert printed.count("0.250 +- 0.000") == looked
     assert printed.count("1.500 +- 0.000") == 4 * (len(qtfp.FRACTIONS) + 1)
 
 

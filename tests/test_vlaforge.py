@@ -20,10 +20,18 @@ from solution.config import (
     TowerConfig,
     ViewConfig,
     VlaforgeConfig,
+    from_dict,
     preset,
+    to_dict,
 )
 from solution.records import Batch
-from solution.vlaforge import Vlaforge, clip_pass, mix_scores, run_copies
+from solution.vlaforge import (
+    Vlaforge,
+    adapted_pass,
+    clip_pass,
+    mix_scores,
+    run_copies,
+)
 
 ARCH = ClipArch(
     width=32,
@@ -44,6 +52,9 @@ SETTINGS = VlaforgeConfig(
     decoder_hidden=16,
     decoder_out=12,
     fusion_layers=(1, 2, 3),
+    vla_scale=10.0,
+    adapter_after=2,
+    adapter_width=20,
 )
 
 
@@ -202,6 +213,47 @@ def test_a_bias_that_forbids_all_but_one_patch_makes_copies_of_two_keys():
         y = x + block.o(torch.cat(heads))
         expected = y + block.mlp(block.norm2(y))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_adapter_changes_later_blocks_copies_and_patches_and_nothing_before_it():
+    """The joint sequence under a mask, its patches changed after the second block, against the stored keys' way."""
+    member = tiny(settings=replace(SETTINGS, adapter=True, adapter_share=2.0))
+    tower, adapter = member.tower, member.adapter_of_patches
+    images, bias = torch.rand(2, 3, 56, 56), 3 * torch.randn(2, 4, 8, 16)
+    with torch.no_grad():
+        model = plain_open_clip(member)
+        x, _ = tower.embed(images)
+        joint = torch.cat([x[:, :1].expand(-1, 8, -1), x], dim=1)
+        for number, layer in enumerate(model.visual.transformer.resblocks, start=1):
+            joint = layer(joint, attn_mask=joint_mask(bias))
+            if number == 2:
+                inner = F.relu(F.linear(joint[:, 9:], *adapter.down.parameters()))
+                change = F.linear(inner, *adapter.up.parameters())
+                joint = torch.cat([joint[:, :9], joint[:, 9:] + 2 * change], dim=1)
+        joint = model.visual.ln_post(joint)
+        plain = clip_pass(tower, images, (1, 3), branch=2)
+        seen = adapted_pass(tower, plain, adapter, 2)
+        copies = run_copies(tower, seen, bias)
+    torch.testing.assert_close(seen.adapted, inner, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(joint[:, 9:], seen.patch_tokens, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(joint[:, :8], copies, atol=1e-5, rtol=1e-4)
+    assert (seen.patch_tokens - plain.patch_tokens).abs().max() > 0.1
+    assert seen.cls_token is plain.cls_token and seen.hidden is plain.hidden
+
+
+def test_the_copies_of_a_new_member_are_directed_and_differ():
+    """The attention bias has the size of attention scores at the start, differs by query, and shows in the copies."""
+    member = tiny().eval()
+    with torch.no_grad():
+        output, seen = member(pictures(4)), member.look(pictures(4).float() / 255)
+        bias = output.bias.flatten(3)
+        copies = member.directed_classes(seen, bias)  # (B, Q, E)
+        plain = member.project(seen.cls_token)[:, None]
+    assert 0.5 < bias.std(dim=-1).mean() < 4
+    centred = F.normalize(bias - bias.mean(dim=-1, keepdim=True), dim=-1)
+    assert (centred @ centred.transpose(-1, -2)).mean() < 0.8
+    assert (copies - plain).norm(dim=-1).mean() > 0.01
+    assert copies.std(dim=1).mean() > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------ the sentences
@@ -442,6 +494,7 @@ def test_misfits_are_named():
         (replace(ARCH, context=10), SETTINGS, "11 tokens"),
         (ARCH, replace(SETTINGS, fusion_layers=(1, 2, 4)), "fusion_layers"),
         (replace(ARCH, text_layers=0), SETTINGS, "text tower"),
+        (ARCH, replace(SETTINGS, adapter=True, adapter_after=3), "some must follow"),
     ]
     for arch, settings, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -462,6 +515,32 @@ def test_without_losses_on_masks_no_masks_are_needed():
     assert loss.item() == pytest.approx(sum(parts.values()), rel=1e-6)
 
 
+def test_a_file_from_before_the_raw_channel_scores_as_it_did():
+    """Saved without `vla_channel` and `vla_scale`: a softmaxed channel and a scale of 100, whatever a preset says."""
+    config = tiny().config
+    saved = to_dict(config)
+    for name in ("vla_channel", "vla_scale", "adapter", "adapter_after"):
+        del saved["vlaforge"][name]
+    old = from_dict(MemberConfig, saved)
+    assert (old.vlaforge.vla_channel, old.vlaforge.vla_scale) == ("softmax", 100.0)
+    assert from_dict(MemberConfig, to_dict(config)) == config
+    new, legacy = tiny().eval(), tiny(settings=old.vlaforge).eval()
+    assert list(new.state_dict()) == list(legacy.state_dict())
+    legacy.load_state_dict(new.state_dict())
+    with torch.no_grad():
+        found, output = legacy(pictures(3)), new(pictures(3))
+        maps = new._as_map(torch.randn(3, 8, 16))
+        torch.testing.assert_close(found.vla_logits, 10 * output.vla_logits)
+        mixed = new.local_mix(maps * found.vla_logits.softmax(dim=1)[:, 1:])
+        expected = new.local_head(mixed.mean(dim=(2, 3)))
+        score = legacy.local_score(maps, found.vla_logits)
+        torch.testing.assert_close(score, expected)
+        raw = new.local_head(
+            new.local_mix(maps * output.vla_logits[:, 1:]).mean((2, 3))
+        )
+        torch.testing.assert_close(new.local_score(maps, output.vla_logits), raw)
+
+
 # ------------------------------------------------------------------------------------------------ scores and losses
 def test_the_logit_is_the_papers_mixture_of_probabilities():
     torch.manual_seed(0)
@@ -477,14 +556,17 @@ def test_the_logit_is_the_papers_mixture_of_probabilities():
     assert far.grad.isfinite().all()
 
 
-def test_localization_dice_and_focal_by_hand_leave_unknown_masks_out():
+def test_losses_on_masks_by_hand_weigh_real_and_forged_alike_and_leave_unknown_masks_out():
     torch.manual_seed(1)
-    p, m = torch.rand(3, 4, 4), torch.rand(3, 4, 4)
-    m[0] = 0
-    logits = torch.randn(3, 2, 4, 4)
-    known = torch.tensor([True, False, True])
-    square, dice, focal = [], [], []
-    for b in (0, 2):
+    p, m = torch.rand(4, 4, 4), torch.rand(4, 4, 4)
+    m[0] = m[3] = 0
+    logits = torch.randn(4, 2, 4, 4)
+    labels, known = torch.tensor([0, 1, 1, 0]), torch.tensor([True, False, True, True])
+    each = {0: 0.25, 2: 0.5, 3: 0.25}
+    found = room.mask_weights(labels, known)
+    assert found.tolist() == [0.25, 0.0, 0.5, 0.25]
+    expected = [0.0, 0.0, 0.0]
+    for b, weight in each.items():
         s, inter, size, f = 0.0, 0.0, 0.0, 0.0
         for y in range(4):
             for x in range(4):
@@ -494,16 +576,16 @@ def test_localization_dice_and_focal_by_hand_leave_unknown_masks_out():
                 pt = 1 / (1 + math.exp(real - fake))
                 pt = pt if c > 0.5 else 1 - pt
                 f += -((1 - pt) ** 2) * math.log(pt)
-        square.append(s / 16), focal.append(f / 16)
-        dice.append(1 - (2 * inter + 5) / (size + 5))
-    mean = [sum(values) / 2 for values in (square, dice, focal)]
-    found = [
-        room.localization_loss(p, m, known),
-        room.dice_loss(p, m, known, 5.0),
-        room.focal_map_loss(logits, m, known),
+        expected[0] += weight * s / 16
+        expected[1] += weight * (1 - (2 * inter + 5) / (size + 5))
+        expected[2] += weight * f / 16
+    losses = [
+        room.localization_loss(p, m, found),
+        room.dice_loss(p, m, found, 5.0),
+        room.focal_map_loss(logits, m, found),
     ]
-    assert [v.item() for v in found] == pytest.approx(mean, rel=1e-5)
-    nobody = torch.zeros(3, dtype=torch.bool)
+    assert [v.item() for v in losses] == pytest.approx(expected, rel=1e-5)
+    nobody = room.mask_weights(labels, torch.zeros(4, dtype=torch.bool))
     assert room.dice_loss(p, m, nobody, 5.0) == 0
 
 
