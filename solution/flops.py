@@ -19,7 +19,7 @@ def member_flops(config: MemberConfig, *, adapters: bool = True) -> int:
     adapters: whether LoRA or Effort is computed beside its projection, as in training; False where it is merged.
     """
     beside = _beside(config) if adapters else 0
-    if config.name == "vlaforge":
+    if config.kind == "vlaforge":
         return 2 * _vlaforge(config)
     tokens, width = _tokens(config.tower, config.view.side), config.tower.arch.width
     products = _tower(config.tower, tokens, beside)
@@ -27,9 +27,22 @@ def member_flops(config: MemberConfig, *, adapters: bool = True) -> int:
         products += _tower(config.clip, _tokens(config.clip, config.view.side))
         joined, hidden = width + config.clip.arch.width, config.stream.fusion_hidden
         return 2 * (products + _layers(joined, hidden, 2))
-    if config.name == "qtfp" and config.qtfp.pool == "queries":
-        products += 2 * config.qtfp.queries * (tokens - 1) * width
+    if config.kind == "qtfp" and config.qtfp.pool == "queries":
+        return 2 * (products + _queries(config, tokens - 1))
     return 2 * (products + 2 * width)
+
+
+def _queries(config: MemberConfig, patches: int) -> int:
+    """Products of QTFP's gathering and of the head that reads it."""
+    own, width = config.qtfp, config.tower.arch.width
+    gather = own.queries * patches * width
+    scores = gather
+    if own.key_width:
+        # The queries go through the key projection; each head then looks at whole tokens.
+        directions = own.heads * own.queries * own.key_width * width
+        scores = directions + own.heads * gather
+    read = own.queries * width if own.readout == "each" else width
+    return scores + gather + 2 * read
 
 
 # ------------------------------------------------------------------------------------------------ towers
@@ -85,7 +98,14 @@ def _vlaforge(config: MemberConfig) -> int:
     tokens = _tokens(config.tower, arch.image_side)
     patches = tokens - 1
     copies = arch.layers * _block(queries, arch.width, _mlp_products(arch), patches)
-    project = (queries + 1) * arch.width * joint
+    again = 0
+    if own.adapter:
+        # The blocks after the patch adapter run a second time.
+        block = _block(tokens, arch.width, _mlp_products(arch))
+        again = (arch.layers - own.adapter_after) * block
+        again += 2 * patches * arch.width * own.adapter_width
+    # The copies, and the class token: once for the sentences, once more to set the copies off against.
+    project = (queries + 1 + (own.copy_gain != 1)) * arch.width * joint
     out, hidden = own.decoder_out, own.decoder_hidden
     decoder = queries * _layers(own.width, hidden, hidden, out)
     decoder += patches * _layers(own.width, hidden, hidden, out)
@@ -101,6 +121,7 @@ def _vlaforge(config: MemberConfig) -> int:
     return sum(
         (
             _tower(config.tower, tokens),
+            again,
             copies,
             project,
             _perceiver(config, patches),

@@ -132,14 +132,14 @@ def place(tmp_path_factory):
 
 def substituted(words, place, out, weights="compact"):
     """The command's own words, with tiny data and weights, and results under `out`."""
-    tower = place / "compact/towers/tiny-dinov2.safetensors"
+    tower = place / "compact/towers/tiny-global.safetensors"
     given = {
         "--data": place / "data/manifest.csv",
         "--weights": place / weights,
         "--preds": place / "preds.csv",
         "--labels": place / "labels.csv",
         "--preset": "tiny",
-        "--tower": f"tiny-dinov2={tower}",
+        "--tower": f"tiny-global={tower}",
     }
     made, before = [], ""
     for word in words:

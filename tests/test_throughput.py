@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from solution import benchmark, throughput
 from solution.bundle import load_members
 from solution.calibration import Calibrator
-from solution.config import MEMBERS, VoteConfig, preset
+from solution.config import MEMBERS, AdapterConfig, VoteConfig, preset
 from solution.faces import FaceLocator
 from solution.flops import member_flops
 from solution.members import build_member, random_towers
@@ -21,12 +21,14 @@ from solution.predict import load_ensemble
 
 
 def test_flops_of_a_stream_by_hand():
-    config = preset("compact", "face")
-    # 112 px in patches of 14 px, and the class token; DINOv2 ViT-S/14 with LoRA of rank 16 on four projections.
-    tokens, width, rank = 65, 384, 16
+    adapter = AdapterConfig("lora", rank=16)
+    config = replace(preset("compact", "global"), adapter=adapter)
+    assert config.view.side == 168
+    # 12 x 12 patches and the class token; DINOv2 ViT-S/14 with LoRA of rank 16 on four projections.
+    tokens, width, rank = 145, 384, 16
     matrices = 4 * (width * width + 2 * rank * width) + 2 * 4 * width * width
     block = tokens * matrices + 2 * tokens * tokens * width
-    patches = 64 * 3 * 14 * 14 * width
+    patches = 144 * 3 * 14 * 14 * width
     assert member_flops(config) == 2 * (12 * block + patches + 2 * width)
     merged = 12 * tokens * 4 * 2 * rank * width
     assert member_flops(config, adapters=False) == member_flops(config) - 2 * merged
@@ -50,24 +52,39 @@ def shallow(config):
     clip = config.clip
     if clip is not None:
         clip = replace(clip, arch=replace(clip.arch, layers=1))
-    own = replace(config.vlaforge, fusion_layers=(1, 1, 1))
+    own = replace(config.vlaforge, fusion_layers=(1, 1, 1), adapter=False)
     return replace(config, tower=tower, clip=clip, vlaforge=own)
+
+
+def variants(config):
+    """Every way in which a member's configuration changes what it computes."""
+    yield config
+    if config.kind == "qtfp":
+        for more in ({"pool": "cls"}, {"key_width": 0, "readout": "mean"}):
+            yield replace(config, qtfp=replace(config.qtfp, **more))
+        for kind in ("lora", "effort"):
+            yield replace(config, adapter=AdapterConfig(kind, rank=3))
+    if config.kind == "vlaforge":
+        for more in ({"adapter": True}, {"copy_gain": 1.0}):
+            yield replace(config, vlaforge=replace(config.vlaforge, **more))
 
 
 @pytest.mark.parametrize(
     ("size", "name"),
-    [("compact", name) for name in MEMBERS]
+    [("tiny", name) for name in MEMBERS]
+    + [("compact", name) for name in MEMBERS]
     + [("giant", name) for name in MEMBERS if name != "face"],  # the same as global
 )
 def test_flops_by_arithmetic_are_those_of_the_forward(size, name):
     config = preset(size, name)
     if size == "giant":
         config = shallow(config)
-    member = build_member(config, random_towers([config], device="meta"))
-    throughput.materialize(member.eval(), torch.device("cpu"))
-    images = torch.zeros(1, 3, config.view.side, config.view.side)
-    with torch.no_grad():
-        assert counted(member, images) == member_flops(config)
+    for one in variants(config) if size == "tiny" else [config]:
+        member = build_member(one, random_towers([one], device="meta"))
+        throughput.materialize(member.eval(), torch.device("cpu"))
+        images = torch.zeros(1, 3, one.view.side, one.view.side)
+        with torch.no_grad():
+            assert counted(member, images) == member_flops(one)
 
 
 def test_merged_adapters_are_counted_no_more(tmp_path):
