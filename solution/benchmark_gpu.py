@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from solution.throughput import count_flops, drawn_face
+from solution.flops import member_flops
+from solution.throughput import drawn_face
 
 STREAMS = ("global", "face", "fusion")
 PHOTOS = Path(__file__).resolve().parents[1] / "tests" / "photos"
@@ -273,24 +274,6 @@ def pictures(bench: Bench, count: int, side: int, seed: int = 0):
     return (255 * (0.8 * grown + 0.2 * fine)).clamp(0, 255).to(torch.uint8)
 
 
-def tower_flops(arch: Any, side: int) -> float:
-    """FLOP of one picture of `side` px in a tower of this geometry: matrix products and attention, no adapters."""
-    from solution.config import Dinov2Arch
-
-    width, tokens = arch.width, (side // arch.patch) ** 2 + 1
-    mlp = 2 * arch.mlp_ratio * width**2
-    if isinstance(arch, Dinov2Arch) and arch.swiglu:
-        mlp = 3 * width * ((int(int(width * arch.mlp_ratio) * 2 / 3) + 7) // 8 * 8)
-    block = tokens * (4 * width**2 + mlp) + 2 * tokens**2 * width
-    return 2.0 * (arch.layers * block + (tokens - 1) * 3 * arch.patch**2 * width)
-
-
-def member_flops(config: Any) -> float:
-    """FLOP of one picture in all towers of a stream."""
-    towers = [t for t in (config.tower, config.clip) if t is not None]
-    return sum(tower_flops(t.arch, config.view.side) for t in towers)
-
-
 def config_of(bench: Bench, preset_name: str, name: str) -> Any:
     """The member's configuration; in a rehearsal with its towers cut down, sharing and adapters as they are."""
     from solution.config import preset
@@ -379,7 +362,7 @@ def shares(bench: Bench, names: Sequence[str], each: Mapping[str, float], kind: 
 
     each: seconds a picture.
     """
-    flops = {name: member_flops(bench.configs[name]) for name in names}
+    flops = {n: member_flops(bench.configs[n], adapters=False) for n in names}
     rows = {name: (flops[name], each[name]) for name in names}
     rows["all"] = (sum(flops.values()), sum(each[name] for name in names))
     result = {}
@@ -774,7 +757,7 @@ def stage_five(bench: Bench, entry: dict) -> None:
         bench.need(5, name)
         views = pictures(bench, batch, configs[name].view.side)
         call = forward_of(members[name], views)
-        flops = count_flops(call) / batch
+        flops = member_flops(configs[name], adapters=False)
         peak_reset(bench)
         each[name] = seconds_of(bench, call) / batch
         entry[name] = {

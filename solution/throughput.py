@@ -177,6 +177,8 @@ def _members(ensemble, views, rate: float) -> None:
     """Time each member's forward alone, and all of them; rate: the device's FLOP/s in matrix products."""
     import torch
 
+    from solution.flops import member_flops
+
     size, total, operations = len(views[0]), 0.0, 0.0
     for name, member in ensemble.members.items():
         seen = views[ensemble.view_of[name]]
@@ -186,7 +188,9 @@ def _members(ensemble, views, rate: float) -> None:
             with torch.inference_mode():
                 return member(seen).logit
 
-        spent, flops = timed(forward, ensemble.device), count_flops(forward)
+        spent = timed(forward, ensemble.device)
+        apart = adapters_apart(member)
+        flops = size * member_flops(ensemble.configs[name], adapters=apart)
         share = f"{flops / spent / 1e12:.2f} TFLOP/s, {flops / spent / rate:.0%} of the matrix product"
         _line(name, size / spent, share)
         total, operations = total + spent, operations + flops
@@ -384,13 +388,12 @@ def matrix_rate(device, dtype) -> float:
     return 2 * side**3 / timed(lambda: a @ b, device, least=2.0)
 
 
-def count_flops(forward: Callable) -> int:
-    """Multiplications and additions of the matrix products in one call, by torch's own counter."""
-    from torch.utils.flop_counter import FlopCounterMode
+def adapters_apart(member) -> bool:
+    """Whether the tower still computes adapters beside its projections: none of them, or not all, are merged."""
+    from solution.backbones import EffortLinear
 
-    with FlopCounterMode(display=False) as counter:
-        forward()
-    return counter.get_total_flops()
+    parts = member.tower.modules()
+    return any(hasattr(p, "lora_B") or isinstance(p, EffortLinear) for p in parts)
 
 
 def peak_memory(device) -> float:

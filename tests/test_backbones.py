@@ -251,7 +251,10 @@ def test_a_renamed_library_tree_still_runs_and_saves(monkeypatch):
     with torch.no_grad():
         before, keys = tower(images).cls_token, set(tower_state(tower))
     for layer in tower.layers:  # the library of tomorrow
-        layer.attention.to_query = layer.attention._modules.pop("q_proj")
+        path, query = backbones._find(layer, "q")
+        parent, _, name = path.rpartition(".")
+        del layer.get_submodule(parent)._modules[name]
+        layer.attention.to_query = query
     with pytest.raises(WeightsError, match="_LAYER_ATTRIBUTES"):
         tower(images)
     table = backbones._LAYER_ATTRIBUTES

@@ -7,12 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_bundle import make_bundle
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from solution import benchmark, benchmark_gpu, fastpath, maps
-from solution.config import ClipArch, Dinov2Arch, preset
+from solution.config import ClipArch, preset
 from solution.members import build_member, random_towers
-from solution.throughput import count_flops
 
 
 def numbers(value):
@@ -77,20 +75,6 @@ def test_an_unknown_stage_is_named(tmp_path, capsys):
     words = ["gpu", "--tiny", "--out", str(tmp_path), "--stages", "card,nonsense"]
     assert benchmark.main(words) == 2
     assert "nonsense" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("swiglu", [False, True])
-def test_flops_of_a_tower_are_what_torch_counts(swiglu):
-    arch = Dinov2Arch(width=32, layers=2, heads=2, swiglu=swiglu, image_side=56)
-    config = preset("tiny", "global")
-    config = replace(config, tower=replace(config.tower, arch=arch))
-    member = build_member(config, random_towers([config])).eval()
-    images = torch.zeros(1, 3, config.view.side, config.view.side, dtype=torch.uint8)
-    # Not every torch counts the fused attention of a CPU.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        counted = count_flops(lambda: member(images))
-    head = 2 * arch.width * 2
-    assert benchmark_gpu.member_flops(config) == counted - head
 
 
 def test_a_rate_leaves_out_what_all_workers_begin_with(monkeypatch):

@@ -23,16 +23,11 @@ from solution.config import (
     ViewConfig,
     preset,
 )
-from solution.data import Item, read_manifest
-from solution.faces import FaceLocator
+from solution.data import read_manifest
 from solution.images import find_inputs
 from solution.measure import Condition
 from solution.members import build_member, random_towers
 from solution.records import Batch
-
-needs_detector = pytest.mark.skipif(
-    not FaceLocator.available(), reason="the face detector's package is not installed"
-)
 
 
 def tiny(name, seed=0):
@@ -382,7 +377,6 @@ def test_the_votes_share_is_the_members_by_their_votes(bundle):
     np.testing.assert_allclose(shares, [0.5, 0.5, np.nan])
 
 
-@needs_detector
 def test_drift_writes_everything_and_goes_on_from_what_is_kept(
     bundle, manifest, tmp_path, capsys
 ):
@@ -433,7 +427,6 @@ def test_drift_writes_everything_and_goes_on_from_what_is_kept(
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
 
 
-@needs_detector
 def test_the_stated_passes_are_the_passes_made(bundle, manifest):
     ensemble = predict.load_ensemble(bundle, "cpu", exact=True)
     items, _ = read_manifest(manifest)
@@ -455,7 +448,6 @@ def test_the_stated_passes_are_the_passes_made(bundle, manifest):
 
 
 # ------------------------------------------------------------------------------------------------ the page
-@needs_detector
 def test_pages_are_self_contained_and_say_what_scoring_says(
     bundle, manifest, tmp_path, capsys
 ):
@@ -575,4 +567,3 @@ def test_a_misuse_is_named(bundle, manifest, tmp_path, capsys):
     assert explain.main(["drift", "--data", str(manifest), *lost]) == 3
     with pytest.raises(SystemExit):
         explain.main(["drift", "--data", str(manifest), *out, "--strengths", "0,2"])
-    assert isinstance(read_manifest(manifest)[0][0], Item)

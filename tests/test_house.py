@@ -28,6 +28,7 @@ ORDER = [
     "streams",
     "qtfp",
     "vlaforge",
+    "flops",
     "members",
     "hub",
     "bundle",

@@ -27,12 +27,7 @@ from solution.config import (
     VoteConfig,
 )
 from solution.data import read_manifest
-from solution.faces import FaceLocator
 from solution.members import build_member, dump_tower, fill_tower, save_member
-
-needs_detector = pytest.mark.skipif(
-    not FaceLocator.available(), reason="the face detector's package is not installed"
-)
 
 
 @pytest.fixture
@@ -122,7 +117,6 @@ def test_overlap_and_pixel_auc_by_hand():
     assert overlap == 1.0 and np.isnan(area)
 
 
-@needs_detector
 @pytest.mark.parametrize("source", ["image", "face"])
 def test_the_mask_lies_where_the_view_was_changed(manifest, source):
     items, _ = read_manifest(manifest, split="val")
@@ -144,7 +138,6 @@ def test_the_mask_lies_where_the_view_was_changed(manifest, source):
     assert source_changed >= 3
 
 
-@needs_detector
 def test_degradation_leaves_the_mask_alone(manifest):
     items, _ = read_manifest(manifest, split="val")
     engine = DegradationConfig(global_p=1.0)
@@ -155,7 +148,6 @@ def test_degradation_leaves_the_mask_alone(manifest):
         assert np.array_equal(a.mask, b.mask) and not np.array_equal(a.fake, b.fake)
 
 
-@needs_detector
 def test_the_command_writes_figures_and_pictures(manifest, bundle, tmp_path, capsys):
     opened, _ = bundle
     out = tmp_path / "out"

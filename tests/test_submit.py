@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -17,17 +16,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from make_clip import CLIP
 from odd_files import make_odd_files
+from skimage import data
 from tiny_bundle import make_bundle, make_pictures
 
 import submit
-from solution import predict, weights
+from solution import fastpath, predict, weights
 from solution.images import find_inputs
 from solution.submission import main as submission_main
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = ROOT / "tests" / "photos"
-CLIPS = ROOT.parent / "shared" / "data" / "clips_ffpp_c23"
 
 
 @pytest.fixture(scope="module")
@@ -203,16 +203,31 @@ def test_a_video_has_a_row_and_its_frames_in_the_sidecar(tiny, tmp_path):
     assert record["counts"]["scored_now"] == 1  # the broken one is tried again
 
 
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="no clips beside the project")
-def test_real_clips_have_a_row_each(tiny, tmp_path):
-    out = tmp_path / "preds.csv"
-    assert run(tiny, CLIPS, out, "--frames", 4) == 0
-    sides = table(tmp_path / "preds.members.csv")
-    assert len(table(out)) == len(list(CLIPS.rglob("*.mp4")))
-    for name in {row["image"] for row in sides}:
-        frames = [r for r in sides if r["image"] == name and r["frame"]]
-        assert len(frames) == 4  # a track is there in all of them or in none
-        assert len({bool(row["face_x0"]) for row in frames}) == 1
+def face_clip(path, frames=24, side=240):
+    """A camera that moves over a photograph with a face, whose middle frame is grey: nobody is found there."""
+    photo = data.astronaut()[:, :, ::-1]
+    codec = cv2.VideoWriter_fourcc(*"mp4v")
+    writer = cv2.VideoWriter(str(path), codec, 24, (side, side))
+    for number in range(frames):
+        view = photo[number : number + side, 80 + 2 * number : 80 + 2 * number + side]
+        hidden = number in (frames // 2 - 1, frames // 2, frames // 2 + 1)
+        writer.write(np.full_like(view, 128) if hidden else np.ascontiguousarray(view))
+    writer.release()
+
+
+def test_a_face_is_followed_through_a_clip_or_is_nowhere_in_it(tiny, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    face_clip(folder / "face.mp4")
+    shutil.copy(CLIP, folder / "nobody.mp4")
+    assert run(tiny, folder, tmp_path / "preds.csv", "--frames", 5) == 0
+    assert len(table(tmp_path / "preds.csv")) == 2
+    sides = [r for r in table(tmp_path / "preds.members.csv") if r["frame"]]
+    found = [bool(row["face_x0"]) for row in sides if row["image"] == "face.mp4"]
+    assert found == [True] * 5  # the middle one bridged
+    assert [bool(r["face_x0"]) for r in sides if r["image"] == "nobody.mp4"] == (
+        [False] * 5
+    )
 
 
 def test_without_the_detector_whole_pictures_are_scored_and_that_is_said(
@@ -306,23 +321,23 @@ def test_on_error_fail_ends_the_run_without_scores(tiny, pictures, tmp_path, cap
     assert run(tiny, tmp_path / "in", out) == 4
 
 
-def test_help_comes_at_once_and_imports_nothing_heavy():
-    code = "import submit, sys; print({'torch', 'numpy', 'cv2'} & set(sys.modules))"
+def test_help_imports_nothing_heavy():
+    code = """
+import sys, submit
+try:
+    submit.main(["--help"])
+except SystemExit as ended:
+    print("ended", ended.code, {"torch", "numpy", "cv2", "pandas"} & set(sys.modules))
+"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        check=False,
+        check=True,
     )
-    assert done.stdout.strip() == "set()"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    words = [sys.executable, "submit.py", "--help"]
-    subprocess.run(words, cwd=ROOT, capture_output=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Processor time, so that a busy machine does not fail it.
-    spent = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    assert spent < 1.5
+    assert "--selftest" in done.stdout
+    assert done.stdout.splitlines()[-1] == "ended 0 set()"
 
 
 def test_the_selftest_tells_sound_weights_from_others(tiny, tmp_path, capsys):
@@ -448,9 +463,11 @@ def test_other_weights_or_options_start_anew(tiny, pictures, tmp_path, capsys):
     out = tmp_path / "preds.csv"
     assert run(tiny, pictures, out) == 0
     other = make_bundle(tmp_path / "other", ("global",), seed=1)
+    usual = fastpath.pick_precision(torch.device("cpu"))
+    unusual = "float32" if usual != "float32" else "bfloat16"
     for given, wanted in (
         ((other, pictures, out), "weights"),
-        ((other, pictures, out, "--exact"), "precision"),
+        ((other, pictures, out, "--precision", unusual), "precision"),
     ):
         assert run(*given) == 0
         assert wanted in capsys.readouterr().err

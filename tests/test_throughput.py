@@ -1,34 +1,105 @@
 """The inference benchmark: what it counts, what it builds, and that its commands run."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from make_smoke_data import write
 from tiny_bundle import make_bundle
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from solution import benchmark, throughput
+from solution.bundle import load_members
 from solution.calibration import Calibrator
-from solution.config import Dinov2Arch, VoteConfig, preset
+from solution.config import MEMBERS, AdapterConfig, VoteConfig, preset
 from solution.faces import FaceLocator
+from solution.flops import member_flops
 from solution.members import build_member, random_towers
+from solution.predict import load_ensemble
 
 
-def test_flops_are_those_of_the_architecture():
-    config = preset("tiny", "face")
-    member = build_member(config, random_towers([config])).eval()
-    arch, count, rank = config.tower.arch, 3, config.adapter.rank
-    assert isinstance(arch, Dinov2Arch)
-    tokens, width = (config.view.side // arch.patch) ** 2 + 1, arch.width
-    # A block's matrices: four projections, each with its LoRA, and the MLP.
-    matrices = 4 * (width**2 + 2 * rank * width) + 2 * arch.mlp_ratio * width**2
-    block = tokens * matrices + 2 * tokens**2 * width
-    patches = (tokens - 1) * 3 * arch.patch**2 * width
-    expected = 2 * count * (arch.layers * block + patches + 2 * width)
-    images = torch.zeros(
-        count, 3, config.view.side, config.view.side, dtype=torch.uint8
-    )
-    with torch.no_grad():
-        assert throughput.count_flops(lambda: member(images)) == expected
+def test_flops_of_a_stream_by_hand():
+    adapter = AdapterConfig("lora", rank=16)
+    config = replace(preset("compact", "global"), adapter=adapter)
+    assert config.view.side == 168
+    # 12 x 12 patches and the class token; DINOv2 ViT-S/14 with LoRA of rank 16 on four projections.
+    tokens, width, rank = 145, 384, 16
+    matrices = 4 * (width * width + 2 * rank * width) + 2 * 4 * width * width
+    block = tokens * matrices + 2 * tokens * tokens * width
+    patches = 144 * 3 * 14 * 14 * width
+    assert member_flops(config) == 2 * (12 * block + patches + 2 * width)
+    merged = 12 * tokens * 4 * 2 * rank * width
+    assert member_flops(config, adapters=False) == member_flops(config) - 2 * merged
+
+
+def counted(member, images):
+    """FLOP by torch's counter, which sees attention only where its plain kernel is all there is."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            member(images)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops()
+
+
+def shallow(config):
+    """The member at its width with one block instead of forty: every block costs the same."""
+    tower = replace(config.tower, arch=replace(config.tower.arch, layers=1))
+    clip = config.clip
+    if clip is not None:
+        clip = replace(clip, arch=replace(clip.arch, layers=1))
+    own = replace(config.vlaforge, fusion_layers=(1, 1, 1), adapter=False)
+    return replace(config, tower=tower, clip=clip, vlaforge=own)
+
+
+def variants(config):
+    """Every way in which a member's configuration changes what it computes."""
+    yield config
+    if config.kind == "qtfp":
+        for more in ({"pool": "cls"}, {"key_width": 0, "readout": "mean"}):
+            yield replace(config, qtfp=replace(config.qtfp, **more))
+        for kind in ("lora", "effort"):
+            yield replace(config, adapter=AdapterConfig(kind, rank=3))
+    if config.kind == "vlaforge":
+        for more in ({"adapter": True}, {"copy_gain": 1.0}):
+            yield replace(config, vlaforge=replace(config.vlaforge, **more))
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [("tiny", name) for name in MEMBERS]
+    + [("compact", name) for name in MEMBERS]
+    + [("giant", name) for name in MEMBERS if name != "face"],  # the same as global
+)
+def test_flops_by_arithmetic_are_those_of_the_forward(size, name):
+    config = preset(size, name)
+    if size == "giant":
+        config = shallow(config)
+    for one in variants(config) if size == "tiny" else [config]:
+        member = build_member(one, random_towers([one], device="meta"))
+        throughput.materialize(member.eval(), torch.device("cpu"))
+        images = torch.zeros(1, 3, one.view.side, one.view.side)
+        with torch.no_grad():
+            assert counted(member, images) == member_flops(one)
+
+
+def test_merged_adapters_are_counted_no_more(tmp_path):
+    made = make_bundle(tmp_path / "tiny", ("global", "face", "fusion", "qtfp"))
+    apart = load_members(made)
+    assert all(throughput.adapters_apart(member) for member in apart.values())
+    ensemble = load_ensemble(made, "cpu", precision="float32")
+    for name, member in ensemble.members.items():
+        assert not throughput.adapters_apart(member)
+        side = member.config.view.side
+        images = torch.zeros(2, 3, side, side)
+        member.tower.use(member.adapter)
+        with torch.no_grad():
+            expected = 2 * member_flops(ensemble.configs[name], adapters=False)
+            assert counted(member, images) == expected
 
 
 def test_a_member_on_the_meta_device_is_filled_where_it_should_be():

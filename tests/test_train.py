@@ -316,7 +316,7 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_weights(tmp_path):
     data = write(tmp_path / "data", train=48)
     more = [
         "--set",
-        "train.epochs=4",
+        "train.epochs=2",
         "--set",
         "train.save_every=5",
         "--set",

@@ -23,7 +23,8 @@ def make_bundle(
 ) -> Bundle:
     """Members whose adapters do something and whose logits differ from picture to picture."""
     torch.manual_seed(seed)
-    for name in ("global", *members):  # the tower is stored with `global`
+    # The towers that others share, or are laid out anew from, are stored with the members that train them.
+    for name in dict.fromkeys(("global", "semantic", *members)):
         config = preset("tiny", name)
         member = build_member(config, random_towers([config]))
         with torch.no_grad():
