@@ -326,6 +326,8 @@ class VlaforgeConfig:
     vla_scale: A_VLA is this number times a cosine, so fake minus real stays within twice it. The released code has
         100 times an unbounded inner product. 30 fits a frozen text tower, whose two sentences hardly differ; where the
         text tower is learned (`train_text`) they move apart, and 10 does.
+    vla_norm: whether the patches in the joint space are standardised channel by channel (ours). Without it their common
+        part fills the cosine, and where the text is learned the two sentences fall into one within twenty steps.
     bias_scale: the learned factor of the attention biases, at the start; they begin with about half of it as their
         spread over the patches, in the nats of an attention score.
     copy_gain: how much the global head sees a copy's difference from the class token enlarged; 1 as published. A tower
@@ -359,6 +361,7 @@ class VlaforgeConfig:
     )
     vla_channel: str = "raw"
     vla_scale: float = 30.0
+    vla_norm: bool = True
     bias_scale: float = 2.0
     copy_gain: float = 1.0
     adapter: bool = False
@@ -1032,7 +1035,9 @@ def preset(name: str, member: str) -> MemberConfig:
 
 # ---------------------------------------------------------------------------------------------------- to and from JSON
 # What held before a field existed: a file that lacks it was written then.
-BUILT_IN = {VlaforgeConfig: {"vla_channel": "softmax", "vla_scale": 100.0}}
+BUILT_IN = {
+    VlaforgeConfig: {"vla_channel": "softmax", "vla_scale": 100.0, "vla_norm": False}
+}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

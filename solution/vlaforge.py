@@ -473,6 +473,7 @@ class Vlaforge(Member):
         self.localize = _localization_head(settings.queries)
         self.global_head = GlobalHead(settings.queries, arch.embed_dim)
         self.to_joint = nn.Linear(tower.width, arch.embed_dim)
+        self.joint_norm = BatchNorm(arch.embed_dim) if settings.vla_norm else None
         self.to_words = (
             nn.Identity()
             if arch.text_width == arch.embed_dim
@@ -586,10 +587,13 @@ class Vlaforge(Member):
         """Patches in the joint space (B, N, E), and A_VLA (B, 2, h, w), `vla_scale` times their cosine to the sentences.
 
         The released code multiplies 100 by the inner product with the patches as they come out of their projection,
-        whose norm is unbounded; a cosine bounds the likeness, and with it how far the map losses can drive it.
+        whose norm is unbounded; a cosine bounds the likeness, and with it how far the map losses can drive it. Patches
+        of all pictures have much in common: `vla_norm` takes that out (and gives back what the losses ask for).
         """
         dtype = self.to_joint.weight.dtype
         embeddings = self.to_joint(seen.patch_tokens.to(dtype))
+        if self.joint_norm is not None:
+            embeddings = self.joint_norm(embeddings.transpose(1, 2)).transpose(1, 2)
         sentences = self.sentences(self.project(seen.cls_token).to(dtype))  # (B, 2, E)
         unit = F.normalize(embeddings.float(), dim=-1)
         # The scale magnifies rounding.
