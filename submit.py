@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
         "--shard",
         type=_shard,
         metavar="I/N",
-        help="score the I-th of N parts (1/N .. N/N); join them with python -m solution.submission merge",
+        help="score the I-th of N parts (1/N .. N/N); join them with python -m solution.scoring.files merge",
     )
     add(
         "--engine",
@@ -165,10 +165,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not args.selftest:
             inputs = prepare(args)
-        from solution.backbones import WeightsError
         from solution.config import ConfigError
-        from solution.images import UnreadableInput
-        from solution.predict import ScoringError
+        from solution.data.images import UnreadableInput
+        from solution.models.towers import WeightsError
+        from solution.scoring.ensemble import ScoringError
 
         try:
             return selftest(args) if args.selftest else score(args, inputs)
@@ -194,9 +194,9 @@ class Refusal(Exception):
 
 def prepare(args: argparse.Namespace):
     """The inputs, and a place for every output, found before anything slow begins."""
-    from solution import submission
-    from solution.images import InputError, find_inputs
-    from solution.journal import journal_path
+    from solution.data.images import InputError, find_inputs
+    from solution.scoring import files as submission
+    from solution.scoring.journal import journal_path
 
     try:
         submission.score_format(args.out)
@@ -226,7 +226,7 @@ def _tell(line: str) -> None:
 
 def selftest(args: argparse.Namespace) -> int:
     """Recompute the bundle's golden logits on the device, in float32; 0 when they agree, else 3."""
-    from solution.fastpath import pick_device
+    from solution.models.merging import pick_device
     from solution.weights import open_bundle, run_selftest
 
     bundle = open_bundle(args.weights, report=_tell)
@@ -242,8 +242,8 @@ def selftest(args: argparse.Namespace) -> int:
 
 def score(args: argparse.Namespace, inputs) -> int:
     """The whole pipeline; 0 done, 4 done with inputs that could not be read."""
-    from solution import predict
-    from solution.journal import Journal
+    from solution.scoring import ensemble as predict
+    from solution.scoring.journal import Journal
     from solution.weights import open_bundle
 
     rank, ranks = _rank(), _ranks()
@@ -298,7 +298,7 @@ def loading(args, members: list[str], batch_size: int | None) -> dict:
 
 def chosen_members(text: str | None, bundle) -> list[str]:
     """The members to score with: those with votes, all, or those named."""
-    from solution.predict import voters
+    from solution.scoring.ensemble import voters
 
     if text is None:
         return voters(bundle)
@@ -307,7 +307,7 @@ def chosen_members(text: str | None, bundle) -> list[str]:
 
 def faces_available(ensemble) -> bool:
     """Whether faces are looked for; says so when they should be and cannot."""
-    from solution.faces import FaceDetectorMissing, detector_file
+    from solution.data.faces import FaceDetectorMissing, detector_file
 
     if all(view.face is None for view in ensemble.views):
         return False
@@ -336,8 +336,8 @@ def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> fl
 
     from tqdm import tqdm
 
-    from solution import predict
-    from solution.images import UnreadableInput
+    from solution.data.images import UnreadableInput
+    from solution.scoring import ensemble as predict
 
     settings = {"frames": args.frames, "faces": faces}
     if _ranks() > 1:
@@ -395,7 +395,7 @@ def write(args, ensemble, bundle, plan, journal, found: int, seconds: float) -> 
 
     import numpy as np
 
-    from solution import submission
+    from solution.scoring import files as submission
 
     indices, names = np.flatnonzero(plan.share()), list(ensemble.members)
     missing = int((~journal.done[indices]).sum())
@@ -439,7 +439,7 @@ def write(args, ensemble, bundle, plan, journal, found: int, seconds: float) -> 
 
 def verdicts(args, ensemble, journal, indices, scores, counts):
     """The sidecar's rows, some at a time; fills in `scores` (N,) and counts what failed on the way."""
-    from solution.predict import judge
+    from solution.scoring.ensemble import judge
 
     for start in range(0, len(indices), 1024):
         part = indices[start : start + 1024]
@@ -494,7 +494,8 @@ def write_report(args, ensemble, inputs) -> None:
     """The label-free report of this run's sidecar."""
     import csv
 
-    from solution import report, submission
+    from solution.evaluation import report
+    from solution.scoring import files as submission
 
     with submission.members_path(args.out).open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if not row.get("frame")]
@@ -510,8 +511,8 @@ def write_report(args, ensemble, inputs) -> None:
 
 def explain(args, ensemble, inputs) -> None:
     """Maps for the pictures with the highest scores, in PREDS.explain/."""
-    from solution import submission
     from solution.explain import explain_pictures
+    from solution.scoring import files as submission
 
     scores = submission.read_scores(args.out)
     pictures = [i for i in inputs if i.kind == "image" and i.name in scores]

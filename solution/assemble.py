@@ -15,17 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
-from solution import predict, weights
-from solution.backbones import WeightsError
-from solution.bundle import write_bundle
-from solution.calibration import Calibrator
+from solution import weights
+from solution.bundles.bundle import write_bundle
+from solution.bundles.members import read_config
 from solution.config import ConfigError, DegradationConfig, VoteConfig
-from solution.data import ManifestError, draw_items, read_manifest
-from solution.faces import FaceDetectorMissing
-from solution.fit import fit_ensemble
-from solution.images import UnreadableInput
-from solution.members import read_config
-from solution.submission import write_atomically
+from solution.data.faces import FaceDetectorMissing
+from solution.data.images import UnreadableInput
+from solution.data.training import ManifestError, draw_items, read_manifest
+from solution.evaluation.fit import fit_ensemble
+from solution.io import write_atomically
+from solution.models.calibration import Calibrator
+from solution.models.towers import WeightsError
+from solution.scoring import ensemble as predict
 from solution.train import readable
 
 

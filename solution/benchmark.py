@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from solution import degradation
-from solution.benchmark_gpu import add_gpu
 from solution.config import DegradationConfig
-from solution.throughput import add_inference, add_parity
+from solution.data import degradation
+from solution.studies.gpu import add_gpu
+from solution.studies.throughput import add_inference, add_parity
 
 
 # ------------------------------------------------------------------------------------------------ what stages share
@@ -40,7 +40,7 @@ def picture_of(path: Path | None, side: int) -> np.ndarray:
     """The picture at `path` as a (side, side) square, or a photo-like one without a path."""
     if path is None:
         return photo_like(side)
-    from solution.images import decode_image, resize_image
+    from solution.data.images import decode_image, resize_image
 
     image = decode_image(path)
     edge = min(image.shape[:2])
@@ -160,7 +160,7 @@ class DegradedFile:
         return self.count
 
     def __getitem__(self, index: int) -> np.ndarray:
-        from solution.images import decode_image
+        from solution.data.images import decode_image
 
         image = decode_image(self.path)
         rng = np.random.default_rng([self.seed, index])
@@ -184,8 +184,8 @@ def run_vlaforge(args: argparse.Namespace) -> int:
     """Time both formulations on random weights and print their ratio and largest difference; 1 when they differ."""
     import torch
 
+    from solution.bundles.members import build_member, random_towers
     from solution.config import preset
-    from solution.members import build_member, random_towers
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -245,7 +245,7 @@ def _two_passes(member, images):
     """The tokens of a first pass and the class token of a second; `start` holds all tokens before the first block."""
     import torch.nn.functional as F
 
-    from solution.vlaforge import ClipPass
+    from solution.models.vlaforge import ClipPass
 
     side = member.tower.config.arch.image_side
     images = F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
@@ -261,7 +261,7 @@ def _joint_pass(member, seen, bias):
     import torch
     import torch.nn.functional as F
 
-    from solution.backbones import finish_block, split_heads
+    from solution.models.towers import finish_block, split_heads
 
     tower, (count, heads, queries, patches) = member.tower, bias.shape
     length = queries + 1 + patches
@@ -284,7 +284,7 @@ def _sentences_alone(member, embedding):
     import torch
     import torch.nn.functional as F
 
-    from solution.vlaforge import encode_prompts, prompt_embeddings
+    from solution.models.vlaforge import encode_prompts, prompt_embeddings
 
     length = member.tower.config.arch.context
     found = []
@@ -337,7 +337,7 @@ def run_faces(args: argparse.Namespace) -> int:
     from skimage import data
 
     from solution.config import FaceConfig
-    from solution.faces import FaceLocator
+    from solution.data.faces import FaceLocator
 
     degradation.use_one_opencv_thread()
     thresholds = [float(text) for text in args.thresholds.split(",")]
@@ -373,7 +373,7 @@ def run_faces(args: argparse.Namespace) -> int:
 
 def _right(found, pictures, locator) -> int:
     """How many of the damaged pictures' best faces overlap the clean picture's best one by half."""
-    from solution.faces import overlap
+    from solution.data.faces import overlap
 
     right = 0
     for faces, picture in zip(found, pictures, strict=True):
@@ -386,7 +386,7 @@ def _face_pictures(path: Path, args: argparse.Namespace) -> list[np.ndarray]:
     """`args.count` pictures of a folder, list or manifest, drawn by `args.seed`."""
     import csv
 
-    from solution.images import VIDEO_SUFFIXES, decode_image, find_inputs
+    from solution.data.images import VIDEO_SUFFIXES, decode_image, find_inputs
 
     if path.suffix == ".csv":
         with open(path, newline="", encoding="utf-8") as file:
@@ -403,7 +403,7 @@ def _face_free(tiles: int, seed: int) -> list[np.ndarray]:
     """scikit-image's face-free pictures, whole and `tiles` tiles of each, 64 to 384 px brought to 256."""
     from skimage import data
 
-    from solution.images import resize_image
+    from solution.data.images import resize_image
 
     rng, pictures = np.random.default_rng(seed), []
     for name in FACE_FREE:

@@ -237,7 +237,8 @@ def check_hub() -> Check:
     """How the Hub would be reached, and which public towers and bundles are here already. No request is made."""
     from huggingface_hub import constants, get_token
 
-    from solution import config, hub
+    from solution import config
+    from solution.bundles import hub
     from solution.weights import published_home
 
     here = ["ntire26 bundle"] if published_home().is_dir() else []
@@ -259,7 +260,7 @@ def check_face_detector() -> Check:
     import numpy as np
 
     from solution.config import FaceConfig
-    from solution.faces import FaceLocator, detector_file
+    from solution.data.faces import FaceLocator, detector_file
 
     FaceLocator(FaceConfig()).locate(np.zeros((64, 64, 3), np.uint8))
     return Check("face detector", "ok", str(detector_file()))
@@ -267,7 +268,7 @@ def check_face_detector() -> Check:
 
 def check_weights(weights: str | None) -> Check:
     """The bundle is there and every file matches its SHA-256; a preset that was never imported is not imported here."""
-    from solution.backbones import WeightsError
+    from solution.models.towers import WeightsError
     from solution.weights import COMPACT, MANIFEST, open_bundle, published_home
 
     name = weights or "compact"
@@ -296,8 +297,8 @@ def check_forward(device: str | None) -> Check:
     """One forward pass of a tiny member, on the device and on the CPU, which must agree."""
     import torch
 
+    from solution.bundles.members import build_member, random_towers
     from solution.config import preset
-    from solution.members import build_member, random_towers
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = preset("tiny", "global")

@@ -26,10 +26,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from solution import calibration, report
-from solution.calibration import Calibrator
 from solution.config import OPS, DegradationConfig, VoteConfig
-from solution.measure import (
+from solution.evaluation import report
+from solution.evaluation.measure import (
     ENSEMBLE,
     Condition,
     EvaluationError,
@@ -37,8 +36,10 @@ from solution.measure import (
     Run,
     measure,
 )
-from solution.submission import atomic_file, write_atomically
-from solution.vote import combine
+from solution.io import atomic_file, source_hash, write_atomically
+from solution.models import calibration
+from solution.models.calibration import Calibrator
+from solution.scoring.vote import combine
 
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 JPEG_QUALITIES = (100, 90, 80, 70, 60, 50, 40, 30, 20, 10, 5)  # the paper's sweep
@@ -227,9 +228,7 @@ def _score_file(condition: Condition, bundle: str, fingerprint: str) -> str:
 
 def _engine_hash() -> str:
     """Of the engine's source: degraded scores that an older engine made are not taken for this one's."""
-    folder = Path(__file__).parent
-    sources = [(folder / f"degradation{part}.py").read_bytes() for part in ("", "_ops")]
-    return hashlib.sha256(b"".join(sources)).hexdigest()
+    return source_hash("data.degradation", "data.degradation_ops")
 
 
 def _write_logits(path: Path, names: Sequence[str], logits: Logits) -> None:
@@ -539,10 +538,10 @@ def _evaluate_predictions(arguments: argparse.Namespace) -> int:
 
 def _evaluate_bundle(arguments: argparse.Namespace) -> int:
     # Here and not above: scoring brings torch, which a report on given scores does without.
-    from solution import predict
-    from solution.backbones import WeightsError
-    from solution.faces import FaceDetectorMissing
-    from solution.images import UnreadableInput
+    from solution.data.faces import FaceDetectorMissing
+    from solution.data.images import UnreadableInput
+    from solution.models.towers import WeightsError
+    from solution.scoring import ensemble as predict
 
     if arguments.weights is None:
         raise EvaluationError("--data needs --weights")
@@ -677,8 +676,8 @@ def read_items(
     manifest: Path, *, split: str | None, frames: int, out: Path
 ) -> tuple[list[Any], str]:
     """The manifest's pictures, and what it lost. With `frames`, video files become that many PNGs under `out/frames`."""
-    from solution import data
-    from solution.images import VIDEO_SUFFIXES
+    from solution.data import training as data
+    from solution.data.images import VIDEO_SUFFIXES
 
     items, dropped = data.read_manifest(manifest, split=split, videos=frames > 0)
     pictures = []
@@ -694,7 +693,7 @@ def _frames_of(item: Any, frames: int, folder: Path) -> list[Any]:
     """An item per sampled frame, written once as PNG and found again by a later run."""
     import cv2
 
-    from solution.images import sample_frames
+    from solution.data.images import sample_frames
 
     known = f"{item.name}, {os.path.getsize(item.path)} bytes, {frames} frames"
     folder = folder / hashlib.sha256(known.encode()).hexdigest()[:16]

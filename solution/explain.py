@@ -23,14 +23,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from solution import drift, drift_figures, maps, predict
-from solution.backbones import WeightsError
 from solution.config import ConfigError, FaceConfig
-from solution.data import Item, ManifestError, read_manifest
-from solution.drift import ATTENTION, CAM, Seen, locators_of, see
-from solution.evaluate import limit_items
-from solution.explain_page import Explained, Map, MemberView, Pages
-from solution.faces import (
+from solution.data.faces import (
     FaceDetectorMissing,
     FaceLocator,
     choose_face,
@@ -38,7 +32,7 @@ from solution.faces import (
     crop_square,
     view_box,
 )
-from solution.images import (
+from solution.data.images import (
     Input,
     InputError,
     UnreadableInput,
@@ -46,12 +40,20 @@ from solution.images import (
     find_inputs,
     resize_image,
 )
-from solution.journal import Scored
-from solution.measure import EvaluationError, Pictures
-from solution.predict import Ensemble
+from solution.data.training import Item, ManifestError, read_manifest
+from solution.evaluate import limit_items
+from solution.evaluation import maps
+from solution.evaluation.measure import EvaluationError, Pictures
+from solution.evaluation.pages import Explained, Map, MemberView, Pages
+from solution.io import write_atomically
+from solution.models.towers import WeightsError
 from solution.records import FaceBox
-from solution.submission import write_atomically
-from solution.vote import decide
+from solution.scoring import ensemble as predict
+from solution.scoring.ensemble import Ensemble
+from solution.scoring.journal import Scored
+from solution.scoring.vote import decide
+from solution.studies import drift, drift_figures
+from solution.studies.drift import ATTENTION, CAM, Seen, locators_of, see
 
 # Of a stated time over the measured speed: a busy machine.
 MARGIN = 1.5

@@ -33,15 +33,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from solution.backbones import (
-    Tower,
-    WeightsError,
-    adapter_state,
-    build_tower,
-    count_parameters,
-    is_norm,
-    load_state,
-    tower_parameters,
+from solution.bundles.members import (
+    build_member,
+    fill_tower,
+    read_config,
+    save_member,
+    tower_configs,
 )
 from solution.config import (
     MEMBERS,
@@ -54,7 +51,9 @@ from solution.config import (
     preset,
     to_dict,
 )
-from solution.data import (
+from solution.data.faces import FaceDetectorMissing
+from solution.data.images import UnreadableInput, decode_image
+from solution.data.training import (
     DropReport,
     Item,
     ManifestError,
@@ -72,20 +71,21 @@ from solution.data import (
     training_loader,
     validation_loader,
 )
-from solution.faces import FaceDetectorMissing
-from solution.fastpath import pick_device
-from solution.images import UnreadableInput, decode_image
-from solution.member import Member
-from solution.members import (
-    build_member,
-    fill_tower,
-    read_config,
-    save_member,
-    tower_configs,
+from solution.evaluation.metrics import auc, auc_by_source
+from solution.io import atomic_file, write_atomically
+from solution.models.member import Member
+from solution.models.merging import pick_device
+from solution.models.towers import (
+    Tower,
+    WeightsError,
+    adapter_state,
+    build_tower,
+    count_parameters,
+    is_norm,
+    load_state,
+    tower_parameters,
 )
-from solution.metrics import auc, auc_by_source
 from solution.records import Batch, MemberOutput
-from solution.submission import atomic_file, write_atomically
 from solution.weights import tower_weights
 
 

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from solution import hub, published
-from solution.backbones import WeightsError
-from solution.bundle import (
+from solution.bundles import hub
+from solution.bundles import ntire26 as published
+from solution.bundles.bundle import (
     GOLDEN,
     MANIFEST,
     Bundle,
@@ -40,11 +40,12 @@ from solution.bundle import (
     tower_weights,
     write_bundle,
 )
+from solution.bundles.hub import HubRef
+from solution.bundles.members import FORMAT
 from solution.config import PRESETS, ConfigError, MemberConfig
-from solution.hub import HubRef
-from solution.member import Member
-from solution.members import FORMAT
-from solution.submission import write_atomically
+from solution.io import write_atomically
+from solution.models.member import Member
+from solution.models.towers import WeightsError
 
 __all__ = [  # other rooms take all of these from here
     "Bundle",

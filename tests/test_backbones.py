@@ -9,8 +9,9 @@ from open_clip import CLIP
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from transformers import Dinov2Config, Dinov2Model
 
-from solution import backbones
-from solution.backbones import (
+from solution.config import AdapterConfig, ClipArch, Dinov2Arch, TowerConfig, preset
+from solution.models import towers as backbones
+from solution.models.towers import (
     WeightsError,
     adapter_state,
     add_adapter,
@@ -23,7 +24,6 @@ from solution.backbones import (
     to_stable,
     tower_state,
 )
-from solution.config import AdapterConfig, ClipArch, Dinov2Arch, TowerConfig, preset
 
 DINO = Dinov2Arch(width=48, layers=3, heads=4, swiglu=True, image_side=70)
 PLAIN = replace(DINO, swiglu=False)

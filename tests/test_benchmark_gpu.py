@@ -8,9 +8,12 @@ import pytest
 import torch
 from tiny_bundle import make_bundle
 
-from solution import benchmark, benchmark_gpu, fastpath, maps
+from solution import benchmark
+from solution.bundles.members import build_member, random_towers
 from solution.config import ClipArch, preset
-from solution.members import build_member, random_towers
+from solution.evaluation import maps
+from solution.models import merging as fastpath
+from solution.studies import gpu as benchmark_gpu
 
 
 def numbers(value):

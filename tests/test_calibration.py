@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from solution import calibration, metrics
-from solution.calibration import Calibrator
 from solution.config import ConfigError
+from solution.evaluation import metrics
+from solution.models import calibration
+from solution.models.calibration import Calibrator
 
 
 def distorted(seed, distort, n=4000):

@@ -17,7 +17,8 @@ from solution.config import (
     SamplingConfig,
     preset,
 )
-from solution.data import (
+from solution.data.images import UnreadableInput
+from solution.data.training import (
     Augmentation,
     ManifestError,
     TrainingViews,
@@ -30,7 +31,6 @@ from solution.data import (
     select,
     training_loader,
 )
-from solution.images import UnreadableInput
 
 
 def save(path, seed=0):
@@ -319,7 +319,7 @@ def test_an_unreadable_picture_stops_or_is_dropped_by_policy(tmp_path):
     items, _ = read_manifest(write(tmp_path), split="train")
     items[0].path.write_bytes(b"no picture")
     config = preset("tiny", "global")
-    from solution.data import Sample
+    from solution.data.training import Sample
 
     bad, good = Sample(0, 0, 0, False), Sample(0, 1, 3, False)
     with pytest.raises(UnreadableInput, match=items[0].path.name):

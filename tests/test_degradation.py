@@ -11,10 +11,11 @@ import reference_degradation as reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from solution import benchmark, degradation
-from solution import degradation_ops as ops
+from solution import benchmark
 from solution.config import OPS, DegradationConfig
-from solution.degradation import (
+from solution.data import degradation
+from solution.data import degradation_ops as ops
+from solution.data.degradation import (
     Op,
     apply_recipe,
     degrade,

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from solution import evaluate, fit, measure, metrics, report
-from solution.calibration import Calibrator, sigmoid
+from solution import evaluate
 from solution.config import MEMBERS, NTIRE26_VOTE, OPS, DegradationConfig, VoteConfig
-from solution.data import Item
-from solution.vote import combine
+from solution.data.training import Item
+from solution.evaluation import fit, measure, metrics, report
+from solution.models.calibration import Calibrator, sigmoid
+from solution.scoring.vote import combine
 
 PROTOCOL = {"title": "a test", "manifest": "none"}
 
@@ -220,7 +221,7 @@ def test_the_sweep_has_every_op_the_mix_jpeg_and_noise():
 
 def test_the_sweep_reaches_the_pixels():
     """The engine does what a condition says: quality 5 is worse than 100, sigma 60 has a deviation of 60."""
-    from solution.degradation import degrade
+    from solution.data.degradation import degrade
 
     conditions = {c.name: c.degradation for c in evaluate.sweep_conditions(7)}
     ramp = np.linspace(0, 255, 64)
@@ -364,8 +365,8 @@ def manifest(folder, given):
 
 @pytest.fixture
 def kit(monkeypatch):
-    """`solution.predict` as evaluation sees it, without towers."""
-    module = ModuleType("solution.predict")
+    """`solution.scoring.ensemble` as evaluation sees it, without towers."""
+    module = ModuleType("solution.scoring.ensemble")
     module.loaded = []
 
     def load_ensemble(weights, device, *, second_look):
@@ -377,8 +378,8 @@ def kit(monkeypatch):
         return Scorer()(given, **settings)
 
     module.load_ensemble, module.score_pictures = load_ensemble, score_pictures
-    monkeypatch.setitem(sys.modules, "solution.predict", module)
-    monkeypatch.setattr("solution.predict", module, raising=False)
+    monkeypatch.setitem(sys.modules, "solution.scoring.ensemble", module)
+    monkeypatch.setattr("solution.scoring.ensemble", module, raising=False)
     return module
 
 
@@ -419,7 +420,7 @@ def test_the_command_refuses_in_a_line(tmp_path, kit, capsys):
     assert evaluate.main(f"--data {path} --weights w {out} --pool x".split()) == 2
 
     def missing(*_, **__):
-        from solution.backbones import WeightsError
+        from solution.models.towers import WeightsError
 
         raise WeightsError("w: no bundle there")
 

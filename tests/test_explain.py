@@ -14,8 +14,8 @@ import torch
 from skimage import data as photos
 from tiny_bundle import make_bundle, make_pictures
 
-from solution import drift, drift_figures, explain, explain_page, maps, predict
-from solution.calibration import Calibrator
+from solution import explain
+from solution.bundles.members import build_member, random_towers
 from solution.config import (
     MEMBERS,
     AdapterConfig,
@@ -23,11 +23,15 @@ from solution.config import (
     ViewConfig,
     preset,
 )
-from solution.data import read_manifest
-from solution.images import find_inputs
-from solution.measure import Condition
-from solution.members import build_member, random_towers
+from solution.data.images import find_inputs
+from solution.data.training import read_manifest
+from solution.evaluation import maps
+from solution.evaluation import pages as explain_page
+from solution.evaluation.measure import Condition
+from solution.models.calibration import Calibrator
 from solution.records import Batch
+from solution.scoring import ensemble as predict
+from solution.studies import drift, drift_figures
 
 
 def tiny(name, seed=0):

@@ -18,7 +18,7 @@ from skimage import data
 
 from solution import benchmark
 from solution.config import FaceConfig, ViewConfig
-from solution.faces import (
+from solution.data.faces import (
     FaceDetectorMissing,
     FaceLocator,
     choose_face,
@@ -30,7 +30,7 @@ from solution.faces import (
     share_locators,
     view_box,
 )
-from solution.images import resize_image
+from solution.data.images import resize_image
 from solution.records import FaceBox
 
 CONFIG = FaceConfig()

@@ -137,7 +137,7 @@ def test_sources_are_formatted_and_clean():
 
 
 def test_submission_rooms_import_without_torch():
-    code = "import sys, solution.images, solution.submission, solution.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, solution.data.images, solution.scoring.files, solution.config; sys.exit('torch' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode
         == 0

@@ -17,11 +17,12 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from solution import bundle, hub, weights
-from solution.backbones import build_tower
+from solution import weights
+from solution.bundles import bundle, hub
+from solution.bundles.members import build_member, random_towers, save_member
+from solution.bundles.ntire26 import FILES, import_ntire26
 from solution.config import MemberConfig, TowerConfig, VoteConfig, preset
-from solution.members import build_member, random_towers, save_member
-from solution.published import FILES, import_ntire26
+from solution.models.towers import build_tower
 from solution.weights import WeightsError, load_members, open_bundle
 
 ROOT = Path(__file__).resolve().parents[1]

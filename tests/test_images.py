@@ -16,8 +16,8 @@ from odd_files import make_odd_files
 from PIL import Image, ImageFile
 from skimage import data
 
-from solution import images
-from solution.images import (
+from solution.data import images
+from solution.data.images import (
     Input,
     InputError,
     Inputs,

@@ -11,9 +11,8 @@ import pytest
 import torch
 from skimage import data as pictures
 
-from solution import localize
-from solution.backbones import build_tower, tower_state
-from solution.bundle import load_members, write_bundle
+from solution.bundles.bundle import load_members, write_bundle
+from solution.bundles.members import build_member, dump_tower, fill_tower, save_member
 from solution.config import (
     AdapterConfig,
     ClipArch,
@@ -26,8 +25,9 @@ from solution.config import (
     VlaforgeConfig,
     VoteConfig,
 )
-from solution.data import read_manifest
-from solution.members import build_member, dump_tower, fill_tower, save_member
+from solution.data.training import read_manifest
+from solution.models.towers import build_tower, tower_state
+from solution.studies import localize
 
 
 @pytest.fixture

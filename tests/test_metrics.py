@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
-from solution import metrics
+from solution.evaluation import metrics
 
 EXACT = {"rel": 0, "abs": 1e-12}
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
 from solution import weights
-from solution.bundle import load_members, read_bundle
-from solution.published import FILES, import_ntire26
+from solution.bundles.bundle import load_members, read_bundle
+from solution.bundles.ntire26 import FILES, import_ntire26
 
 ROOT = Path(__file__).resolve().parents[1]
 # Miniature twins of the three published files, made with the authors' model classes and random weights, and what those

@@ -10,11 +10,9 @@ import pytest
 import torch
 from tiny_bundle import make_bundle, make_pictures
 
-from solution import bundle as bundle_room
-from solution import fastpath, predict
-from solution.backbones import WeightsError
-from solution.bundle import load_members
-from solution.calibration import Calibrator
+from solution.bundles import bundle as bundle_room
+from solution.bundles.bundle import load_members
+from solution.bundles.members import build_member, random_towers
 from solution.config import (
     MEMBERS,
     AdapterConfig,
@@ -22,12 +20,15 @@ from solution.config import (
     VoteConfig,
     preset,
 )
-from solution.data import Item, ValidationViews
-from solution.faces import FaceLocator, make_view
-from solution.images import UnreadableInput, decode_image, find_inputs
-from solution.journal import Journal, Scored, journal_path, stamp
-from solution.members import build_member, random_towers
-from solution.vote import combine, levels
+from solution.data.faces import FaceLocator, make_view
+from solution.data.images import UnreadableInput, decode_image, find_inputs
+from solution.data.training import Item, ValidationViews
+from solution.models import merging as fastpath
+from solution.models.calibration import Calibrator
+from solution.models.towers import WeightsError
+from solution.scoring import ensemble as predict
+from solution.scoring.journal import Journal, Scored, journal_path, stamp
+from solution.scoring.vote import combine, levels
 
 
 @pytest.fixture(scope="module")

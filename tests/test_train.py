@@ -19,9 +19,9 @@ from make_smoke_data import write
 from safetensors.torch import load_file
 
 from solution import train
+from solution.bundles.members import build_member, load_member, random_towers, read_config
 from solution.config import OptimConfig, override, preset
-from solution.data import read_manifest
-from solution.members import build_member, load_member, random_towers, read_config
+from solution.data.training import read_manifest
 from solution.train import Run, World, parameter_groups, phases, rate_factor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -272,7 +272,7 @@ def test_best_weights_are_validated_saved_and_reload_to_the_same_scores(tmp_path
     record = json.loads((run.folder / "config.json").read_text())
     assert record["training"]["best"]["mean"] == run.state["best"]
     towers = {n: t for n, t in zip([run.config.tower.name], [run.member.tower])}
-    from solution.backbones import build_tower, load_state, tower_state
+    from solution.models.towers import build_tower, load_state, tower_state
 
     fresh = build_tower(run.config.tower)
     load_state(tower_state(fresh), tower_state(towers[run.config.tower.name]), "twin")
@@ -402,7 +402,7 @@ def test_fusion_starts_from_the_trained_global_stream(tmp_path):
     first = make_run(tmp_path / "g", "global", settings=lora)
     for tensor in first.member.stored_state().values():
         torch.nn.init.normal_(tensor.data, std=0.1)
-    from solution.members import save_member
+    from solution.bundles.members import save_member
 
     save_member(first.member, tmp_path / "global", dtype=torch.float32)
     fusion = make_run(tmp_path / "f", "fusion", settings=lora).member

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from solution import vlaforge as room
-from solution.backbones import build_tower, count_parameters, tower_state
 from solution.config import (
     AdapterConfig,
     ClipArch,
@@ -24,9 +22,10 @@ from solution.config import (
     preset,
     to_dict,
 )
-from solution.metrics import auc
-from solution.records import Batch
-from solution.vlaforge import (
+from solution.evaluation.metrics import auc
+from solution.models import vlaforge as room
+from solution.models.towers import build_tower, count_parameters, tower_state
+from solution.models.vlaforge import (
     ClipPass,
     Vlaforge,
     adapted_pass,
@@ -34,6 +33,7 @@ from solution.vlaforge import (
     mix_scores,
     run_copies,
 )
+from solution.records import Batch
 
 ARCH = ClipArch(
     width=32,

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solution import metrics, vote
-from solution.calibration import sigmoid
 from solution.config import NTIRE26_VOTE, VoteConfig
+from solution.evaluation import metrics
+from solution.models.calibration import sigmoid
+from solution.scoring import vote
 
 
 def table(rows=10_000):

@@ -10,9 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from solution import backbones, bundle, doctor, hub, weights
-from solution.backbones import build_tower, tower_state
-from solution.calibration import Calibrator
+from solution import doctor, weights
+from solution.bundles import bundle, hub
+from solution.bundles.members import (
+    build_member,
+    dump_tower,
+    fill_tower,
+    random_towers,
+    save_member,
+)
 from solution.config import (
     MEMBERS,
     AdapterConfig,
@@ -23,13 +29,9 @@ from solution.config import (
     VoteConfig,
     preset,
 )
-from solution.members import (
-    build_member,
-    dump_tower,
-    fill_tower,
-    random_towers,
-    save_member,
-)
+from solution.models import towers as backbones
+from solution.models.calibration import Calibrator
+from solution.models.towers import build_tower, tower_state
 from solution.weights import (
     WeightsError,
     load_members,

@@ -8,10 +8,10 @@ import cv2
 import numpy as np
 import torch
 
-from solution.bundle import Bundle, write_bundle
-from solution.calibration import Calibrator
+from solution.bundles.bundle import Bundle, write_bundle
+from solution.bundles.members import build_member, random_towers, save_member
 from solution.config import MEMBERS, VoteConfig, preset
-from solution.members import build_member, random_towers, save_member
+from solution.models.calibration import Calibrator
 
 
 def make_bundle(

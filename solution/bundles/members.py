@@ -1,0 +1,215 @@
+"""Config -> module, module -> file, file -> module.
+
+A member's folder holds `config.json` (the resolved `MemberConfig` and how it was trained) and `model.safetensors` (what
+it trained, under stable keys). A tower trained whole lies apart, `towers/NAME.safetensors`, because members share it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from solution.config import MemberConfig, TowerConfig, from_dict, to_dict
+from solution.io import write_atomically
+from solution.models.member import Member
+from solution.models.qtfp import Qtfp
+from solution.models.streams import Fusion, Stream
+from solution.models.towers import (
+    Tower,
+    WeightsError,
+    add_adapter,
+    build_tower,
+    dinov2_as_clip,
+    empty_tower,
+    load_state,
+    tower_state,
+)
+from solution.models.vlaforge import Vlaforge
+
+FORMAT = 1
+_KINDS: dict[str, type[Member]] = {
+    "global": Stream,
+    "face": Stream,
+    "qtfp": Qtfp,
+    "vlaforge": Vlaforge,
+}
+
+
+def tower_configs(configs: Iterable[MemberConfig]) -> dict[str, TowerConfig]:
+    """The towers that members need, by name, including those that another is derived from first.
+
+    Raises:
+        WeightsError: two members mean different towers by one name.
+    """
+    towers: dict[str, TowerConfig] = {}
+    for config in configs:
+        for tower in (config.tower, config.clip):
+            if tower is None:
+                continue
+            if towers.setdefault(tower.name, tower) != tower:
+                raise WeightsError(
+                    f"member {config.name}: its tower {tower.name!r} differs from another member's tower of that name; "
+                    "members of one bundle share a tower or name it differently"
+                )
+    return towers
+
+
+def build_member(
+    config: MemberConfig, towers: dict[str, Tower], *, decompose: bool = True
+) -> Member:
+    """The member on `towers` (by name), its adapter added, its own parts newly initialised.
+
+    decompose: False when Effort's factors are about to be loaded.
+    """
+    tower = towers[config.tower.name]
+    add_adapter(tower, config.name, config.adapter, decompose=decompose)
+    if config.kind == "fusion":
+        return Fusion(config, tower, towers[config.clip.name])
+    return _KINDS[config.kind](config, tower)
+
+
+def random_towers(
+    configs: Iterable[MemberConfig], *, device: str = "cpu"
+) -> dict[str, Tower]:
+    """All towers of `configs` with random weights: for benchmarks, tests and (`device="meta"`) counting."""
+    return {n: build_tower(c, device=device) for n, c in tower_configs(configs).items()}
+
+
+def fill_tower(
+    config: TowerConfig,
+    state: dict[str, torch.Tensor],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    matrices: torch.dtype | None = None,
+    what: str = "",
+) -> Tower:
+    """The tower `config` with the weights `state` (stable keys).
+
+    For a CLIP whose image tower is the bundle's DINOv2 tower, `state` is that tower's and the text part, which the
+    member itself has trained or will train, starts at random. matrices: see `empty_tower`; not for such a CLIP.
+    """
+    derived = config.source.startswith("bundle:")
+    if not derived:
+        tower = empty_tower(config, device=device, dtype=dtype, matrices=matrices)
+        load_state(tower_state(tower), state, what or f"tower {config.name}")
+        return tower
+    tower = build_tower(config).to(device)
+    tower.model.to(dtype)  # not the normalisation buffers
+    image = dinov2_as_clip(state, config.arch)
+    own = {k: t for k, t in tower_state(tower).items() if not _is_text(k)}
+    load_state(own, image, what or f"tower {config.name} from {config.source[7:]}")
+    return tower
+
+
+def _is_text(key: str) -> bool:
+    return key.startswith("text.") or key == "proj"
+
+
+def dump_tower(tower: Tower, path: Path, *, dtype: torch.dtype = torch.float16) -> None:
+    """Write a tower's own weights, adapters aside, as `path` (safetensors, stable keys), whole or not at all."""
+    state = {
+        k: t.detach().to(dtype).cpu().contiguous()
+        for k, t in tower_state(tower).items()
+    }
+    # One entry: safetensors writes several in an order that changes from run to run, and bundles are hashed.
+    meta = {"tower": json.dumps({"format": FORMAT} | to_dict(tower.config))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, save(state, meta))
+
+
+def save_member(
+    member: Member,
+    folder: Path,
+    *,
+    training: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write `folder/config.json` and `folder/model.safetensors`; a whole tower goes to `folder/../towers/NAME`.
+
+    training: how the member came to be (command, data, seed, steps, validation figures), kept for the reader.
+    dtype: of floating-point weights on disk. Integer buffers keep their type.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = member.stored_state()
+    if member.config.adapter.in_place:
+        dump_tower(
+            member.tower,
+            folder.parent / "towers" / f"{member.config.tower.name}.safetensors",
+            dtype=dtype,
+        )
+        state = {k: t for k, t in state.items() if not k.startswith("tower.")}
+    packed = {k: _pack(t, dtype) for k, t in state.items()}
+    write_atomically(
+        folder / "model.safetensors", save(packed, {"format": str(FORMAT)})
+    )
+    record = {
+        "format": FORMAT,
+        "member": to_dict(member.config),
+        "training": training or {},
+    }
+    write_atomically(folder / "config.json", json.dumps(record, indent=1) + "\n")
+
+
+def _pack(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    if not tensor.is_floating_point():
+        return tensor
+    packed = tensor.to(dtype)
+    return packed if packed.isfinite().all() else tensor  # beyond float16's range
+
+
+def read_config(folder: Path) -> MemberConfig:
+    """The `MemberConfig` saved in a member's folder.
+
+    Raises:
+        WeightsError: no config.json, or one of another format.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise WeightsError(
+            f"{path}: missing; a member's folder holds config.json and model.safetensors"
+        )
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise WeightsError(
+            f"{path}: no JSON ({error}); fetch the bundle again"
+        ) from None
+    if record.get("format") != FORMAT:
+        raise WeightsError(
+            f"{path}: format {record.get('format')!r}, expected {FORMAT}; use a matching release"
+        )
+    return from_dict(MemberConfig, record["member"], str(path))
+
+
+def load_member(folder: Path, towers: dict[str, Tower]) -> Member:
+    """The member saved in `folder`, on `towers`, in eval mode.
+
+    Raises:
+        WeightsError: files missing or damaged, or keys that do not fit, by name.
+    """
+    config = read_config(folder)
+    member = build_member(config, towers, decompose=False)
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise WeightsError(
+            f"{path}: missing; a member's folder holds config.json and model.safetensors"
+        )
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: damaged ({error}); fetch it again") from None
+    target = member.stored_state()
+    if config.adapter.in_place:  # its tower was loaded from towers/
+        target = {k: t for k, t in target.items() if not k.startswith("tower.")}
+    load_state(target, state, str(path))
+    tower = towers[config.tower.name]
+    member.to(device=tower.mean.device)
+    return member.eval()

@@ -1,0 +1,52 @@
+"""Files that appear whole or not at all, and the hash of this kit's own sources.
+
+Takes paths and text or bytes; leaves a complete file on disk, or what was there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path | str, *, binary: bool = False) -> Iterator[IO]:
+    """A file to write (UTF-8 text, or bytes) that appears at `path`, whole and on disk, when the block ends well.
+
+    When it does not, `path` stays as it was. A link is written through.
+    """
+    path = Path(os.path.realpath(path))
+    temporary = path.parent / f".writing-{os.getpid()}-{secrets.token_hex(4)}"
+    how: dict[str, Any] = (
+        {"mode": "xb"}
+        if binary
+        else {"mode": "x", "encoding": "utf-8", "newline": "\n"}
+    )
+    try:
+        with open(temporary, **how) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # Ctrl-C too: nothing half-written stays
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path | str, content: str | bytes) -> None:
+    """Write `content` to `path` whole or not at all (see `atomic_file`); its folder must exist."""
+    with atomic_file(path, binary=isinstance(content, bytes)) as file:
+        file.write(content)
+
+
+def source_hash(*modules: str) -> str:
+    """SHA-256 over the sources of this package's modules, e.g. `data.degradation`: what they computed is theirs alone."""
+    digest = hashlib.sha256()
+    for module in modules:
+        digest.update((Path(__file__).parent / f"{module.replace('.', '/')}.py").read_bytes())
+    return digest.hexdigest()

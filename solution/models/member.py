@@ -1,0 +1,86 @@
+"""What every member is: a tower, an adapter, parts of its own, a forward and a loss.
+
+Takes pictures (B, 3, H, W), uint8 or float in [0, 1]; returns `MemberOutput` with a logit (B,), positive = fake.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from solution.config import MemberConfig
+from solution.models.towers import Tower, adapter_state, tower_state
+from solution.records import Batch, MemberOutput
+
+
+class Member(nn.Module):
+    """The base of the five members. Towers are injected and may be shared; everything else is the member's own.
+
+    A subclass implements `forward` and `loss`, and registers its own parts (heads, queries, buffers) as ordinary
+    submodules: their names are the stable keys of its file.
+    """
+
+    def __init__(self, config: MemberConfig, tower: Tower):
+        super().__init__()
+        self.config = config
+        self.tower = tower
+
+    @property
+    def adapter(self) -> str | None:
+        """The name of this member's adapter on its tower; None when the tower is frozen or trained whole."""
+        return (
+            self.config.name if self.config.adapter.kind in ("lora", "effort") else None
+        )
+
+    def forward(self, images: torch.Tensor) -> MemberOutput:
+        """Score pictures (B, 3, H, W) of this member's view."""
+        raise NotImplementedError
+
+    def loss(
+        self, output: MemberOutput, batch: Batch
+    ) -> tuple[torch.Tensor, dict[str, float | str]]:
+        """The scalar training loss, and its parts for the log: numbers, or a word on what was skipped."""
+        raise NotImplementedError
+
+    def after_step(self, output: MemberOutput, batch: Batch) -> dict[str, float]:
+        """Called after every optimizer step's last forward, without gradients; numbers for the log (none here)."""
+        return {}
+
+    # -- what is trained, and what is stored
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The member's own trainable parameters, towers and adapters aside."""
+        return [p for p in self.own_parameters().values() if p.requires_grad]
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters outside the towers, by name."""
+        return {
+            n: p
+            for n, p in self.named_parameters()
+            if not n.startswith(("tower.", "clip."))
+        }
+
+    def trained_tower_keys(self) -> list[str]:
+        """Stable keys of the tower that this member changes in place and therefore stores: all, or none."""
+        return list(tower_state(self.tower)) if self.config.adapter.in_place else []
+
+    def stored_state(self) -> dict[str, torch.Tensor]:
+        """Everything this member's file holds, under stable keys, sharing storage with the live parameters.
+
+        `own.*`: heads, queries, buffers; `adapter.*`: LoRA or Effort; `tower.*`: what it trained of the tower itself.
+        """
+        own = self.state_dict(keep_vars=True)
+        state = {
+            f"own.{n}": t
+            for n, t in own.items()
+            if not n.startswith(("tower.", "clip."))
+        }
+        if self.adapter is not None:
+            state |= {
+                f"adapter.{n}": t
+                for n, t in adapter_state(self.tower, self.adapter).items()
+            }
+        keys = self.trained_tower_keys()
+        if keys:
+            tower = tower_state(self.tower)
+            state |= {f"tower.{n}": tower[n] for n in keys}
+        return state

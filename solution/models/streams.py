@@ -1,0 +1,94 @@
+"""The global, face and CLIP-fusion members with their loss (NTIRE 2026 fourth place, arXiv 2604.25889).
+
+Takes the member's view (B, 3, H, W); returns `MemberOutput`. Global and face are one architecture on two views.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from solution.config import MemberConfig
+from solution.models.member import Member
+from solution.models.towers import Tower
+from solution.records import Batch, MemberOutput
+
+
+def focal_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    gamma: float = 2.0,
+    alpha: float = 1.0,
+) -> torch.Tensor:
+    """Mean over the batch of -alpha (1 - p_t)^gamma log p_t (Lin et al. 2017, eq. 5); gamma 0 is cross-entropy.
+
+    logits: (B, 2) for real, fake. labels: (B,) int64.
+    """
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    log_pt = log_p.gather(1, labels[:, None]).squeeze(1)  # (B,)
+    return (-alpha * (1 - log_pt.exp()) ** gamma * log_pt).mean()
+
+
+def two_class_logit(logits: torch.Tensor) -> torch.Tensor:
+    """(B, 2) -> (B,): sigmoid of the result is softmax(logits)[:, 1]."""
+    return (logits[:, 1] - logits[:, 0]).float()
+
+
+def as_two_class(logit: torch.Tensor) -> torch.Tensor:
+    """(B,) -> (B, 2) logits with the same probabilities; the inverse of `two_class_logit` up to a constant."""
+    return torch.stack([torch.zeros_like(logit), logit], dim=1)
+
+
+class Stream(Member):
+    """`global` and `face`: DINOv2 with LoRA, pooled CLS after the final LayerNorm, Linear D -> 2."""
+
+    def __init__(self, config: MemberConfig, tower: Tower):
+        super().__init__(config, tower)
+        self.head = nn.Linear(tower.width, 2)
+
+    def forward(self, images: torch.Tensor) -> MemberOutput:
+        pooled = self.tower(images, adapter=self.adapter).cls_token  # (B, D)
+        return MemberOutput(two_class_logit(self.head(pooled)), pooled)
+
+    def loss(
+        self, output: MemberOutput, batch: Batch
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        loss = focal_loss(
+            as_two_class(output.logit),
+            batch.labels,
+            gamma=self.config.stream.focal_gamma,
+            alpha=self.config.stream.focal_alpha,
+        )
+        return loss, {"focal": loss.item()}
+
+
+class Fusion(Stream):
+    """`fusion`: the stream's pooled CLS joined to a frozen CLIP's pooled CLS, then a two-layer head."""
+
+    def __init__(self, config: MemberConfig, tower: Tower, clip: Tower):
+        super().__init__(config, tower)
+        self.clip = clip.requires_grad_(False)
+        self.head = nn.Sequential(
+            nn.Linear(tower.width + clip.width, config.stream.fusion_hidden),
+            nn.GELU(),
+            nn.Dropout(config.stream.fusion_dropout),
+            nn.Linear(config.stream.fusion_hidden, 2),
+        )
+
+    def train(self, mode: bool = True) -> Fusion:
+        super().train(mode)
+        self.clip.eval()  # frozen
+        return self
+
+    def forward(self, images: torch.Tensor) -> MemberOutput:
+        texture = self.tower(images, adapter=self.adapter).cls_token  # (B, D)
+        with torch.no_grad():
+            semantics = self.clip(
+                images
+            ).cls_token  # (B, D_clip), post-LayerNorm, before the projection
+        pooled = torch.cat(
+            [texture, semantics.to(texture.dtype)], dim=1
+        )  # (B, D + D_clip)
+        return MemberOutput(two_class_logit(self.head(pooled)), pooled)

@@ -1,0 +1,800 @@
+"""Score pictures with members, fast, resumably.
+
+Takes `Input`s or `Item`s; gives raw logits (positive = fake) by member, as `Scored` rows or as (N,) float64 arrays in the
+order of the items. Loader workers decode a picture once, search its face once, and cut each distinct view, uint8 RGB
+(S, S, 3), once for all members that see it; this process runs the members while the workers prepare what comes next.
+
+Batches are fixed by the listing alone (`plan`), never by who computes them or when: a resumed run, several ranks and
+several shards compute the very same batches, and so the same bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from solution.bundles.bundle import Bundle
+from solution.bundles.members import tower_configs
+from solution.config import (
+    DegradationConfig,
+    FaceConfig,
+    MemberConfig,
+    ViewConfig,
+    VoteConfig,
+)
+from solution.data.degradation import use_one_opencv_thread
+from solution.data.faces import (
+    choose_face,
+    choose_track,
+    locate_once,
+    make_view,
+    share_locators,
+)
+from solution.data.images import (
+    VIDEO_SUFFIXES,
+    Input,
+    Inputs,
+    UnreadableInput,
+    decode_image,
+    sample_frames,
+)
+from solution.data.training import degraded_picture
+from solution.models import merging as fastpath
+from solution.models.calibration import Calibrator
+from solution.models.member import Member
+from solution.records import FaceBox
+from solution.scoring.files import SidecarRow
+from solution.scoring.journal import Scored, stamp
+from solution.scoring.vote import combine, levels
+from solution.weights import golden_pictures, load_members, open_bundle
+
+FRAMES = 32  # of a video
+NEUTRAL = 0.5  # the score of what cannot be read
+PROBES = 16  # pictures on which half precision is compared with float32
+# A level is looked at a second time when this many times the probes' rms departure could change it. On natural pictures
+# the five compact members in bf16 depart five times as far (rms) as on the probes, at most 28 times. Over 500 validation
+# pictures bf16 changed 42 of 2,500 levels; at 8 eight of these were missed, at 12 three, at 16 none.
+SECOND_LOOK = 16.0
+LARGE_TOWER = 200_000_000  # parameters; CLIP ViT-L/14 has 304 M, DINOv2-giant 1,136 M
+SECOND_LOOK_BYTES = 1 << 31  # on CPU: no second copy, in float32, of larger towers
+# By arithmetic, not yet measured: compiling takes about a minute and saves about a tenth of the time.
+COMPILE_FROM = 50_000
+
+
+class ScoringError(RuntimeError):
+    """Scores that cannot be had: names the member, what was found and what to do."""
+
+
+class View(NamedTuple):
+    """What some members see. face: how faces are located for it; None: it needs none."""
+
+    view: ViewConfig
+    face: FaceConfig | None
+
+
+# ------------------------------------------------------------------------------------------------ the ensemble
+@dataclass
+class Ensemble:
+    """A bundle's members on a device, ready to score.
+
+    precision: of the towers' products, a key of `fastpath.PRECISIONS`. exact: the same members in float32, for second
+    looks; empty when there are none. margins: by member, how far (in logits) half precision may have gone astray.
+    batch_size: rows computed at once. limit: what out-of-memory has left of it. looks: second looks so far, by member.
+    """
+
+    members: dict[str, Member]
+    configs: dict[str, MemberConfig]
+    vote: VoteConfig
+    calibrators: dict[str, Calibrator]
+    hash: str
+    device: torch.device
+    precision: str
+    batch_size: int
+    exact: dict[str, Member] = field(default_factory=dict)
+    margins: dict[str, float] = field(default_factory=dict)
+    merged: bool = False
+    compiled: bool = False
+    limit: int = 0
+    looks: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.limit = self.batch_size
+        self.looks = dict.fromkeys(self.members, 0)
+        by_member = {
+            name: View(c.view, c.face if c.view.source == "face" else None)
+            for name, c in self.configs.items()
+        }
+        self.views = tuple(dict.fromkeys(by_member.values()))
+        self.view_of = {name: self.views.index(v) for name, v in by_member.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the towers compute their products in."""
+        return fastpath.PRECISIONS[self.precision]
+
+    def describe(self) -> str:
+        """One line: members, parameters, device, precision, batch."""
+        total = sum(p.numel() for p in _parameters(self.members))
+        looks = ", second looks in float32" if self.exact else ""
+        made = ", merged" * self.merged + ", compiled" * self.compiled
+        return (
+            f"{', '.join(self.members)}; {total / 1e6:.1f} M parameters, none trainable; "
+            f"{self.device}, {self.precision}{looks}{made}, batches of {self.batch_size}"
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a logit depends on, beside the picture: equal fingerprints give equal logits on equal hardware."""
+        return {
+            "weights": self.hash,
+            "members": list(self.members),
+            "device": self.device.type,
+            "precision": self.precision,
+            "second_look": SECOND_LOOK if self.exact else 0,
+            "batch": self.batch_size,
+            "compiled": self.compiled,
+            "torch": torch.__version__,
+        }
+
+    # -- compiling
+    def compiling_pays(self, pictures: int) -> bool:
+        """Whether a run of so many pictures repays torch.compile: on a GPU, from COMPILE_FROM on."""
+        return self.device.type == "cuda" and pictures >= COMPILE_FROM
+
+    def compile(self) -> None:
+        """Compile for the one shape that batches have (a smaller last batch is filled up to it): a packed tower's one
+        block, which takes seconds, or else whole members, which takes a minute each.
+        """
+        for member in self.members.values():
+            if isinstance(member.tower, fastpath.PackedTower):
+                continue
+            member.compile(dynamic=False)
+        for tower in fastpath.towers_of(self.members.values()):
+            if isinstance(tower, fastpath.PackedTower):
+                tower.compile(dynamic=False)
+        self.compiled = True
+
+    # -- scoring
+    def launch(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Logits (members, n) float32 of n rows, still on the device; views: per view of `self.views`, (n, 3, S, S)
+        uint8 on the device. Halves the rows on out-of-memory.
+        """
+        parts, start = [], 0
+        while start < len(views[0]):
+            stop = start + self.limit  # which may fall on the way
+            parts.append(self._rows([view[start:stop] for view in views]))
+            start = stop
+        return torch.cat(parts, dim=1)
+
+    def _rows(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
+        count = len(views[0])
+        try:
+            return self._forward(views)
+        except torch.OutOfMemoryError:
+            if count == 1:
+                raise
+        torch.cuda.empty_cache()
+        self.limit = min(self.limit, (count + 1) // 2)
+        return self.launch(views)
+
+    def _forward(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
+        count = len(views[0])
+        if self.compiled and count < self.limit:  # one shape, compiled once
+            spare = self.limit - count
+            views = [torch.cat([v, v[-1:].expand(spare, -1, -1, -1)]) for v in views]
+        with torch.inference_mode():
+            rows = []
+            for name, member in self.members.items():
+                member.tower.use(member.adapter)
+                rows.append(member(views[self.view_of[name]]).logit.float()[:count])
+            return torch.stack(rows)
+
+    def finish(
+        self, launched: torch.Tensor, views: Sequence[torch.Tensor]
+    ) -> np.ndarray:
+        """`launch`'s result on the host, (members, n) float64, doubtful levels looked at again in float32.
+
+        Raises:
+            ScoringError: a logit that is not finite in float32 either.
+        """
+        logits = launched.double().cpu().numpy()
+        for row, name in enumerate(self.members):
+            again = np.flatnonzero(self._doubtful(name, logits[row]))
+            if len(again) and name in self.exact:
+                seen = views[self.view_of[name]][
+                    torch.from_numpy(again).to(self.device)
+                ]
+                logits[row, again] = self._look_again(name, seen)
+                self.looks[name] += len(again)
+            if not np.isfinite(logits[row]).all():
+                raise ScoringError(
+                    f"{name}: {int((~np.isfinite(logits[row])).sum())} of {logits.shape[1]} logits are not finite in "
+                    f"{self.precision}; try --exact, and check the weights with --selftest"
+                )
+        return logits
+
+    def _doubtful(self, name: str, logits: np.ndarray) -> np.ndarray:
+        """(n,) bool: whose level the margin could change, and what is no number."""
+        wrong = ~np.isfinite(logits)
+        if name not in self.margins:
+            return wrong
+        margin, sure = self.margins[name], np.where(wrong, 0.0, logits)
+        low, high = (
+            levels(self.calibrators[name].apply(sure + shift), self.vote.step)
+            for shift in (-margin, margin)
+        )
+        return wrong | (low != high)
+
+    def _look_again(self, name: str, views: torch.Tensor) -> np.ndarray:
+        member = self.exact[name]
+        member.tower.use(member.adapter)
+        with torch.inference_mode():
+            parts = [member(p).logit for p in views.split(max(1, self.limit // 2))]
+        return torch.cat(parts).double().cpu().numpy()
+
+
+def load_ensemble(
+    weights: str | Bundle,
+    device: str = "auto",
+    *,
+    exact: bool = False,
+    precision: str = "auto",
+    second_look: bool = True,
+    members: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Ensemble:
+    """The members of a bundle on `device`, towers shared, adapters merged, in the fastest precision.
+
+    weights: a bundle, or what `--weights` takes. exact: float32 throughout. precision: `auto` or one of
+        `fastpath.PRECISIONS`. second_look: compute doubtful levels again in float32 (only where votes have levels).
+    members: only these; the vote is then among them, each with its votes, or one each where none of them has any.
+
+    Raises:
+        WeightsError: nothing there, damaged, or an unknown member.
+    """
+    bundle = weights
+    if not isinstance(weights, Bundle):
+        bundle = open_bundle(str(weights), report=report)
+    place = fastpath.pick_device(device)
+    fastpath.set_threads()
+    if exact:
+        precision = "float32"
+    elif precision == "auto":
+        precision = fastpath.pick_precision(place)
+    chosen = [
+        bundle.configs[n] for n in members or bundle.configs if n in bundle.configs
+    ]
+    early = narrow_early(chosen, place, precision)
+    loaded = load_members(bundle, members, device=place, matrices=early)
+    ensemble = Ensemble(
+        members=loaded,
+        configs={name: bundle.configs[name] for name in loaded},
+        vote=vote_among(bundle.vote, list(loaded)) if members else bundle.vote,
+        calibrators={name: bundle.calibrators[name] for name in loaded},
+        hash=bundle.hash,
+        device=place,
+        precision=precision,
+        batch_size=batch_size or automatic_batch(loaded, place),
+    )
+    if exact:
+        return ensemble
+    return make_fast(ensemble, second_look=second_look and not early)
+
+
+def narrow_early(
+    configs: Iterable[MemberConfig], device: torch.device, precision: str
+) -> dict[str, torch.dtype]:
+    """The towers that take half precision as they are read: large ones, on CPU, where memory is short.
+
+    Not those with Effort: what it trains has to be merged in float32 first.
+    """
+    configs = list(configs)
+    if device.type != "cpu" or precision == "float32":
+        return {}
+    effort = {c.tower.name for c in configs if c.adapter.kind == "effort"}
+    found = {}
+    for name, tower in tower_configs(configs).items():
+        arch = tower.arch  # its blocks' matrices: four projections, and the MLP's
+        size = arch.layers * (4 + 2 * arch.mlp_ratio) * arch.width**2
+        if name not in effort and size > LARGE_TOWER:
+            found[name] = fastpath.PRECISIONS[precision]
+    return found
+
+
+def make_fast(ensemble: Ensemble, *, second_look: bool = True) -> Ensemble:
+    """Merge, narrow and, for second looks, keep and measure: the members of a freshly loaded ensemble, in place."""
+    dtype, members = ensemble.dtype, ensemble.members
+    levelled = ensemble.vote.mean in ("levels", "levels_rounded")
+    if second_look and levelled and dtype != torch.float32 and _room_for_copy(ensemble):
+        ensemble.exact = copy.deepcopy(members)
+    ensemble.merged = fastpath.merge_adapters(members, dtype)
+    if dtype != torch.float32:
+        fastpath.narrow(members.values(), dtype)
+    if ensemble.device.type == "cuda":
+        fastpath.pack(members.values())
+    if ensemble.exact:
+        ensemble.margins = _measure_margins(ensemble)
+    return ensemble
+
+
+def _room_for_copy(ensemble: Ensemble) -> bool:
+    """Whether float32 members fit a second time."""
+    size = sum(p.numel() * 4 for p in _parameters(ensemble.members))
+    if ensemble.device.type == "cuda":
+        return torch.cuda.mem_get_info(ensemble.device)[0] > 2 * size
+    return size <= SECOND_LOOK_BYTES
+
+
+def _parameters(members: Mapping[str, Member]) -> list[torch.nn.Parameter]:
+    """Every parameter of these members, once."""
+    return list({id(p): p for m in members.values() for p in m.parameters()}.values())
+
+
+@torch.inference_mode()
+def _measure_margins(ensemble: Ensemble) -> dict[str, float]:
+    margins = {}
+    for name, member in ensemble.members.items():
+        side = ensemble.configs[name].view.side
+        pictures = golden_pictures(side, PROBES).to(ensemble.device)
+        fast = member(pictures).logit.double()
+        true = ensemble.exact[name](pictures).logit.double()
+        rms = (fast - true).square().mean().sqrt().item()
+        margins[name] = SECOND_LOOK * rms
+    return margins
+
+
+def vote_among(vote: VoteConfig, members: Sequence[str]) -> VoteConfig:
+    """The vote restricted to `members`: their own votes, or one each when none of them has any."""
+    weights = {name: vote.weights.get(name, 0) for name in members}
+    if not any(weights.values()):
+        weights = dict.fromkeys(members, 1)
+    return replace(vote, weights=weights)
+
+
+def voters(bundle: Bundle) -> list[str]:
+    """The members of a bundle that have votes: all that a score needs."""
+    return [name for name in bundle.configs if bundle.vote.weights.get(name, 0) > 0]
+
+
+def automatic_batch(members: Mapping[str, Member], device: torch.device) -> int:
+    """Rows computed at once. A function of the towers' size alone, so that all machines of a run make equal batches.
+
+    CPU: throughput is flat from 4 rows on (compact). GPU: 64 rows of a giant tower are 20,000 tokens, enough to fill any
+    (by arithmetic, not yet measured).
+    """
+    towers = fastpath.towers_of(members.values())
+    large = max(sum(p.numel() for p in t.parameters()) for t in towers) > LARGE_TOWER
+    if device.type == "cuda":
+        return 64 if large else 256
+    return 4 if large else 16
+
+
+# ------------------------------------------------------------------------------------------------ pictures to views
+@dataclass
+class Prepared:
+    """A batch as a worker hands it over: rows without logits; views, per view of the ensemble, (n, S, S, 3) uint8.
+
+    n counts the frames of all readable rows, in order; a picture has one.
+    """
+
+    rows: list[Scored]
+    views: list[torch.Tensor]
+
+    def pin_memory(self) -> Prepared:
+        """Page-locked views: their copies to a GPU then run beside its computing."""
+        return Prepared(self.rows, [view.pin_memory() for view in self.views])
+
+
+class Reader(Dataset):
+    """Batches of (index, Input) to `Prepared`: decoded once, one face search, each distinct view cut once.
+
+    degradation, seed: degrade pictures first, drawn from (seed, name) (`data.degraded_picture`). faces: False leaves
+    faces out (there is no detector): every view shows the whole picture.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[View],
+        *,
+        frames: int = FRAMES,
+        degradation: DegradationConfig | None = None,
+        seed: int = 0,
+        faces: bool = True,
+    ) -> None:
+        self.views, self.frames = tuple(views), frames
+        self.degradation, self.seed = degradation, seed
+        searches = [v.face for v in views if v.face is not None and faces]
+        self.locators = share_locators(searches)
+
+    def __getitem__(self, batch: Sequence[tuple[int, Input]]) -> Prepared:
+        rows: list[Scored] = []
+        cut: list[list[np.ndarray]] = [[] for _ in self.views]
+        for index, item in batch:
+            row = Scored(index, item.name, *stamp(item.path))
+            try:
+                numbers, pictures = self._decode(item)
+            except UnreadableInput as error:
+                rows.append(row._replace(error=error.reason))
+                continue
+            boxes = self._locate(pictures, video=item.kind == "video")
+            for place, (view, face) in enumerate(self.views):
+                for picture, box in zip(
+                    pictures, boxes.get(face, [None] * len(pictures))
+                ):
+                    cut[place].append(
+                        make_view(picture, view, box, face or FaceConfig())
+                    )
+            shown = next(iter(boxes.values()), [None] * len(pictures))
+            rows.append(row._replace(frames=numbers, faces=[_brief(b) for b in shown]))
+        views = [
+            torch.from_numpy(np.stack(c))
+            if c
+            else torch.empty(0, v.view.side, v.view.side, 3, dtype=torch.uint8)
+            for c, v in zip(cut, self.views)
+        ]
+        return Prepared(rows, views)
+
+    def _decode(self, item: Input) -> tuple[list[int], list[np.ndarray]]:
+        """Frame numbers (none for a picture) and pictures."""
+        if item.kind == "video":
+            found = sample_frames(item.path, self.frames)
+            numbers, pictures = [n for n, _ in found], [p for _, p in found]
+        else:
+            numbers, pictures = [], [decode_image(item.path)]
+        if self.degradation is not None:
+            names = [f"{item.name}#{n}" for n in numbers] or [item.name]
+            pictures = [
+                degraded_picture(p, name, self.degradation, self.seed)
+                for p, name in zip(pictures, names)
+            ]
+        return numbers, pictures
+
+    def _locate(
+        self, pictures: list[np.ndarray], *, video: bool
+    ) -> dict[FaceConfig, list[FaceBox | None]]:
+        """By face configuration, the chosen face of every picture; of a video, one person's."""
+        size = pictures[0].shape[:2]
+        seen = [locate_once(self.locators, picture) for picture in pictures]
+        found = {}
+        for config in self.locators:
+            faces = [of_picture[config] for of_picture in seen]
+            found[config] = (
+                choose_track(faces, *size, config)
+                if video
+                else [choose_face(faces[0], *size, config)]
+            )
+        return found
+
+
+def _brief(face: FaceBox | None) -> list[float] | None:
+    """Box in hundredths of a pixel and score: what the journal and the sidecar keep of a face."""
+    return (
+        None if face is None else [*(round(v, 2) for v in face[:4]), round(face[4], 5)]
+    )
+
+
+def _worker(_: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def automatic_workers(device: torch.device) -> int:
+    """Loader workers: decoding, faces and views of a 256 px picture take 5 ms, each compact member 15 ms (CPU, bf16),
+    so one worker keeps up with several cores that compute; a GPU wants as many as there are.
+    """
+    cores = fastpath.cores()
+    return min(16, max(1, cores - 1)) if device.type == "cuda" else max(1, cores // 4)
+
+
+# ------------------------------------------------------------------------------------------------ batches and streams
+class Plan:
+    """The batches of a run: pictures in listing order, `size` at a time, then each video alone.
+
+    They depend on the listing alone; a shard or a rank takes every n-th of them (`part`).
+    """
+
+    def __init__(self, inputs: Inputs, size: int) -> None:
+        self.inputs = inputs
+        video = np.fromiter((i.kind == "video" for i in inputs), bool, len(inputs))
+        pictures, videos = np.flatnonzero(~video), np.flatnonzero(video)
+        self.videos = len(videos)
+        self._order = np.concatenate([pictures, videos])  # (N,)
+        starts = range(0, len(pictures), size)
+        # (batches + 1,): batch b is order[bounds[b]:bounds[b + 1]]
+        self._bounds = np.array([*starts, *range(len(pictures), len(inputs) + 1)])
+        self._numbers = np.arange(len(self._bounds) - 1)
+
+    def part(self, index: int, count: int) -> Plan:
+        """Every `count`-th of these batches, from `index` (0-based) on."""
+        chosen = copy.copy(self)
+        chosen._numbers = self._numbers[index::count]
+        return chosen
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        for number in self._numbers:
+            yield self._order[self._bounds[number] : self._bounds[number + 1]]
+
+    def share(self) -> np.ndarray:
+        """(N,) bool: the inputs in these batches."""
+        mine = np.zeros(len(self.inputs), bool)
+        for batch in self._batches():
+            mine[batch] = True
+        return mine
+
+    def pending(self, todo: np.ndarray) -> Iterator[list[tuple[int, Input]]]:
+        """These batches as (index, Input), of what `todo` (N,) bool says is left."""
+        for batch in self._batches():
+            left = batch[todo[batch]].tolist()
+            if left:
+                yield [(index, self.inputs[index]) for index in left]
+
+
+def stream(
+    ensemble: Ensemble,
+    batches: Iterable[Sequence[tuple[int, Input]]],
+    reader: Reader,
+    *,
+    workers: int | None = None,
+) -> Iterator[list[Scored]]:
+    """The rows of each batch, in order, with their logits; an unreadable input's row has its error instead.
+
+    Workers prepare batches ahead. On a GPU a batch is launched before the one before it is waited for.
+    """
+    cuda = ensemble.device.type == "cuda"
+    if workers is None:
+        workers = automatic_workers(ensemble.device)
+    use_one_opencv_thread()
+    loader = DataLoader(
+        reader,
+        sampler=batches,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_worker,
+        pin_memory=cuda,
+        prefetch_factor=2 if workers else None,
+    )
+    before: tuple[Prepared, list[torch.Tensor], torch.Tensor | None] | None = None
+    for prepared in loader:
+        views = [
+            view.to(ensemble.device, non_blocking=True).permute(0, 3, 1, 2)
+            for view in prepared.views
+        ]
+        launched = ensemble.launch(views) if len(views[0]) else None
+        if before is not None:
+            yield _finished(ensemble, *before)
+        before = (prepared, views, launched)
+        if not cuda:
+            yield _finished(ensemble, *before)
+            before = None
+    if before is not None:
+        yield _finished(ensemble, *before)
+
+
+def _finished(
+    ensemble: Ensemble,
+    prepared: Prepared,
+    views: list[torch.Tensor],
+    launched: torch.Tensor | None,
+) -> list[Scored]:
+    if launched is None:
+        return prepared.rows
+    logits, start, rows = ensemble.finish(launched, views), 0, []
+    for row in prepared.rows:
+        if not row.error:
+            stop = start + len(row.faces)
+            part = logits[:, start:stop].tolist()
+            row = row._replace(logits=dict(zip(ensemble.members, part, strict=True)))
+            start = stop
+        rows.append(row)
+    return rows
+
+
+def score_pictures(
+    ensemble: Ensemble,
+    items: Sequence[Any],
+    *,
+    degradation: DegradationConfig | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    workers: int | None = 0,
+    progress: bool = True,
+) -> dict[str, np.ndarray]:
+    """Raw logits (N,) float64 of `items` (`data.Item`, or anything with name and path), by member, in their order.
+
+    degradation, seed: degrade each picture first, at its own size, drawn from (seed, its name). A video file's logit
+    is the mean over its frames.
+
+    Raises:
+        UnreadableInput: the first picture that cannot be read; scores never come from a substitute.
+    """
+    from tqdm import tqdm
+
+    size = batch_size or ensemble.batch_size
+    listed = [
+        (i, Input(item.name, item.path, _kind(item.path)))
+        for i, item in enumerate(items)
+    ]
+    batches = [listed[i : i + size] for i in range(0, len(listed), size)]
+    reader = Reader(ensemble.views, degradation=degradation, seed=seed)
+    logits = {name: np.empty(len(listed)) for name in ensemble.members}
+    with tqdm(total=len(listed), unit="picture", disable=not progress) as bar:
+        for rows in stream(ensemble, batches, reader, workers=workers):
+            for row in rows:
+                if row.error:
+                    raise UnreadableInput(items[row.index].path, row.error)
+                for name, values in row.logits.items():
+                    logits[name][row.index] = np.mean(values)
+            bar.update(len(rows))
+    return logits
+
+
+def _kind(path: Any) -> str:
+    return "video" if str(path).lower().endswith(tuple(VIDEO_SUFFIXES)) else "image"
+
+
+# ------------------------------------------------------------------------------------------------ rows to verdicts
+def judge(
+    rows: Sequence[Scored],
+    vote: VoteConfig,
+    calibrators: Mapping[str, Calibrator],
+    *,
+    video_mean: str = "score",
+) -> list[SidecarRow]:
+    """Calibrate, discretize and vote: a row per input, in order, and after a video's row those of its frames.
+
+    video_mean: `score`: a video's P(fake) and score are the means of its frames'. `logit`: its members' logits are
+    averaged first, and then voted on like a picture's. What could not be read gets the neutral score.
+    """
+    frames = [row for row in rows for _ in row.faces]  # one entry per scored frame
+    result: list[SidecarRow] = []
+    if frames:
+        p, grid, scores = _vote(_joined(rows, calibrators), vote, calibrators)
+    start = 0
+    for row in rows:
+        if row.error:
+            result.append(
+                SidecarRow(row.name, "failed", row.error, None, {}, {}, NEUTRAL)
+            )
+            continue
+        stop = start + len(row.faces)
+        of_frames = [
+            SidecarRow(
+                row.name,
+                "ok",
+                "",
+                face,
+                {name: float(p[name][k]) for name in p},
+                {name: float(grid[name][k]) for name in grid},
+                float(scores[k]),
+                number,
+            )
+            for k, face, number in zip(
+                range(start, stop), row.faces, row.frames or [None]
+            )
+        ]
+        if row.frames:
+            whole = _of_video(row, of_frames, vote, calibrators, video_mean)
+            of_frames.insert(0, whole)
+        result += of_frames
+        start = stop
+    return result
+
+
+def _joined(rows: Sequence[Scored], names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Logits (frames,) of every scored frame, by member."""
+    return {
+        name: np.concatenate([row.logits[name] for row in rows if not row.error])
+        for name in names
+    }
+
+
+def _vote(
+    logits: Mapping[str, np.ndarray],
+    vote: VoteConfig,
+    calibrators: Mapping[str, Calibrator],
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
+    """P(fake) and level by member, and the vote, each (n,)."""
+    p = {name: calibrators[name].apply(values) for name, values in logits.items()}
+    known = {name: values for name, values in p.items() if name in vote.weights}
+    grid = {name: levels(values, vote.step) for name, values in p.items()}
+    return p, grid, combine(known, vote)
+
+
+def _of_video(
+    row: Scored,
+    frames: Sequence[SidecarRow],
+    vote: VoteConfig,
+    calibrators: Mapping[str, Calibrator],
+    video_mean: str,
+) -> SidecarRow:
+    if video_mean == "logit":
+        means = {name: np.array([np.mean(z)]) for name, z in row.logits.items()}
+        p, grid, scores = _vote(means, vote, calibrators)
+        score = float(scores[0])
+    else:
+        p = {
+            name: np.array([np.mean([f.p_fake[name] for f in frames])])
+            for name in row.logits
+        }
+        grid = {name: levels(values, vote.step) for name, values in p.items()}
+        score = float(np.mean([f.score for f in frames]))
+    return SidecarRow(
+        row.name,
+        "ok",
+        "",
+        None,
+        {name: float(values[0]) for name, values in p.items()},
+        {name: float(values[0]) for name, values in grid.items()},
+        score,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ on a Ray cluster
+class RayScorer:
+    """An actor of `ray_stream`: an ensemble of its own, and a batch of inputs, as JSON, to its rows, as JSON."""
+
+    def __init__(self, load: Mapping[str, Any], read: Mapping[str, Any]) -> None:
+        self.ensemble = load_ensemble(**load)
+        self.reader = Reader(self.ensemble.views, **read)
+
+    def __call__(self, given: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        (text,) = given["batch"]
+        batch = [
+            (index, Input(name, Path(path), kind))
+            for index, name, path, kind in json.loads(str(text))
+        ]
+        (rows,) = stream(self.ensemble, [batch], self.reader, workers=0)
+        return {"rows": [json.dumps(rows)]}
+
+
+def ray_stream(
+    batches: Iterable[Sequence[tuple[int, Input]]],
+    load: Mapping[str, Any],
+    read: Mapping[str, Any],
+    *,
+    gpu: bool,
+) -> Iterator[list[Scored]]:
+    """`stream` on Ray Data: actors that come and go, each with its own ensemble; batches end in any order.
+
+    load, read: what `load_ensemble` and `Reader` are called with in each actor (weights and inputs at the same paths
+    everywhere). gpu: one GPU an actor, else one core.
+
+    Raises:
+        ScoringError: Ray is not installed.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise ScoringError(
+            "--engine ray needs Ray: pip install 'ray[data]' (or leave --engine out)"
+        ) from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    total = ray.cluster_resources().get("GPU" if gpu else "CPU", 1)
+    listed = [
+        {"batch": json.dumps([(i, x.name, str(x.path), x.kind) for i, x in batch])}
+        for batch in batches
+    ]
+    if not listed:
+        return
+    scored = ray.data.from_items(listed).map_batches(
+        RayScorer,
+        fn_constructor_args=(dict(load), dict(read)),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, int(total))),
+        num_gpus=1 if gpu else 0,
+        num_cpus=1,
+    )
+    for row in scored.iter_rows():
+        yield [Scored(*fields) for fields in json.loads(row["rows"])]

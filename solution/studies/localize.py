@@ -1,0 +1,209 @@
+"""Entry: where vlaforge sees the forgery, on self-blended fakes of held-out real faces, in figures and pictures.
+
+`python -m solution.studies.localize --weights BUNDLE --data MANIFEST --out DIR`. Takes the manifest's real pictures (of
+`--split`), makes a fake of each with its mask, and compares the member's localisation map with the mask. Leaves in DIR
+`localization.json` and pictures of fake, mask, localisation map and vision-language map side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from solution.bundles.bundle import load_members
+from solution.config import DegradationConfig, MemberConfig
+from solution.data.degradation import use_one_opencv_thread
+from solution.data.faces import FaceDetectorMissing, FaceLocator, choose_face, make_view
+from solution.data.images import UnreadableInput, decode_image
+from solution.data.self_blend import self_blend, side_by_side
+from solution.data.training import (
+    Item,
+    ManifestError,
+    degraded_picture,
+    read_manifest,
+    stable_seed,
+)
+from solution.evaluation import metrics
+from solution.models.towers import WeightsError
+from solution.models.vlaforge import Vlaforge
+from solution.weights import open_bundle
+
+THRESHOLD = 0.5  # of map and mask, for the intersection over union
+
+
+@dataclass(frozen=True)
+class Blend:
+    """One held-out face twice, as the member sees it: views (side, side, 3) uint8, and the fake's mask (side, side)."""
+
+    name: str
+    real: np.ndarray
+    fake: np.ndarray
+    mask: np.ndarray
+
+
+def blends(
+    items: Sequence[Item],
+    config: MemberConfig,
+    seed: int,
+    degradation: DegradationConfig | None = None,
+) -> Iterator[Blend]:
+    """A fake of every item, drawn from (seed, name) alone; the mask is moved like the picture and never degraded.
+
+    degradation: None for clean pictures.
+    """
+    locator = FaceLocator(config.face)
+    for item in items:
+        image = decode_image(item.path)
+        face = choose_face(locator.locate(image), *image.shape[:2], config.face)
+        rng = np.random.default_rng([seed, stable_seed(item.name)])
+        fake, mask = self_blend(image, face, rng)
+        views = []
+        for picture in (image, fake):
+            if degradation is not None:
+                picture = degraded_picture(picture, item.name, degradation, seed)
+            views.append(make_view(picture, config.view, face, config.face))
+        mask = make_view(mask, config.view, face, config.face).clip(0, 1)
+        yield Blend(item.name, *views, mask)
+
+
+@torch.inference_mode()
+def maps_of(
+    member: Vlaforge, views: Sequence[np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits (B,) and the evidence maps at the views' size, each (B, side, side) in [0, 1]."""
+    images = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+    output = member(images.to(member.tower.mean.device))
+    maps = {
+        name: F.interpolate(m, images.shape[-2:], mode="bilinear", align_corners=False)
+        for name, m in output.evidence.items()
+    }
+    return output.logit.cpu().numpy(), {
+        n: m[:, 0].cpu().numpy() for n, m in maps.items()
+    }
+
+
+def compare(map_: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
+    """Intersection over union above 0.5, and the AUC of its pixels, of a map and a mask (H, W).
+
+    The AUC is nan for a mask that leaves no pixel on one side of 0.5.
+    """
+    found, true = map_ > THRESHOLD, mask > THRESHOLD
+    union = (found | true).sum()
+    overlap = float((found & true).sum() / union) if union else 1.0
+    if true.all() or not true.any():
+        return overlap, float("nan")
+    return overlap, metrics.auc(true.ravel().astype(int), map_.ravel())
+
+
+def measure(
+    member: Vlaforge, faces: Iterator[Blend], out: Path, *, batch: int, pictures: int
+) -> dict[str, float]:
+    """Compare every map with its mask, draw the first `pictures`, and return the figures by name."""
+    overlaps, aucs, false, fakes, reals = [], [], [], [], []
+    pending: list[Blend] = []
+
+    def flush() -> None:
+        logits, maps = maps_of(member, [b.fake for b in pending])
+        real_logits, real_maps = maps_of(member, [b.real for b in pending])
+        fakes.extend(logits), reals.extend(real_logits)
+        false.extend((real_maps["localization"] > THRESHOLD).mean(axis=(1, 2)))
+        for i, blend in enumerate(pending):
+            found = maps["localization"][i]
+            overlap, area = compare(found, blend.mask)
+            overlaps.append(overlap), aucs.append(area)
+            if len(overlaps) <= pictures:
+                panel = side_by_side(blend.fake, blend.mask, found, maps["vla"][i])
+                _write(out / f"{len(overlaps):03d}.png", panel)
+        pending.clear()
+
+    for blend in faces:
+        pending.append(blend)
+        if len(pending) == batch:
+            flush()
+    if pending:
+        flush()
+    labels = np.repeat([0, 1], len(fakes))
+    return {
+        "pictures": len(fakes),
+        "iou_mean": float(np.mean(overlaps)),
+        "iou_median": float(np.median(overlaps)),
+        "pixel_auc_mean": float(np.nanmean(aucs)),
+        "pixel_auc_median": float(np.nanmedian(aucs)),
+        "forged_area_on_real_pictures": float(np.mean(false)),
+        "auc_fake_against_real": metrics.auc(labels, np.array([*reals, *fakes])),
+    }
+
+
+def _write(path: Path, picture: np.ndarray) -> None:
+    if not cv2.imwrite(str(path), picture[:, :, ::-1]):
+        raise OSError(f"{path}: cannot be written")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m solution.studies.localize",
+        description="Compare vlaforge's localisation map with the masks of self-blended fakes of held-out real faces.",
+    )
+    add = parser.add_argument
+    add("--weights", required=True, help="a bundle with the member vlaforge")
+    add("--data", type=Path, required=True, help="a manifest; its real pictures serve")
+    add("--out", type=Path, required=True, help="a folder for figures and pictures")
+    add("--split", default="val", help="rows of the manifest (default val)")
+    add("--count", type=int, default=200, help="how many faces, drawn by --seed")
+    add("--pictures", type=int, default=16, help="how many are drawn as pictures")
+    add("--degraded", action="store_true", help="degrade the pictures first")
+    add("--batch", type=int, default=8)
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and draw; exit codes: 0 done, 2 usage, 3 environment, weights or an unreadable picture."""
+    args = parse(argv)
+    use_one_opencv_thread()
+    try:
+        items, _ = read_manifest(args.data, split=args.split)
+        items = [item for item in items if item.label == 0]
+        if not items:
+            raise ManifestError(f"{args.data}: no real picture of split {args.split!r}")
+        order = np.random.default_rng(args.seed).permutation(len(items))
+        chosen = [items[i] for i in sorted(order[: args.count])]
+        bundle = open_bundle(args.weights)
+        member = load_members(bundle, ["vlaforge"], device=args.device)["vlaforge"]
+        args.out.mkdir(parents=True, exist_ok=True)
+        degradation = DegradationConfig(global_p=1.0) if args.degraded else None
+        faces = blends(chosen, member.config, args.seed, degradation)
+        figures = measure(
+            member, faces, args.out, batch=args.batch, pictures=args.pictures
+        )
+    except (ManifestError, OSError) as error:
+        print(f"localize: {error}", file=sys.stderr)
+        return 2
+    except (WeightsError, UnreadableInput, FaceDetectorMissing) as error:
+        print(f"localize: {error}", file=sys.stderr)
+        return 3
+    record = {
+        "bundle": bundle.hash,
+        "data": args.data.name,
+        "split": args.split,
+        "seed": args.seed,
+        "degraded": args.degraded,
+        **figures,
+    }
+    (args.out / "localization.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

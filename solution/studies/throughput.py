@@ -1,0 +1,479 @@
+"""How fast scoring is, stage by stage, against the straightforward way, and what low precision changes.
+
+The sub-commands `inference` and `parity` of `python -m solution.benchmark`. Pictures are uint8 RGB JPEG files that the
+benchmark draws, towers have random weights unless a bundle is named; every figure is measured where it is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
+
+
+# ------------------------------------------------------------------------------------------------ inference
+def add_inference(stages: argparse._SubParsersAction) -> None:
+    """`inference`: the scoring pipeline, stage by stage, against the authors' way."""
+    parser = stages.add_parser(
+        "inference",
+        help="scoring, stage by stage, against three separate float32 models",
+    )
+    add = parser.add_argument
+    add("--preset", default="compact", help="giant, compact (default) or tiny")
+    add("--random-weights", action="store_true", help="needed without --weights")
+    add("--weights", help="a bundle instead of a preset")
+    add("--members", default="global,face,fusion", help="comma-separated")
+    add("--device", default="auto")
+    add("--precision", default="auto", help="auto, float32, bfloat16, float16")
+    add("--compile", action="store_true")
+    add("--batch", type=int, help="pictures at once (default: by size)")
+    add("--pictures", type=int, help="(default: 8 batches)")
+    add("--side", type=int, default=256, help="px of the JPEG files")
+    add("--workers", type=int, help="(default: by the cores)")
+    add("--threads", type=int, default=0, help="of torch; 0: as it chooses")
+    add("--no-authors", action="store_true", help="leave their way out")
+    add("--way", choices=("ours", "authors"), help=argparse.SUPPRESS)
+    parser.set_defaults(run=run_inference)
+
+
+def run_inference(args: argparse.Namespace) -> int:
+    """Time our way and the authors' way, each in a process of its own so that its peak memory is its own."""
+    if not (args.weights or args.random_weights):
+        print(
+            "error: name a bundle with --weights, or say --random-weights",
+            file=sys.stderr,
+        )
+        return 2
+    if args.way:
+        found = (_ours if args.way == "ours" else _authors)(args)
+        print("RESULT " + json.dumps(found))
+        return 0
+    ways = ("ours",) if args.no_authors or args.weights else ("ours", "authors")
+    found = {way: _apart(args, way) for way in ways}
+    if "authors" in found:
+        ours, theirs = found["ours"], found["authors"]
+        print(
+            f"ours {ours['speed']:.2f} pictures/s, {ours['held']:.2f} GB of weights, {ours['memory']:.2f} GB at most; "
+            f"authors' way {theirs['speed']:.2f} pictures/s, {theirs['held']:.2f} GB of weights (a model at a time: "
+            f"{theirs['memory']:.2f} GB at most): {ours['speed'] / theirs['speed']:.1f} times as fast"
+        )
+    return 0
+
+
+def _apart(args: argparse.Namespace, way: str) -> dict:
+    """This command with `--way`, in a new process whose lines are passed on; what it found."""
+    words = [sys.executable, "-m", "solution.benchmark", "inference", "--way", way]
+    for name, value in vars(args).items():
+        if name in ("run", "stage", "way", "no_authors") or value in (None, False):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag] if value is True else [flag, str(value)]
+    result = None
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+        for line in child.stdout:
+            if line.startswith("RESULT "):
+                result = json.loads(line.removeprefix("RESULT "))
+            else:
+                print(line, end="", flush=True)
+    if child.returncode or result is None:
+        raise SystemExit(f"error: the {way} part ended with code {child.returncode}")
+    return result
+
+
+def _ours(args: argparse.Namespace) -> dict:
+    """Every stage of the pipeline alone, then all of them overlapped."""
+    import torch
+
+    from solution.scoring import ensemble as predict
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    ensemble = _ensemble(args)
+    if args.compile:
+        ensemble.compile()
+    batch = ensemble.batch_size
+    count = args.pictures or 8 * batch
+    print(f"ours: {ensemble.describe()}; {torch.get_num_threads()} threads")
+    rate = matrix_rate(ensemble.device, ensemble.dtype)
+    print(f"  matrix product, {ensemble.precision}: {rate / 1e12:.2f} TFLOP/s")
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = _draw_files(Path(folder), count, args.side)
+        views = _preparation(ensemble, inputs)
+        _members(ensemble, views, rate)
+        reader = predict.Reader(ensemble.views)
+        plan = predict.Plan(inputs, batch).pending(np.ones(count, bool))
+        rows, begun = [], 0.0
+        for done in predict.stream(ensemble, plan, reader, workers=args.workers):
+            begun = begun or time.perf_counter()  # workers have started
+            rows.append(done)
+        speed = (count - len(rows[0])) / (time.perf_counter() - begun)
+    scored = [row for done in rows for row in done]
+    begun = time.perf_counter()
+    predict.judge(scored, ensemble.vote, ensemble.calibrators)
+    _line("vote", len(scored) / (time.perf_counter() - begun))
+    memory = peak_memory(ensemble.device)
+    looks = sum(ensemble.looks.values()) / len(scored) / len(ensemble.members)
+    told = f", {looks:.1%} looked at again" if ensemble.exact else ""
+    parameters = predict._parameters(ensemble.members)
+    held = sum(p.numel() * p.element_size() for p in parameters) / 1e9
+    _line("end to end", speed, f"overlapped{told}; peak memory {memory:.2f} GB")
+    return {"speed": speed, "memory": memory, "held": held}
+
+
+def _line(stage: str, rate: float, more: str = "") -> None:
+    print(f"  {stage:12} {rate:12.2f} pictures/s   {more}".rstrip(), flush=True)
+
+
+def _preparation(ensemble, inputs) -> list:
+    """Time decoding, faces and views on one core, and the transfer; returns a batch of views on the device."""
+    import torch
+
+    from solution.data.faces import FaceLocator, choose_face, detector_file, make_view
+    from solution.data.images import decode_image
+
+    begun = time.perf_counter()
+    pictures = [decode_image(item.path) for item in inputs]
+    _line("decode", len(pictures) / (time.perf_counter() - begun), "one core")
+    config = next(iter(ensemble.configs.values())).face
+    faces = [None] * len(pictures)
+    if any(view.face for view in ensemble.views):
+        detector_file()
+        locator = FaceLocator(config)
+        locator.locate(pictures[0])  # loads the network
+        begun = time.perf_counter()
+        faces = [choose_face(locator.locate(p), *p.shape[:2], config) for p in pictures]
+        _line("faces", len(pictures) / (time.perf_counter() - begun), "one core")
+    begun = time.perf_counter()
+    cut = [
+        [make_view(p, view, face, own or config) for p, face in zip(pictures, faces)]
+        for view, own in ensemble.views
+    ]
+    spent = time.perf_counter() - begun
+    _line("views", len(pictures) / spent, f"{len(cut)} distinct, one core")
+    size = ensemble.batch_size
+    held = [torch.from_numpy(np.resize(np.stack(c), (size, *c[0].shape))) for c in cut]
+    if ensemble.device.type == "cuda":
+        held = [view.pin_memory() for view in held]
+
+    def move():
+        return [view.to(ensemble.device, non_blocking=True) for view in held]
+
+    if ensemble.device.type != "cpu":
+        _line("transfer", size / timed(move, ensemble.device))
+    return [view.permute(0, 3, 1, 2) for view in move()]
+
+
+def _members(ensemble, views, rate: float) -> None:
+    """Time each member's forward alone, and all of them; rate: the device's FLOP/s in matrix products."""
+    import torch
+
+    from solution.models.flops import member_flops
+
+    size, total, operations = len(views[0]), 0.0, 0.0
+    for name, member in ensemble.members.items():
+        seen = views[ensemble.view_of[name]]
+
+        def forward(member=member, seen=seen):
+            member.tower.use(member.adapter)
+            with torch.inference_mode():
+                return member(seen).logit
+
+        spent = timed(forward, ensemble.device)
+        apart = adapters_apart(member)
+        flops = size * member_flops(ensemble.configs[name], adapters=apart)
+        share = f"{flops / spent / 1e12:.2f} TFLOP/s, {flops / spent / rate:.0%} of the matrix product"
+        _line(name, size / spent, share)
+        total, operations = total + spent, operations + flops
+    share = f"{operations / total / 1e12:.2f} TFLOP/s, {operations / total / rate:.0%} of the matrix product"
+    _line("all members", size / total, share)
+
+
+def _authors(args: argparse.Namespace) -> dict:
+    """Three separate float32 models, one after the other, each decoding every picture for itself; our own code."""
+    import torch
+
+    from solution.bundles.members import build_member, random_towers
+    from solution.config import preset
+    from solution.data.faces import FaceLocator, choose_face, make_view
+    from solution.data.images import decode_image
+    from solution.models import merging as fastpath
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = fastpath.pick_device(args.device)
+    names = args.members.split(",")
+    spent, held = 0.0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            config = preset(args.preset, name)
+            member = build_member(config, random_towers([config], device="meta"))
+            materialize(member.eval(), device)
+            held += sum(p.numel() * p.element_size() for p in member.parameters())
+            size = args.batch or automatic_size(member, device)
+            inputs = _draw_files(Path(folder), args.pictures or 2 * size, args.side)
+            locator = FaceLocator(config.face)
+
+            def views(batch, config=config, locator=locator):
+                cut = []
+                for item in batch:
+                    picture, face = decode_image(item.path), None
+                    if config.view.source == "face":
+                        found = locator.locate(picture)
+                        face = choose_face(found, *picture.shape[:2], config.face)
+                    cut.append(make_view(picture, config.view, face, config.face))
+                stacked = torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2)
+                return stacked.contiguous().to(device)
+
+            with torch.inference_mode():
+                member(views(inputs[:size])).logit.cpu()  # warms up
+                begun = time.perf_counter()
+                for start in range(0, len(inputs), size):
+                    member(views(inputs[start : start + size])).logit.cpu()
+            each = (time.perf_counter() - begun) / len(inputs)
+            _line(f"  {name}", 1 / each, "authors' way: float32, a model of its own")
+            spent += each
+            del member
+    memory = peak_memory(device)
+    _line("all of them", 1 / spent, f"authors' way; peak memory {memory:.2f} GB")
+    return {"speed": 1 / spent, "memory": memory, "held": held / 1e9}
+
+
+def automatic_size(member, device) -> int:
+    """The batch that our way would take."""
+    from solution.scoring.ensemble import automatic_batch
+
+    return automatic_batch({member.config.name: member}, device)
+
+
+# ------------------------------------------------------------------------------------------------ what is timed
+def _ensemble(args: argparse.Namespace):
+    """The bundle's ensemble, or one of random weights that never holds more than its precision needs."""
+    import torch
+
+    from solution.bundles.members import build_member, random_towers
+    from solution.config import VoteConfig, preset
+    from solution.models import merging as fastpath
+    from solution.models.calibration import Calibrator
+    from solution.scoring import ensemble as predict
+
+    names = args.members.split(",")
+    if args.weights:
+        return predict.load_ensemble(
+            args.weights,
+            args.device,
+            members=names,
+            precision=args.precision,
+            batch_size=args.batch,
+        )
+    device = fastpath.pick_device(args.device)
+    precision = args.precision
+    if precision == "auto":
+        precision = fastpath.pick_precision(device)
+    configs = {name: preset(args.preset, name) for name in names}
+    towers = random_towers(configs.values(), device="meta")
+    early = predict.narrow_early(configs.values(), device, precision)
+    for name, dtype in early.items():
+        for module in towers[name].matrices():
+            module.to(dtype)
+    members = {name: build_member(c, towers).eval() for name, c in configs.items()}
+    for member in members.values():
+        materialize(member, device)
+    ensemble = predict.Ensemble(
+        members=members,
+        configs=configs,
+        vote=VoteConfig(dict.fromkeys(names, 1)),
+        calibrators={name: Calibrator() for name in names},
+        hash="random",
+        device=torch.device(device),
+        precision=precision,
+        batch_size=args.batch or predict.automatic_batch(members, device),
+    )
+    return predict.make_fast(ensemble, second_look=False)
+
+
+def materialize(module, device) -> None:
+    """Fill everything in `module` that is on the meta device with small random numbers on `device`, in its own type."""
+    import torch
+
+    made: dict[int, torch.nn.Parameter] = {}
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            if value is not None and value.is_meta:
+                if id(value) not in made:
+                    tensor = torch.empty_like(value, device=device)
+                    tensor = tensor.detach().uniform_(-0.03, 0.03)
+                    made[id(value)] = torch.nn.Parameter(tensor, requires_grad=False)
+                part._parameters[name] = made[id(value)]
+        for name, value in part._buffers.items():
+            if value is not None:
+                filled = (
+                    torch.ones_like(value, device=device) if value.is_meta else value
+                )
+                part._buffers[name] = filled.to(device)
+
+
+def _draw_files(folder: Path, count: int, side: int):
+    """`count` JPEG files that hold a face, from a few drawings."""
+    from PIL import Image
+
+    from solution.data.images import find_inputs
+
+    drawings = [drawn_face(side, seed) for seed in range(min(count, 8))]
+    for index in range(count):
+        picture = Image.fromarray(drawings[index % len(drawings)])
+        picture.save(folder / f"{index:05d}.jpg", quality=90)
+    return find_inputs(folder)
+
+
+def drawn_face(side: int, seed: int) -> np.ndarray:
+    """(side, side, 3) uint8: a drawn face on a noisy ground."""
+    import cv2
+
+    rng = np.random.default_rng(seed)
+    unit = side / 256
+    picture = np.full((side, side, 3), rng.integers(60, 120, 3), np.uint8)
+
+    def blob(x, y, a, b, colour):
+        centre, axes = (int(x * unit), int(y * unit)), (int(a * unit), int(b * unit))
+        cv2.ellipse(picture, centre, axes, 0, 0, 360, colour, -1, cv2.LINE_AA)
+
+    skin = [int(v) for v in np.array([224, 172, 140]) + rng.integers(-20, 20, 3)]
+    blob(128, 110, 86, 108, (50, 35, 30))
+    blob(128, 132, 70, 92, skin)
+    for x in (100, 156):
+        blob(x, 116, 14, 8, (245, 245, 245))
+        blob(x, 116, 6, 7, (40, 30, 25))
+        blob(x, 99, 17, 4, (60, 40, 35))
+    blob(128, 148, 8, 14, [int(0.85 * v) for v in skin])
+    blob(128, 182, 24, 8, (160, 60, 70))
+    picture = cv2.GaussianBlur(picture, (0, 0), 1.2 * unit).astype(np.float32)
+    return np.clip(picture + rng.normal(0, 5, picture.shape), 0, 255).astype(np.uint8)
+
+
+def timed(call: Callable, device, *, least: float = 0.5, runs: int = 3) -> float:
+    """Seconds a call takes: the best of several, as many as fill `least` seconds but `runs` at least."""
+    import torch
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    call()
+    wait()
+    best, spent, done = float("inf"), 0.0, 0
+    while done < runs or spent < least:
+        begun = time.perf_counter()
+        call()
+        wait()
+        took = time.perf_counter() - begun
+        best, spent, done = min(best, took), spent + took, done + 1
+    return best
+
+
+def matrix_rate(device, dtype) -> float:
+    """FLOP/s of this device in a large square matrix product of `dtype`."""
+    import torch
+
+    side = MATRIX_SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / timed(lambda: a @ b, device, least=2.0)
+
+
+def adapters_apart(member) -> bool:
+    """Whether the tower still computes adapters beside its projections: none of them, or not all, are merged."""
+    from solution.models.towers import EffortLinear
+
+    parts = member.tower.modules()
+    return any(hasattr(p, "lora_B") or isinstance(p, EffortLinear) for p in parts)
+
+
+def peak_memory(device) -> float:
+    """GB: on a GPU the most that was allocated there, else this process's largest resident size."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    kilo = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 1e9
+
+
+# ------------------------------------------------------------------------------------------------ parity
+def add_parity(stages: argparse._SubParsersAction) -> None:
+    """`parity`: what the default precision changes against float32."""
+    parser = stages.add_parser(
+        "parity", help="low precision against float32, member by member"
+    )
+    add = parser.add_argument
+    add("--weights", default="compact", help="bundle (default: compact)")
+    add("--data", type=Path, required=True, help="manifest with labels")
+    add("--split", default="val", help="(default: val)")
+    add("--limit", type=int, default=0, help="at most so many pictures, seeded")
+    add("--device", default="auto")
+    add("--precision", default="auto")
+    add("--batch", type=int)
+    add("--workers", type=int, default=1)
+    add("--compile", action="store_true")
+    parser.set_defaults(run=run_parity)
+
+
+def run_parity(args: argparse.Namespace) -> int:
+    """Score the same pictures in float32, by default, and without second looks; 1 when the default departs too far.
+
+    Too far: more than 0.1 % of a member's levels differ, or its AUC by more than 0.0005.
+    """
+    from solution.data.training import draw_items, read_manifest
+    from solution.scoring import ensemble as predict
+    from solution.weights import open_bundle
+
+    bundle = open_bundle(args.weights)
+    items, _ = read_manifest(args.data, split=args.split)
+    items = draw_items(items, args.limit, 0)
+    labels = np.array([item.label for item in items])
+    options = {"precision": args.precision, "batch_size": args.batch}
+    found, looks, ways = {}, {}, {"float32": {"exact": True}}
+    ways |= {"default": options, "fast": {**options, "second_look": False}}
+    for way, given in ways.items():
+        ensemble = predict.load_ensemble(bundle, args.device, **given)
+        if args.compile and way != "float32":
+            ensemble.compile()
+        begun = time.perf_counter()
+        logits = predict.score_pictures(ensemble, items, workers=args.workers)
+        spent = time.perf_counter() - begun
+        found[way] = {n: ensemble.calibrators[n].apply(z) for n, z in logits.items()}
+        looks[way] = ensemble.looks
+        print(f"{way:8} {len(items) / spent:8.2f} pictures/s   {ensemble.describe()}")
+    print(f"{'':20} max |dp|  mean |dp|  levels changed  AUC difference  second looks")
+    worst = True
+    for way in ("default", "fast"):
+        for name, p in found[way].items():
+            fits, text = compared(p, found["float32"][name], labels, bundle.vote.step)
+            worst &= fits or way == "fast"
+            again = f"{looks[way][name] / len(items):12.2%}"
+            print(f"{way:8} {name:10} {text} {again}")
+    print("within bounds" if worst else "the default departs too far from float32")
+    return 0 if worst else 1
+
+
+def compared(
+    p: np.ndarray, exact: np.ndarray, labels: np.ndarray, step: float
+) -> tuple[bool, str]:
+    """Whether P(fake) (N,) keeps to `exact` (N,) within the bounds of `run_parity`, and its line."""
+    from solution.evaluation.metrics import auc
+    from solution.scoring.vote import levels
+
+    gap = np.abs(p - exact)
+    changed = float(np.mean(levels(p, step) != levels(exact, step)))
+    both = 0 < labels.sum() < len(labels)
+    difference = auc(labels, p) - auc(labels, exact) if both else 0.0
+    text = f"{gap.max():9.6f}  {gap.mean():9.6f}  {changed:14.3%}  {difference:+14.6f}"
+    return changed <= 0.001 and abs(difference) <= 0.0005, text
