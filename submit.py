@@ -22,9 +22,7 @@ SHIPPED = Path(__file__).resolve().parent / "weights" / "compact"
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--input", help="folder, picture, video, or a .txt with one path a line")
     add(
@@ -138,9 +136,7 @@ def _shard(text: str) -> tuple[int, int]:
     if not (slash and index.isdigit() and count.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r}; expected I/N, such as 1/3")
     if not 1 <= int(index) <= int(count):
-        raise argparse.ArgumentTypeError(
-            f"{text}: the parts are 1/{count} to {count}/{count}"
-        )
+        raise argparse.ArgumentTypeError(f"{text}: the parts are 1/{count} to {count}/{count}")
     return int(index), int(count)
 
 
@@ -232,11 +228,7 @@ def selftest(args: argparse.Namespace) -> int:
     bundle = open_bundle(args.weights, report=_tell)
     result = run_selftest(bundle, pick_device(args.device))
     print(f"{bundle.name} {bundle.hash[:12]}: {result}")
-    print(
-        "passed"
-        if result.passed
-        else "FAILED: these weights do not compute here what they should"
-    )
+    print("passed" if result.passed else "FAILED: these weights do not compute here what they should")
     return 0 if result.passed else 3
 
 
@@ -250,9 +242,7 @@ def score(args: argparse.Namespace, inputs) -> int:
     bundle = open_bundle(args.weights, report=_tell)
     members = chosen_members(args.members, bundle)
     ensemble = predict.load_ensemble(bundle, **loading(args, members, args.batch_size))
-    if args.compile == "on" or (
-        args.compile == "auto" and ensemble.compiling_pays(len(inputs))
-    ):
+    if args.compile == "on" or (args.compile == "auto" and ensemble.compiling_pays(len(inputs))):
         ensemble.compile()
     plan = predict.Plan(inputs, ensemble.batch_size)
     if args.shard:
@@ -270,9 +260,7 @@ def score(args: argparse.Namespace, inputs) -> int:
     found = int((plan.share() & journal.done).sum())
     todo = mine.share() & ~journal.done
     announce(ensemble, bundle, plan, found, rank, ranks)
-    seconds = run(
-        args, ensemble, mine.pending(todo), journal, todo, faces=faces, rank=rank
-    )
+    seconds = run(args, ensemble, mine.pending(todo), journal, todo, faces=faces, rank=rank)
     if ranks > 1:
         wait_for_ranks()
         if rank:
@@ -344,11 +332,7 @@ def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> fl
         join_ranks()
     if args.engine == "ray":
         load = loading(args, list(ensemble.members), ensemble.batch_size)
-        load["weights"] = (
-            str(Path(args.weights).resolve())
-            if Path(args.weights).is_dir()
-            else args.weights
-        )
+        load["weights"] = str(Path(args.weights).resolve()) if Path(args.weights).is_dir() else args.weights
         gpu = ensemble.device.type == "cuda"
         rows_of = predict.ray_stream(batches, load, settings, gpu=gpu)
     else:
@@ -362,9 +346,7 @@ def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> fl
                     if row.error and args.on_error == "fail":
                         raise UnreadableInput(journal.inputs[row.index].path, row.error)
                     if row.error:
-                        tqdm.write(
-                            f"cannot be read: {row.name}: {row.error}", file=sys.stderr
-                        )
+                        tqdm.write(f"cannot be read: {row.name}: {row.error}", file=sys.stderr)
                 journal.append(rows)
                 bar.update(len(rows))
     finally:
@@ -429,9 +411,7 @@ def write(args, ensemble, bundle, plan, journal, found: int, seconds: float) -> 
     rows = ((journal.inputs[i].name, scores[i]) for i in indices)
     submission.write_scores(rows, args.out, args.decimals)
     told = f"; {speed:.1f} images/s" if speed else ""
-    print(
-        f"{args.out}: {len(indices)} rows, {counts['failed']} could not be read{told}"
-    )
+    print(f"{args.out}: {len(indices)} rows, {counts['failed']} could not be read{told}")
     if args.report:
         write_report(args, ensemble, journal.inputs)
     return counts["failed"]
@@ -504,9 +484,7 @@ def write_report(args, ensemble, inputs) -> None:
         row["path"] = paths.get(row["image"])
     folder = args.out.with_suffix(".report")
     title, threshold = f"Scores of {Path(args.input).name}", ensemble.vote.threshold
-    print(
-        report.write_submission_report(rows, folder, title=title, threshold=threshold)
-    )
+    print(report.write_submission_report(rows, folder, title=title, threshold=threshold))
 
 
 def explain(args, ensemble, inputs) -> None:

@@ -85,9 +85,7 @@ def assemble(
     ]
     labels = np.array([item.label for item in items])
     what = f"{len(items)} validation pictures of {data.name}, clean and degraded (global_p=1, seeds {list(seeds)})"
-    calibrators, vote, comparison = fit_ensemble(
-        clean, degraded, labels, fitted_on=what
-    )
+    calibrators, vote, comparison = fit_ensemble(clean, degraded, labels, fitted_on=what)
     comparison["fitted_on"] = what
     bundle = write_bundle(
         out,
@@ -109,18 +107,10 @@ def assemble(
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m solution.assemble", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "--members", type=Path, required=True, help="folder of trained members"
-    )
-    parser.add_argument(
-        "--names", required=True, help="members of the bundle, comma-separated"
-    )
-    parser.add_argument(
-        "--data", type=Path, required=True, help="manifest with a val split"
-    )
+    parser = argparse.ArgumentParser(prog="python -m solution.assemble", description=__doc__.splitlines()[0])
+    parser.add_argument("--members", type=Path, required=True, help="folder of trained members")
+    parser.add_argument("--names", required=True, help="members of the bundle, comma-separated")
+    parser.add_argument("--data", type=Path, required=True, help="manifest with a val split")
     parser.add_argument("--out", type=Path, required=True, help="the bundle's folder")
     parser.add_argument(
         "--seeds",
@@ -129,15 +119,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument(
-        "--licence", default="other", help="identifier from the Hub's list of licences"
-    )
-    parser.add_argument(
-        "--limit", type=int, default=0, help="at most so many validation pictures"
-    )
-    parser.add_argument(
-        "--base-model", action="append", default=[], help="for the model card"
-    )
+    parser.add_argument("--licence", default="other", help="identifier from the Hub's list of licences")
+    parser.add_argument("--limit", type=int, default=0, help="at most so many validation pictures")
+    parser.add_argument("--base-model", action="append", default=[], help="for the model card")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
 

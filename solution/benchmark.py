@@ -24,9 +24,7 @@ from solution.studies.throughput import add_inference, add_parity
 def photo_like(side: int, seed: int = 0) -> np.ndarray:
     """(side, side, 3) uint8: a seeded random picture with the 1/f spectrum and the channel correlation of photographs."""
     rng = np.random.default_rng(seed)
-    down, across = np.meshgrid(
-        np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij"
-    )
+    down, across = np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij")
     radius = np.hypot(down, across)
     radius[0, 0] = np.inf
     noise = rng.standard_normal((3, side, side))
@@ -87,9 +85,7 @@ def run_degrade(args: argparse.Namespace) -> int:
         return 0
     config = DegradationConfig(global_p=1.0)
     for index in range(50):  # fills caches and tables
-        degradation.degrade(
-            image, config, np.random.default_rng([args.seed, 1, index]), image
-        )
+        degradation.degrade(image, config, np.random.default_rng([args.seed, 1, index]), image)
     wall, busy = [], []
     for index in range(args.count):
         rng = np.random.default_rng([args.seed, index])
@@ -104,9 +100,7 @@ def run_degrade(args: argparse.Namespace) -> int:
     return 0
 
 
-def print_shares(
-    image: np.ndarray, config: DegradationConfig, count: int, seed: int
-) -> None:
+def print_shares(image: np.ndarray, config: DegradationConfig, count: int, seed: int) -> None:
     """Print each op's share of the processor time, its mean time and its slowest, over `count` recipes."""
     spent = defaultdict(list)
     for index in range(count):
@@ -126,9 +120,7 @@ def print_shares(
         print(f"  {name:22} {share:>6} {mean:8.3f} {slowest:8.2f} {len(times):6}")
 
 
-def loader_rate(
-    image: np.ndarray, workers: int, count: int, global_p: float, seed: int
-) -> float:
+def loader_rate(image: np.ndarray, workers: int, count: int, global_p: float, seed: int) -> float:
     """Pictures/s of a PyTorch loader whose workers decode a JPEG file and degrade it, without their start."""
     import tempfile
 
@@ -170,9 +162,7 @@ class DegradedFile:
 # ------------------------------------------------------------------------------------------------ vlaforge
 def add_vlaforge(stages: argparse._SubParsersAction) -> None:
     """`vlaforge`: one CLIP pass and the copies against the straightforward three passes."""
-    parser = stages.add_parser(
-        "vlaforge", help="vlaforge's one CLIP pass against the straightforward three"
-    )
+    parser = stages.add_parser("vlaforge", help="vlaforge's one CLIP pass against the straightforward three")
     parser.add_argument("--preset", default="giant", help="giant (default) or compact")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeat", type=int, default=3, help="the best of so many")
@@ -193,19 +183,14 @@ def run_vlaforge(args: argparse.Namespace) -> int:
     config = preset(args.preset, "vlaforge")
     member = build_member(config, random_towers([config])).eval()
     plain, side, worst = three_passes(member), config.view.side, 0.0
-    print(
-        f"vlaforge {args.preset}, CPU, {torch.get_num_threads()} threads, random weights, seconds a forward"
-    )
+    print(f"vlaforge {args.preset}, CPU, {torch.get_num_threads()} threads, random weights, seconds a forward")
     for count in args.batch:
         images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
         with torch.inference_mode():
             quick, straight = member(images), plain(images)  # warms up, too
             gap = max(
                 (quick.logit - straight.logit).abs().max().item(),
-                *(
-                    (quick.evidence[n] - straight.evidence[n]).abs().max().item()
-                    for n in quick.evidence
-                ),
+                *((quick.evidence[n] - straight.evidence[n]).abs().max().item() for n in quick.evidence),
             )
             times = {id(m): [] for m in (member, plain)}
             for _ in range(args.repeat):  # in turn, so that other load hits both
@@ -235,9 +220,7 @@ def three_passes(member):
     plain = copy.copy(member)
     plain.look = lambda images: _two_passes(member, images)
     plain.directed_classes = lambda seen, bias: _joint_pass(member, seen, bias)
-    plain.sentences = lambda classes: torch.stack(
-        [_sentences_alone(member, one) for one in classes]
-    )
+    plain.sentences = lambda classes: torch.stack([_sentences_alone(member, one) for one in classes])
     return plain
 
 
@@ -306,9 +289,7 @@ FACE_FREE = (  # scikit-image's pictures without a human face; chelsea is a cat
 
 def add_faces(stages: argparse._SubParsersAction) -> None:
     """`faces`: what the face search finds under damage, and what it finds where there is no face."""
-    parser = stages.add_parser(
-        "faces", help="the face search: detection, false finds, speed"
-    )
+    parser = stages.add_parser("faces", help="the face search: detection, false finds, speed")
     parser.add_argument(
         "--faces",
         type=Path,
@@ -319,9 +300,7 @@ def add_faces(stages: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--count", type=int, default=300, help="faces drawn from each")
     parser.add_argument("--tiles", type=int, default=14, help="of each face-free one")
-    parser.add_argument(
-        "--split", help="rows of a manifest to draw from, by their split"
-    )
+    parser.add_argument("--split", help="rows of a manifest to draw from, by their split")
     parser.add_argument(
         "--thresholds",
         default="0.6,0.7,0.8,0.9",
@@ -361,9 +340,7 @@ def run_faces(args: argparse.Namespace) -> int:
                 cells.append(f"{share:6.1%} /{right / len(found):6.1%} ")
             each = 1000 * spent / len(worse) / len(locators)
             line = "  ".join(cells)
-            print(
-                f"{name:10}{'found':9}{line}  {len(worse)} of {source}, {each:.1f} ms"
-            )
+            print(f"{name:10}{'found':9}{line}  {len(worse)} of {source}, {each:.1f} ms")
         empty = _damaged(free, damage, args.seed)
         counts = [sum(bool(loc.locate(p)) for p in empty) for loc in locators.values()]
         line = "  ".join(f"{count:<16}" for count in counts)
@@ -415,9 +392,7 @@ def _face_free(tiles: int, seed: int) -> list[np.ndarray]:
         picture = np.ascontiguousarray(picture[..., :3])
         pictures.append(picture)
         for _ in range(tiles):
-            side = min(
-                *picture.shape[:2], int(rng.choice((64, 96, 128, 192, 256, 384)))
-            )
+            side = min(*picture.shape[:2], int(rng.choice((64, 96, 128, 192, 256, 384))))
             y = int(rng.integers(picture.shape[0] - side + 1))
             x = int(rng.integers(picture.shape[1] - side + 1))
             tile = np.ascontiguousarray(picture[y : y + side, x : x + side])
@@ -447,10 +422,7 @@ def _damages() -> dict:
 
 
 def _damaged(pictures: list[np.ndarray], damage, seed: int) -> list[np.ndarray]:
-    return [
-        damage(picture, np.random.default_rng([seed, index]))
-        for index, picture in enumerate(pictures)
-    ]
+    return [damage(picture, np.random.default_rng([seed, index])) for index, picture in enumerate(pictures)]
 
 
 STAGES = (
@@ -465,9 +437,7 @@ STAGES = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run the stage that the first argument names."""
-    parser = argparse.ArgumentParser(
-        prog="python -m solution.benchmark", description="Measured speed of each stage."
-    )
+    parser = argparse.ArgumentParser(prog="python -m solution.benchmark", description="Measured speed of each stage.")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for add in STAGES:
         add(stages)

@@ -88,16 +88,10 @@ class FaceConfig:
     score_threshold: float = 0.7
     margin: float = 1.3  # side of the square crop / longer side of the box
     lead: float = 0.02  # the top-scoring face wins outright by this lead
-    min_area: float = (
-        1.0 / 9.0
-    )  # of the picture; a smaller face keeps the whole picture
+    min_area: float = 1.0 / 9.0  # of the picture; a smaller face keeps the whole picture
     max_area: float = 1.0  # of the picture; a larger face frames it well enough
-    search_side: int = (
-        320  # px, longer side of the searched copy; as good as 512, twice as fast
-    )
-    retry_sigma: float = (
-        2.0  # px of the searched copy; noise hides a face, blur does not
-    )
+    search_side: int = 320  # px, longer side of the searched copy; as good as 512, twice as fast
+    retry_sigma: float = 2.0  # px of the searched copy; noise hides a face, blur does not
 
     def __post_init__(self) -> None:
         require(
@@ -356,9 +350,7 @@ class VlaforgeConfig:
         15,
     )  # CLIP layers (1-based) whose tokens are fused
     alpha: float = 0.5
-    train_text: bool = (
-        False  # compact: no pre-trained text tower exists, so it is learned
-    )
+    train_text: bool = False  # compact: no pre-trained text tower exists, so it is learned
     vla_channel: str = "raw"
     vla_scale: float = 30.0
     vla_norm: bool = True
@@ -459,17 +451,13 @@ class DegradationConfig:
     distractor_p: float = 0.15
     text_p: float = 0.9
     jpeg_quality: tuple[int, int] = (10, 95)
-    noise_sigma: float | None = (
-        None  # of 255: fixes the level of gaussian_noise (sweeps)
-    )
+    noise_sigma: float | None = None  # of 255: fixes the level of gaussian_noise (sweeps)
     growth: float = 2.0
 
     def __post_init__(self) -> None:
         for name in ("global_p", "op_p", "cycle_p", "distractor_p", "text_p"):
             value = getattr(self, name)
-            require(
-                0 <= value <= 1, f"degradation.{name} is {value}; it must lie in [0, 1]"
-            )
+            require(0 <= value <= 1, f"degradation.{name} is {value}; it must lie in [0, 1]")
         if self.strength is not None:
             require(
                 0 <= self.strength <= 1,
@@ -527,9 +515,7 @@ class AugmentConfig:
         )
         for name in shares:
             value = getattr(self, name)
-            require(
-                0 <= value <= 1, f"augment.{name} is {value}; it must lie in [0, 1]"
-            )
+            require(0 <= value <= 1, f"augment.{name} is {value}; it must lie in [0, 1]")
         require(
             0 < self.crop_min <= 1,
             f"augment.crop_min is {self.crop_min}; it must lie in (0, 1]",
@@ -557,9 +543,7 @@ class SamplingConfig:
     cap: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     frames: int = 8
-    fully_generated: tuple[
-        str, ...
-    ] = ()  # generators that make whole faces: their forgery mask is the face region
+    fully_generated: tuple[str, ...] = ()  # generators that make whole faces: their forgery mask is the face region
     on_unreadable: str = "fail"  # or `drop`: counted, reported
 
     def __post_init__(self) -> None:
@@ -572,9 +556,7 @@ class SamplingConfig:
             self.on_unreadable in ("fail", "drop"),
             f"sampling.on_unreadable is {self.on_unreadable!r}",
         )
-        require(
-            self.frames > 0, f"sampling.frames is {self.frames}; it must be positive"
-        )
+        require(self.frames > 0, f"sampling.frames is {self.frames}; it must be positive")
         require(
             0 <= self.temperature <= 1,
             f"sampling.temperature is {self.temperature}; it must lie in [0, 1]",
@@ -764,9 +746,7 @@ def _giant(member: str) -> MemberConfig:
         train = TrainConfig(epochs=13, accumulate=8, head_epochs=3)
         view = ViewConfig("image", 224, 224)
         clip = _clip_large(text=False)
-        return MemberConfig(
-            "fusion", view, _dinov2_giant(), clip=clip, optim=optim, train=train
-        )
+        return MemberConfig("fusion", view, _dinov2_giant(), clip=clip, optim=optim, train=train)
     if member == "qtfp":
         optim = OptimConfig(lr=2e-4, schedule="constant", warmup_steps=0)
         train = TrainConfig(batch=16, accumulate=1)
@@ -783,9 +763,7 @@ def _giant(member: str) -> MemberConfig:
         )
     optim = OptimConfig(lr=2e-5, schedule="constant", warmup_steps=0)
     train = TrainConfig(epochs=60, steps_per_epoch=300, batch=32, accumulate=1)
-    view = ViewConfig(
-        "face", 256, 256
-    )  # the ForgePerceiver sees 256 px; the member resizes that to CLIP's 224 itself
+    view = ViewConfig("face", 256, 256)  # the ForgePerceiver sees 256 px; the member resizes that to CLIP's 224 itself
     sampling = SamplingConfig(frames=32)
     augment = AugmentConfig(self_blend_p=0.25)
     return MemberConfig(
@@ -855,19 +833,13 @@ def _compact(member: str) -> MemberConfig:
         warmup_steps=50,
         final_lr=0.0,
     )
-    train = TrainConfig(
-        epochs=20, batch=128, accumulate=1, precision="bf16", average=0.99
-    )
-    augment = AugmentConfig(
-        crop_p=0.5, self_blend_p=0.3, colour_p=0.5, sharpness_p=0.3, side=208
-    )
+    train = TrainConfig(epochs=20, batch=128, accumulate=1, precision="bf16", average=0.99)
+    augment = AugmentConfig(crop_p=0.5, self_blend_p=0.3, colour_p=0.5, sharpness_p=0.3, side=208)
     shared = {
         "optim": optim,
         "train": train,
         "augment": augment,
-        "sampling": SamplingConfig(
-            balance="temperature", fully_generated=COMPACT_GENERATED
-        ),
+        "sampling": SamplingConfig(balance="temperature", fully_generated=COMPACT_GENERATED),
         "stream": StreamConfig(focal_gamma=0.0),
         # The training pictures are faces with their surroundings: a frame with a small face is cut down to that framing.
         "face": FaceConfig(margin=1.4, min_area=SMALLEST_FACE, max_area=0.25),
@@ -889,13 +861,9 @@ def _compact(member: str) -> MemberConfig:
     if member == "semantic":
         norm = AdapterConfig("norm")
         shared["optim"] = replace(optim, lr=1e-3)
-        return MemberConfig(
-            "semantic", whole, _compact_tower("semantic"), norm, kind="global", **shared
-        )
+        return MemberConfig("semantic", whole, _compact_tower("semantic"), norm, kind="global", **shared)
     if member == "fusion":
-        shared["train"] = replace(
-            train, epochs=6, head_epochs=3, head_lr=1e-3, head_warmup_steps=50
-        )
+        shared["train"] = replace(train, epochs=6, head_epochs=3, head_lr=1e-3, head_warmup_steps=50)
         return MemberConfig(
             "fusion",
             whole,
@@ -932,9 +900,7 @@ def _compact(member: str) -> MemberConfig:
     shared["optim"] = replace(optim, lr=1e-3, head_lr=1e-3)
     view = ViewConfig("face", side // 14 * 16, side // 14 * 16)
     tower = _compact_clip(text=True)
-    return MemberConfig(
-        "vlaforge", view, tower, AdapterConfig("none"), vlaforge=vlaforge, **shared
-    )
+    return MemberConfig("vlaforge", view, tower, AdapterConfig("none"), vlaforge=vlaforge, **shared)
 
 
 def _tiny(member: str) -> MemberConfig:
@@ -956,9 +922,7 @@ def _tiny(member: str) -> MemberConfig:
         text_heads=2,
     )
     config = _compact(member)
-    own = config.tower.name.removeprefix(
-        "s14-"
-    )  # the same towers are shared as in compact
+    own = config.tower.name.removeprefix("s14-")  # the same towers are shared as in compact
     tower = TowerConfig(f"tiny-{own}", "dinov2", dino)
     clip_name = "tiny-clip" if member == "vlaforge" else "tiny-clip-image"
     clip_tower = TowerConfig(clip_name, "clip", clip, source="bundle:tiny-semantic")
@@ -1012,9 +976,7 @@ def _ntire26(member: str) -> MemberConfig:
     if config.clip is not None:
         config = replace(
             config,
-            clip=replace(
-                _clip_large("imagenet", text=False), name="clip-vit-l14-image-ntire26"
-            ),
+            clip=replace(_clip_large("imagenet", text=False), name="clip-vit-l14-image-ntire26"),
         )
     return config
 
@@ -1027,17 +989,13 @@ def preset(name: str, member: str) -> MemberConfig:
     """The configuration of `member` in the preset `name` (`giant`, `compact`, `ntire26`)."""
     require(name in PRESETS, f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
     known = (*MEMBERS, "semantic") if name in ("compact", "tiny") else MEMBERS
-    require(
-        member in known, f"member {member!r} is unknown; {name} has {', '.join(known)}"
-    )
+    require(member in known, f"member {member!r} is unknown; {name} has {', '.join(known)}")
     return PRESETS[name](member)
 
 
 # ---------------------------------------------------------------------------------------------------- to and from JSON
 # What held before a field existed: a file that lacks it was written then.
-BUILT_IN = {
-    VlaforgeConfig: {"vla_channel": "softmax", "vla_scale": 100.0, "vla_norm": False}
-}
+BUILT_IN = {VlaforgeConfig: {"vla_channel": "softmax", "vla_scale": 100.0, "vla_norm": False}}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -1062,10 +1020,7 @@ def from_dict(kind: type, values: dict[str, Any], where: str = "") -> Any:
         not unknown,
         f"{where or kind.__name__}: unknown field {', '.join(unknown)}; known: {', '.join(hints)}",
     )
-    given = {
-        name: _typed(hints[name], value, f"{where}.{name}".strip("."), values)
-        for name, value in values.items()
-    }
+    given = {name: _typed(hints[name], value, f"{where}.{name}".strip("."), values) for name, value in values.items()}
     try:
         return kind(**given)
     except TypeError as error:
@@ -1093,9 +1048,7 @@ def _typed(hint: Any, value: Any, where: str, siblings: dict[str, Any]) -> Any:
         return tuple(_typed(item, v, f"{where}[{i}]", {}) for i, v in enumerate(value))
     if typing.get_origin(hint) is dict:
         item = typing.get_args(hint)[1]
-        require(
-            isinstance(value, dict), f"{where}: expected an object, found {value!r}"
-        )
+        require(isinstance(value, dict), f"{where}: expected an object, found {value!r}")
         return {k: _typed(item, v, f"{where}.{k}", {}) for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -1152,23 +1105,15 @@ def _parse(hint: Any, text: str, where: str) -> Any:
             return None
         hint = next(o for o in typing.get_args(hint) if o is not type(None))
     if typing.get_origin(hint) is tuple:
-        return tuple(
-            _parse(typing.get_args(hint)[0], part, where)
-            for part in text.split(",")
-            if part
-        )
+        return tuple(_parse(typing.get_args(hint)[0], part, where) for part in text.split(",") if part)
     if hint is bool:
         require(
             text.lower() in ("true", "false", "1", "0"),
             f"--set {where}: expected true or false, found {text!r}",
         )
         return text.lower() in ("true", "1")
-    require(
-        hint in (int, float, str), f"--set {where}: set the fields inside it one by one"
-    )
+    require(hint in (int, float, str), f"--set {where}: set the fields inside it one by one")
     try:
         return hint(text)
     except ValueError:
-        raise ConfigError(
-            f"--set {where}: expected {hint.__name__}, found {text!r}"
-        ) from None
+        raise ConfigError(f"--set {where}: expected {hint.__name__}, found {text!r}") from None

@@ -180,9 +180,7 @@ def check_memory() -> Check:
         advice = f"free some: even compact wants {MEMORY_COMPACT} GB"
         return Check("memory", "FAIL", found, advice)
     if free < MEMORY_GIANT * 1e9:
-        advice = (
-            f"enough for compact; the giant members want {MEMORY_GIANT} GB on a CPU"
-        )
+        advice = f"enough for compact; the giant members want {MEMORY_GIANT} GB on a CPU"
         return Check("memory", "note", found, advice)
     return Check("memory", "ok", found)
 
@@ -192,16 +190,12 @@ def check_disk() -> Check:
     from huggingface_hub import constants
 
     places = {"here": Path.cwd(), "Hub cache": Path(constants.HF_HUB_CACHE)}
-    free = {
-        name: shutil.disk_usage(_existing(path)).free for name, path in places.items()
-    }
+    free = {name: shutil.disk_usage(_existing(path)).free for name, path in places.items()}
     found = ", ".join(f"{name} {size / 1e9:.0f} GB free" for name, size in free.items())
     if free["here"] < 1e9:
         return Check("disk", "FAIL", found, "free at least 1 GB")
     if free["Hub cache"] < DISK_GIANT * 1e9:
-        advice = (
-            f"the published entry takes {DISK_GIANT} GB in the cache; HF_HOME moves it"
-        )
+        advice = f"the published entry takes {DISK_GIANT} GB in the cache; HF_HOME moves it"
         return Check("disk", "note", found, advice)
     return Check("disk", "ok", found)
 
@@ -327,9 +321,7 @@ def check_forward(device: str | None) -> Check:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the checks as text or JSON; 0 all well, 3 something failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m solution.doctor", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m solution.doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--weights", help="the bundle to verify (default: compact)")
     parser.add_argument("--device", help="where the forward pass runs, e.g. cpu, cuda")
     parser.add_argument("--json", action="store_true", help="print JSON")

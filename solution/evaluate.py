@@ -68,10 +68,7 @@ def degraded_conditions(seeds: Sequence[int]) -> list[Condition]:
     """Every picture through the whole engine, its ops and strengths drawn from (seed, picture name)."""
     config = DegradationConfig(global_p=1.0)
     text = f"degraded (engine, global_p 1, op_p {config.op_p}, strength ~ Beta({config.beta}, {config.beta}))"
-    return [
-        Condition(f"degraded, seed {s}", "degraded", text, float(s), s, config)
-        for s in seeds
-    ]
+    return [Condition(f"degraded, seed {s}", "degraded", text, float(s), s, config) for s in seeds]
 
 
 def sweep_conditions(seed: int) -> list[Condition]:
@@ -84,9 +81,7 @@ def sweep_conditions(seed: int) -> list[Condition]:
             if op != "mix":
                 config = _single(op, strength=strength, distractor_p=1.0)
                 text = f"{op.replace('_', ' ').replace('jpeg', 'JPEG')} alone at strength {strength}"
-            found.append(
-                Condition(f"{op} {strength}", op, text, strength, seed, config)
-            )
+            found.append(Condition(f"{op} {strength}", op, text, strength, seed, config))
     for quality in JPEG_QUALITIES:
         config = _single("jpeg", jpeg_quality=(quality, quality))
         name, text = f"jpeg_quality {quality}", f"JPEG at quality {quality}"
@@ -243,13 +238,9 @@ def _read_logits(path: Path, names: Sequence[str]) -> Logits:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise EvaluationError(
-            f"{path}: not a file of scores ({error}); delete it and run again"
-        ) from None
+        raise EvaluationError(f"{path}: not a file of scores ({error}); delete it and run again") from None
     if tuple(arrays.pop("names", ())) != tuple(names):
-        raise EvaluationError(
-            f"{path}: holds other pictures than its name says; delete it and run again"
-        )
+        raise EvaluationError(f"{path}: holds other pictures than its name says; delete it and run again")
     return {name.removeprefix("of "): x for name, x in arrays.items()}
 
 
@@ -293,9 +284,7 @@ def read_predictions(
     return pictures, Run(given, {"scores": p}), note
 
 
-def _read_scores(
-    preds: Path, key: Callable[[str], str], logits: bool
-) -> dict[str, float]:
+def _read_scores(preds: Path, key: Callable[[str], str], logits: bool) -> dict[str, float]:
     """P(fake) by picture name."""
     scores: dict[str, float] = {}
     columns: tuple[str, str] | None = None
@@ -328,9 +317,7 @@ def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
 def _column(path: Path, row: Mapping[str, str], wanted: Sequence[str]) -> str:
     found = [name for name in wanted if name in row]
     if not found:
-        raise EvaluationError(
-            f"{path}: none of the columns {', '.join(wanted)}; found {', '.join(map(str, row))}"
-        )
+        raise EvaluationError(f"{path}: none of the columns {', '.join(wanted)}; found {', '.join(map(str, row))}")
     return found[0]
 
 
@@ -383,9 +370,7 @@ def write_results(
                     pictures.videos,
                 )
                 for *row, p in zip(*known, np.stack([run.p[w] for w in who], axis=1)):
-                    writer.writerow(
-                        [run.condition.name, *row, *(f"{x:.6f}" for x in p)]
-                    )
+                    writer.writerow([run.condition.name, *row, *(f"{x:.6f}" for x in p)])
     report.write_report(results, out, thumbnails=thumbnails)
 
 
@@ -394,17 +379,13 @@ def text_table(results: Mapping[str, Any]) -> str:
     lines, last = [], None
     head = f"{'':14} {'AUC':>6} {'95 %':>13} {'AP':>6} {'EER':>6} {'acc.':>6} {'TPR@1':>6} {'TPR@5':>6} {'ECE':>6} {'loss':>6} {'Brier':>6}"
     ordered = sorted(results["rows"], key=lambda r: r["who"] != ENSEMBLE)
-    blocks = dict.fromkeys(
-        (r["condition"], r["unit"], r["scope"]) for r in results["rows"]
-    )
+    blocks = dict.fromkeys((r["condition"], r["unit"], r["scope"]) for r in results["rows"])
     for block in blocks:
         for r in ordered:
             if (r["condition"], r["unit"], r["scope"]) != block:
                 continue
             if block != last:
-                title = (
-                    f"{r['condition']}, per {r['unit']}, {r['scope']}: {r['protocol']}"
-                )
+                title = f"{r['condition']}, per {r['unit']}, {r['scope']}: {r['protocol']}"
                 lines += ["", title, head]
                 last = block
             lines.append(
@@ -435,9 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _evaluate_predictions(arguments)
         return _evaluate_bundle(arguments)
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted; the same command goes on where it stopped", file=sys.stderr
-        )
+        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     except ValueError as error:  # what the rooms refuse: manifests, scores, settings
         print(error, file=sys.stderr)
@@ -445,9 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m solution.evaluate", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m solution.evaluate", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data", type=Path, help="manifest: CSV, DeepfakeBench JSON, or a folder")
     add("--weights", help="the bundle to evaluate")
@@ -459,9 +436,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder for report, JSON and scores")
     add("--split", help="rows of this split only, such as val")
     add("--degraded", action="store_true", help="also with every picture degraded")
-    add(
-        "--robustness", action="store_true", help="also every op, JPEG and noise sweeps"
-    )
+    add("--robustness", action="store_true", help="also every op, JPEG and noise sweeps")
     add("--seeds", type=int, nargs="+", default=[7], help="of the degradation")
     add("--frames", type=int, default=0, help="frames of each video; 0: no video files")
     add(
@@ -529,9 +504,7 @@ def _evaluate_predictions(arguments: argparse.Namespace) -> int:
         seed=arguments.seeds[0],
         draws=arguments.draws,
     )
-    write_results(
-        arguments.out, pictures, [run], results, thumbnails=arguments.thumbnails
-    )
+    write_results(arguments.out, pictures, [run], results, thumbnails=arguments.thumbnails)
     print(f"{text_table(results)}\n\n{arguments.out / 'report.html'}")
     return 0
 
@@ -553,9 +526,7 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
     )
     items = limit_items(items, arguments.limit, arguments.seeds[0])
     try:
-        ensemble = predict.load_ensemble(
-            arguments.weights, arguments.device, second_look=not arguments.fast
-        )
+        ensemble = predict.load_ensemble(arguments.weights, arguments.device, second_look=not arguments.fast)
     except WeightsError as error:
         print(error, file=sys.stderr)
         return 3
@@ -651,9 +622,7 @@ def run(
     return results
 
 
-def _bundle_protocol(
-    ensemble: Ensemble, pictures: Pictures, way: str
-) -> dict[str, Any]:
+def _bundle_protocol(ensemble: Ensemble, pictures: Pictures, way: str) -> dict[str, Any]:
     """What a report says of the bundle and the pictures; `origin` stands beside every number."""
     vote, fingerprint = ensemble.vote, pictures.fingerprint()
     rule = ""
@@ -672,9 +641,7 @@ def _bundle_protocol(
     }
 
 
-def read_items(
-    manifest: Path, *, split: str | None, frames: int, out: Path
-) -> tuple[list[Any], str]:
+def read_items(manifest: Path, *, split: str | None, frames: int, out: Path) -> tuple[list[Any], str]:
     """The manifest's pictures, and what it lost. With `frames`, video files become that many PNGs under `out/frames`."""
     from solution.data import training as data
     from solution.data.images import VIDEO_SUFFIXES

@@ -119,10 +119,7 @@ def explain_pictures(
 def probe_members(ensemble: Ensemble) -> dict[str, maps.Probe]:
     """What every member's maps cost here, two batches each."""
     with torch.inference_mode():
-        return {
-            name: maps.probe(member, ensemble.batch_size)
-            for name, member in ensemble.members.items()
-        }
+        return {name: maps.probe(member, ensemble.batch_size) for name, member in ensemble.members.items()}
 
 
 def _other_seconds(explainer: Explainer, items: Sequence[Input]) -> float:
@@ -137,9 +134,7 @@ def _other_seconds(explainer: Explainer, items: Sequence[Input]) -> float:
     return 0.0
 
 
-def _cost(
-    probes: Mapping[str, maps.Probe], passes: Mapping[str, int], other: float = 0.0
-) -> str:
+def _cost(probes: Mapping[str, maps.Probe], passes: Mapping[str, int], other: float = 0.0) -> str:
     """Forward passes at most, and the time that they and `other` seconds of work take at most."""
     busy = sum(probes[n].seconds * count for n, count in passes.items())
     seconds = MARGIN * (busy + other)
@@ -176,9 +171,7 @@ class Look(NamedTuple):
 class Explainer:
     """Explains one picture at a time: what every member saw, said, and looked at."""
 
-    def __init__(
-        self, ensemble: Ensemble, channels: int | None, *, faces: bool
-    ) -> None:
+    def __init__(self, ensemble: Ensemble, channels: int | None, *, faces: bool) -> None:
         self.ensemble, self.channels = ensemble, channels
         self.locators = locators_of(ensemble.views) if faces else {}
 
@@ -192,14 +185,10 @@ class Explainer:
         picture, seen = self.prepare(item)
         ensemble = self.ensemble
         face = None if np.isnan(seen.face).any() else tuple(seen.face.tolist())
-        views = [
-            torch.from_numpy(v).permute(2, 0, 1)[None].to(ensemble.device)
-            for v in seen.views
-        ]
+        views = [torch.from_numpy(v).permute(2, 0, 1)[None].to(ensemble.device) for v in seen.views]
         row = self._verdict(item.name, views)
         looks = {
-            name: self._look(name, views[place][0], seen.rects[place], face)
-            for name, place in ensemble.view_of.items()
+            name: self._look(name, views[place][0], seen.rects[place], face) for name, place in ensemble.view_of.items()
         }
         crop, note = self._crop(picture, face)
         scale = min(1.0, DRAWN / max(picture.shape[:2]))
@@ -258,9 +247,7 @@ class Explainer:
         by_kind = {kind: m.cpu().numpy() for kind, m in found.items()}
         return Look(by_kind, tuple(rect), covered)
 
-    def _joint(
-        self, looks: Mapping[str, Look], scale: float, size: Sequence[int]
-    ) -> tuple[np.ndarray, str]:
+    def _joint(self, looks: Mapping[str, Look], scale: float, size: Sequence[int]) -> tuple[np.ndarray, str]:
         """The Score-CAMs of all members on the picture, each of mass one, by their votes; and a note.
 
         size: (H, W) of the result, `scale` times the picture.
@@ -311,9 +298,7 @@ def _shown(kind: str, values: np.ndarray, covered: np.ndarray | None) -> Map:
     if kind == ATTENTION:
         spread = maps.entropy(torch.from_numpy(values).flatten()).item()
         notes.append(f"{spread:.2f} of {math.log(values.size):.2f} nats")
-    return Map(
-        TITLES[kind], values, "; ".join(notes), 1.0 if kind in ABSOLUTE else None
-    )
+    return Map(TITLES[kind], values, "; ".join(notes), 1.0 if kind in ABSOLUTE else None)
 
 
 # ------------------------------------------------------------------------------------------------ drift
@@ -328,9 +313,7 @@ def run_drift(args: argparse.Namespace) -> Path:
     if not faces:
         _tell("no face detector is installed: whole pictures, nothing on backgrounds")
     cam = min(args.cam, len(items))
-    settings = drift.Settings(
-        cam, args.channels, min(args.full_check, cam), args.seed, faces
-    )
+    settings = drift.Settings(cam, args.channels, min(args.full_check, cam), args.seed, faces)
     cams = limit_items(items, cam, args.seed) if cam else []
     chosen = drift.choose(items, cams, settings)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -368,16 +351,9 @@ def _measure(
 
     folder, found = args.out / "measured", drift.conditions(args.strengths, args.seed)
     places = (ensemble, items)
-    left = [
-        c
-        for c in found
-        if not drift.stored_path(folder, *places, c, chosen, settings).exists()
-    ]
+    left = [c for c in found if not drift.stored_path(folder, *places, c, chosen, settings).exists()]
     probes = probe_members(ensemble)
-    passes = {
-        name: drift.passes(p, len(items), chosen, settings, left)
-        for name, p in probes.items()
-    }
+    passes = {name: drift.passes(p, len(items), chosen, settings, left) for name, p in probes.items()}
     kept = len(found) - len(left)
     _tell(f"{len(items)} pictures under {len(found)} conditions, {kept} of them kept")
     _tell(f"{_cost(probes, passes)}, degrading pictures and locating faces apart")
@@ -397,9 +373,7 @@ def _protocol(
     """How the numbers came to be, line by line."""
     fakes = sum(item.label for item in items)
     faces = int((~np.isnan(measured["clean"]["faces"]).any(axis=1)).sum())
-    channels = (
-        "all" if settings.channels is None else f"the {settings.channels} strongest"
-    )
+    channels = "all" if settings.channels is None else f"the {settings.channels} strongest"
     votes = ", ".join(f"{n} x{w}" for n, w in ensemble.vote.weights.items() if w)
     return {
         "weights": f"{Path(args.weights).name} {ensemble.hash[:12]}: {ensemble.describe()}",
@@ -470,12 +444,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     pictures = commands.add_parser("pictures", help="maps of pictures, as a page")
-    pictures.add_argument(
-        "--input", type=Path, required=True, help="folder, picture, or .txt"
-    )
-    measure = commands.add_parser(
-        "drift", help="what degradation does to maps and features"
-    )
+    pictures.add_argument("--input", type=Path, required=True, help="folder, picture, or .txt")
+    measure = commands.add_parser("drift", help="what degradation does to maps and features")
     add = measure.add_argument
     add("--data", type=Path, required=True, help="manifest: CSV, JSON, or a folder")
     add("--split", help="rows of this split only (default: all)")

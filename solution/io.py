@@ -22,11 +22,7 @@ def atomic_file(path: Path | str, *, binary: bool = False) -> Iterator[IO]:
     """
     path = Path(os.path.realpath(path))
     temporary = path.parent / f".writing-{os.getpid()}-{secrets.token_hex(4)}"
-    how: dict[str, Any] = (
-        {"mode": "xb"}
-        if binary
-        else {"mode": "x", "encoding": "utf-8", "newline": "\n"}
-    )
+    how: dict[str, Any] = {"mode": "xb"} if binary else {"mode": "x", "encoding": "utf-8", "newline": "\n"}
     try:
         with open(temporary, **how) as file:
             yield file

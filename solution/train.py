@@ -109,9 +109,7 @@ def phases(config: MemberConfig) -> list[Phase]:
     if not train.head_epochs:
         return [Phase("all", train.epochs, optim)]
     if train.head_epochs >= train.epochs:
-        raise ConfigError(
-            f"train.head_epochs {train.head_epochs} must be below train.epochs {train.epochs}"
-        )
+        raise ConfigError(f"train.head_epochs {train.head_epochs} must be below train.epochs {train.epochs}")
     head = replace(
         optim,
         lr=train.head_lr,
@@ -150,9 +148,7 @@ def parameter_groups(member: Member, phase: Phase) -> list[dict[str, Any]]:
     rates = [(p, optim.head_lr or optim.lr) for p in member.head_parameters()]
     if phase.name == "all":
         depths = depth_of(member.tower)
-        rates += [
-            (p, optim.lr * optim.layer_decay ** depths.get(id(p), 0)) for p in adapted
-        ]
+        rates += [(p, optim.lr * optim.layer_decay ** depths.get(id(p), 0)) for p in adapted]
     # Few groups: an optimizer takes the parameters of one together.
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter, rate in rates:
@@ -169,9 +165,7 @@ def parameter_groups(member: Member, phase: Phase) -> list[dict[str, Any]]:
 def adapted_parameters(member: Member) -> list[nn.Parameter]:
     """What the member trains of its tower: its adapter, or the tower's own weights that its file stores."""
     start = (".effort_u0", ".effort_s0", ".effort_v0")  # stored, but not trained
-    state = (
-        {} if member.adapter is None else adapter_state(member.tower, member.adapter)
-    )
+    state = {} if member.adapter is None else adapter_state(member.tower, member.adapter)
     adapter = [p for key, p in state.items() if not key.endswith(start)]
     keys = member.trained_tower_keys()
     if member.config.adapter.kind == "norm":
@@ -186,11 +180,7 @@ def depth_of(tower: Tower) -> dict[int, int]:
     depths = {id(p): count for p in tower.model.parameters()}  # embeddings: deepest
     for index, layer in enumerate(tower.layers):
         depths |= {id(p): count - 1 - index for p in layer.parameters()}
-    final = (
-        tower.model.layernorm
-        if tower.config.kind == "dinov2"
-        else tower.model.visual.ln_post
-    )
+    final = tower.model.layernorm if tower.config.kind == "dinov2" else tower.model.visual.ln_post
     return depths | {id(p): 0 for p in final.parameters()}
 
 
@@ -273,9 +263,7 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.member = member
 
-    def forward(
-        self, batch: Batch
-    ) -> tuple[torch.Tensor, dict[str, float], MemberOutput]:
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float], MemberOutput]:
         output = self.member(batch.images)
         loss, parts = self.member.loss(output, batch)
         return loss, parts, output
@@ -386,18 +374,14 @@ class Run:
         offset = 0
         for number, phase in enumerate(phases(self.config)):
             if number >= first:
-                self._run_phase(
-                    number, phase, offset, checkpoint if number == first else None
-                )
+                self._run_phase(number, phase, offset, checkpoint if number == first else None)
                 if self.stopping:
                     break
                 self.state |= {"phase": number + 1, "step": 0, "planned": 0}
             offset += phase.epochs
         return dict(self.state)
 
-    def _run_phase(
-        self, number: int, phase: Phase, first_epoch: int, checkpoint: dict | None
-    ) -> None:
+    def _run_phase(self, number: int, phase: Phase, first_epoch: int, checkpoint: dict | None) -> None:
         optimizer = make_optimizer(self.member, phase)
         if self.config.train.average:
             trained = [p for g in optimizer.param_groups for p in g["params"]]
@@ -406,11 +390,7 @@ class Run:
         total = phase.epochs * per_epoch
         if self.config.train.max_steps:
             total = min(total, self.config.train.max_steps)
-        if (
-            checkpoint is not None
-            and checkpoint["state"]["phase"] == number
-            and checkpoint["optimizer"] is not None
-        ):
+        if checkpoint is not None and checkpoint["state"]["phase"] == number and checkpoint["optimizer"] is not None:
             optimizer.load_state_dict(checkpoint["optimizer"])
             if self.average is not None:
                 for value, kept in zip(self.average.values, checkpoint["average"]):
@@ -430,9 +410,7 @@ class Run:
         self.share = self.budget * phase.epochs / self.config.train.epochs
         with bar:
             while self.state["step"] < self._planned(total) and not self.stopping:
-                self._run_epoch(
-                    step_module, optimizer, phase, first_epoch, per_epoch, total, bar
-                )
+                self._run_epoch(step_module, optimizer, phase, first_epoch, per_epoch, total, bar)
         if self.stopping:
             self._write_checkpoint(optimizer)
         else:
@@ -466,9 +444,7 @@ class Run:
                 file=sys.stderr,
             )
 
-    def _run_epoch(
-        self, module, optimizer, phase, first_epoch, per_epoch, total, bar
-    ) -> None:
+    def _run_epoch(self, module, optimizer, phase, first_epoch, per_epoch, total, bar) -> None:
         epoch = first_epoch + self.state["step"] // per_epoch
         done = self.state["step"] % per_epoch
         gather = self.gather
@@ -481,17 +457,13 @@ class Run:
             began = time.perf_counter()
             micro = min(gather, len(plan) - start)
             factor = [
-                rate_factor(
-                    self.state["step"], self._planned(total), phase.optim, g["rate"]
-                )
+                rate_factor(self.state["step"], self._planned(total), phase.optim, g["rate"])
                 for g in optimizer.param_groups
             ]
             for group, f in zip(optimizer.param_groups, factor):
                 group["lr"] = group["rate"] * f
             # Dropout is a function of seed, step and rank: a resumed run draws what the whole one does, on any device.
-            torch.manual_seed(
-                stable_seed(f"{train.seed} {self.state['total']} {self.world.rank}")
-            )
+            torch.manual_seed(stable_seed(f"{train.seed} {self.state['total']} {self.world.rank}"))
             line = self._optimizer_step(module, optimizer, batches, micro, phase)
             self.state["step"] += 1
             self.state["total"] += 1
@@ -515,9 +487,7 @@ class Run:
             if self.stopping or self.state["step"] >= self._planned(total):
                 return
 
-    def _optimizer_step(
-        self, module, optimizer, batches, micro: int, phase: Phase
-    ) -> dict[str, Any]:
+    def _optimizer_step(self, module, optimizer, batches, micro: int, phase: Phase) -> dict[str, Any]:
         """One optimizer step over `micro` micro-batches: the gradient of their mean loss."""
         optimizer.zero_grad(set_to_none=True)
         # Numbers stay on the device until the step is through: each one read sooner would wait for it.
@@ -527,15 +497,11 @@ class Run:
         for index in range(micro):
             batch = next(batches)
             if batch is None:
-                raise TrainingError(
-                    "every picture of a batch was unreadable; look at the manifest"
-                )
+                raise TrainingError("every picture of a batch was unreadable; look at the manifest")
             batch = batch.to(self.device)
             synchronise = index == micro - 1 or self.world.size == 1
             with contextlib.nullcontext() if synchronise else module.no_sync():
-                with torch.autocast(
-                    self.device.type, torch.bfloat16, enabled=self.bf16
-                ):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                     loss, parts, output = module(batch)
                 (loss / micro).backward()
             pictures += len(batch.labels) * self.world.size
@@ -550,12 +516,7 @@ class Run:
                 f"loss is {float(sums['loss'])} at step {self.state['total']}; last batch: {batch.names[:8]}"
             )
         if phase.optim.clip_norm:
-            trained = [
-                p
-                for g in optimizer.param_groups
-                for p in g["params"]
-                if p.grad is not None
-            ]
+            trained = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
             sums["grad_norm"] = nn.utils.clip_grad_norm_(trained, phase.optim.clip_norm)
         optimizer.step()
         if self.average is not None:
@@ -609,21 +570,15 @@ class Run:
 
     def score(self, degradation: DegradationConfig | None) -> np.ndarray:
         """Logits (N,) of the validation pictures."""
-        views = ValidationViews(
-            self.validation, self.config, degradation, self.config.train.validation_seed
-        )
-        loader = validation_loader(
-            views, batch=2 * self.config.train.batch, workers=self.workers
-        )
+        views = ValidationViews(self.validation, self.config, degradation, self.config.train.validation_seed)
+        loader = validation_loader(views, batch=2 * self.config.train.batch, workers=self.workers)
         self.member.eval()
         logits = []
         with (
             torch.inference_mode(),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16),
         ):
-            for images in tqdm(
-                loader, desc="validation", leave=False, disable=not self.progress
-            ):
+            for images in tqdm(loader, desc="validation", leave=False, disable=not self.progress):
                 logits.append(self.member(images.to(self.device)).logit.float().cpu())
         return torch.cat(logits).double().numpy()
 
@@ -683,29 +638,19 @@ class Run:
         if not self.checkpoint_path.exists():
             return None
         try:
-            content = torch.load(
-                self.checkpoint_path, map_location="cpu", weights_only=True
-            )
+            content = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise WeightsError(
-                f"{self.checkpoint_path}: unreadable ({error}); delete it or pass --restart"
-            ) from error
+            raise WeightsError(f"{self.checkpoint_path}: unreadable ({error}); delete it or pass --restart") from error
         found, mine = content.get("setting", {}), self.setting()
         if other := [name for name in mine if found.get(name) != mine[name]]:
             raise ConfigError(
                 f"{self.checkpoint_path} was written under another {', '.join(other)}; go on with what it was written "
                 "under, or pass --restart or another --out"
             )
-        load_state(
-            self.member.stored_state(), content["weights"], str(self.checkpoint_path)
-        )
+        load_state(self.member.stored_state(), content["weights"], str(self.checkpoint_path))
         self.state = content["state"]
         path = self.folder / "metrics.jsonl"
-        lines = (
-            [json.loads(text) for text in path.read_text().splitlines()]
-            if path.exists()
-            else []
-        )
+        lines = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
         self.history = [line for line in lines if line["step"] <= self.state["total"]]
         return content
 
@@ -725,9 +670,7 @@ def _as_floats(numbers: dict[str, torch.Tensor | float]) -> dict[str, float]:
     return dict(numbers) | dict(zip(tensors, stacked.tolist()))
 
 
-def split_aucs(
-    items: Sequence[Item], logits: dict[str, np.ndarray]
-) -> dict[str, float]:
+def split_aucs(items: Sequence[Item], logits: dict[str, np.ndarray]) -> dict[str, float]:
     """AUC by condition on seen and (where the items have that split) unseen generators, and the mean of all.
 
     Seen: over all pictures. Unseen: the mean over sources that have both classes; the rest is one source more.
@@ -739,29 +682,19 @@ def split_aucs(
     for name, values in logits.items():
         found[name] = auc(labels[~unseen], values[~unseen])
         if unseen.any():
-            found[f"unseen_{name}"] = auc_by_source(
-                labels[unseen], values[unseen], sources[unseen]
-            )
+            found[f"unseen_{name}"] = auc_by_source(labels[unseen], values[unseen], sources[unseen])
     return found | {"mean": sum(found.values()) / len(found)}
 
 
 # ------------------------------------------------------------------------------------------------ entry
-def make_towers(
-    config: MemberConfig, sources: dict[str, str], *, random: bool = False
-) -> dict[str, Tower]:
+def make_towers(config: MemberConfig, sources: dict[str, str], *, random: bool = False) -> dict[str, Tower]:
     """The member's towers with their starting weights: `sources` by tower name, else where the config says."""
     towers = {}
     for name, tower in tower_configs([config]).items():
-        other = (
-            tower.source.partition(":")[2]
-            if tower.source.startswith("bundle:")
-            else name
-        )
+        other = tower.source.partition(":")[2] if tower.source.startswith("bundle:") else name
         if random:
             towers[name] = build_tower(tower)
-        elif tower.source.startswith("bundle") and not (
-            other in sources or name in sources
-        ):
+        elif tower.source.startswith("bundle") and not (other in sources or name in sources):
             raise WeightsError(
                 f"tower {other!r} has no public source; pass --tower {other}=PATH (a folder as on the Hub, or the "
                 ".safetensors of an earlier training)"
@@ -796,9 +729,7 @@ def start_from(member: Member, folder: Path) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m solution.train", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m solution.train", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--member",
         required=True,
@@ -811,9 +742,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="manifest: CSV, DeepfakeBench JSON, or folder",
     )
-    parser.add_argument(
-        "--out", required=True, type=Path, help="folder of the trained members"
-    )
+    parser.add_argument("--out", required=True, type=Path, help="folder of the trained members")
     parser.add_argument(
         "--tower",
         action="append",
@@ -859,9 +788,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="SECONDS",
         help="of training steps (one process); the schedule is fitted to it after the warm-up",
     )
-    parser.add_argument(
-        "--restart", action="store_true", help="ignore an earlier checkpoint"
-    )
+    parser.add_argument("--restart", action="store_true", help="ignore an earlier checkpoint")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
 
@@ -890,9 +817,7 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def readable(
-    items: list[Item], config: MemberConfig, report: DropReport, *, progress: bool
-) -> list[Item]:
+def readable(items: list[Item], config: MemberConfig, report: DropReport, *, progress: bool) -> list[Item]:
     """The validation pictures that can be read: known before the first step, not after an epoch.
 
     Raises:
@@ -926,9 +851,7 @@ def validation_pictures(
         lost.dropped += left_out.dropped
     items = readable(items, config, lost, progress=progress)
     if len({item.label for item in items}) < 2:
-        raise ManifestError(
-            f"{args.data}: the val split needs real and fake pictures, found {len(items)} of one class"
-        )
+        raise ManifestError(f"{args.data}: the val split needs real and fake pictures, found {len(items)} of one class")
     return items, lost
 
 
@@ -995,9 +918,7 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
             f"--tower {', '.join(sorted(unknown))}: {config.name} has no such tower; it has {', '.join(sorted(known - {''}))}"
         )
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
-    member = build_member(
-        config, make_towers(config, sources, random=args.random_towers)
-    )
+    member = build_member(config, make_towers(config, sources, random=args.random_towers))
     if args.start_from is not None:
         start_from(member, args.start_from)
     items, faces = with_faces(items, args, config, world, report)
@@ -1053,9 +974,7 @@ def main(argv: list[str] | None = None) -> int:
             def stop(*_: Any) -> None:
                 run.stopping = True
 
-            previous = {
-                s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)
-            }
+            previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
             try:
                 state = run.run()
             finally:
@@ -1078,9 +997,7 @@ def main(argv: list[str] | None = None) -> int:
     if world.leads:
         run._write_history()
         best = state["best"]
-        print(
-            f"{run.config.name}: {state['total']} steps, best mean validation AUC {best:.4f}, in {run.folder}"
-        )
+        print(f"{run.config.name}: {state['total']} steps, best mean validation AUC {best:.4f}, in {run.folder}")
         if state["unreadable"]:
             print(
                 f"{run.config.name}: {state['unreadable']} samples were unreadable and left out "

@@ -65,9 +65,7 @@ def _silent(line: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ from somewhere
-def open_bundle(
-    weights: str, *, verify: bool = True, report: Report = _silent
-) -> Bundle:
+def open_bundle(weights: str, *, verify: bool = True, report: Report = _silent) -> Bundle:
     """The bundle that `--weights` names: a preset, `hf:owner/name[@revision][:subfolder]`, or a local folder.
 
     A preset's name means the preset; a folder of that name is `./compact`. A local folder uses no network, for its public
@@ -162,9 +160,7 @@ def golden_pictures(side: int, count: int = GOLDEN_PICTURES) -> torch.Tensor:
     Made with SHAKE-256 and integers alone, so that every machine and library makes the same bytes.
     """
     cells, kinds = 8, count * 3
-    raw = hashlib.shake_256(b"golden %d" % side).digest(
-        kinds * (cells * cells + side * side)
-    )
+    raw = hashlib.shake_256(b"golden %d" % side).digest(kinds * (cells * cells + side * side))
     values = torch.frombuffer(bytearray(raw), dtype=torch.uint8).int()
     coarse, fine = values.split([kinds * cells * cells, kinds * side * side])
     index = torch.arange(side) * cells // side  # (side,) -> cell
@@ -236,9 +232,7 @@ class SelfTest:
             f"{name:10} {value:9.2e} {'ok' if value <= self.tolerance else 'DIFFERS'}"
             for name, value in self.worst.items()
         ]
-        return "\n".join(
-            [f"self-test on {self.where}, tolerance {self.tolerance:g}", *lines]
-        )
+        return "\n".join([f"self-test on {self.where}, tolerance {self.tolerance:g}", *lines])
 
 
 def run_selftest(
@@ -266,9 +260,7 @@ def run_selftest(
         raise WeightsError(f"the self-test has no tolerance for {dtype} on {device}")
     for side, expected in golden["pictures"].items():
         if _picture_hash(int(side)) != expected:
-            raise WeightsError(
-                f"{path}: the golden pictures of side {side} come out differently here"
-            )
+            raise WeightsError(f"{path}: the golden pictures of side {side} come out differently here")
     if set(golden["logits"]) != set(bundle.configs):
         raise WeightsError(
             f"{path}: of {sorted(golden['logits'])}, expected {sorted(bundle.configs)}; make it again: "
@@ -347,9 +339,7 @@ def show(bundle: Bundle) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ to the Hub
-def model_card(
-    bundle: Bundle, repository: str, evaluation: dict[str, Any] | None = None
-) -> str:
+def model_card(bundle: Bundle, repository: str, evaluation: dict[str, Any] | None = None) -> str:
     """The README.md of a bundle's repository: its metadata with a model-index, and what a reader needs to know.
 
     evaluation: the content of `evaluation.json` of `python -m solution.evaluate`; None leaves the figures out.
@@ -410,8 +400,7 @@ def _card_text(bundle: Bundle, repository: str, rows: list[dict[str, Any]]) -> s
     if rows:
         figures = "| pictures | condition | AUC | protocol |\n|---|---|---|---|\n"
         figures += "\n".join(
-            f"| {r['scope']}, per {r['unit']} | {r['condition']} | {r['auc']:.4f} | {r['protocol']} |"
-            for r in rows
+            f"| {r['scope']}, per {r['unit']} | {r['condition']} | {r['auc']:.4f} | {r['protocol']} |" for r in rows
         )
     return f"""# {bundle.name}
 
@@ -472,16 +461,11 @@ def push(
         )
     card = model_card(bundle, repository, evaluation)
     files = [CommitOperationAdd("README.md", card.encode())]
-    files += [
-        CommitOperationAdd(name, str(bundle.folder / name))
-        for name in (*bundle.files, MANIFEST)
-    ]
+    files += [CommitOperationAdd(name, str(bundle.folder / name)) for name in (*bundle.files, MANIFEST)]
     api = HfApi()
     try:
         api.create_repo(repository, exist_ok=True, private=private)
-        made = api.create_commit(
-            repository, files, commit_message=f"{bundle.name} {bundle.hash[:12]}"
-        )
+        made = api.create_commit(repository, files, commit_message=f"{bundle.name} {bundle.hash[:12]}")
     except (HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise WeightsError(
@@ -492,9 +476,7 @@ def push(
 
 # ------------------------------------------------------------------------------------------------ entry
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m solution.weights", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m solution.weights", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
     add = commands.add_parser("import-ntire26", help=published.__doc__.splitlines()[0])
@@ -518,12 +500,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out the self-test's logits (their forward passes take a few minutes on CPU)",
     )
-    add = commands.add_parser(
-        "pull", help="download a bundle and its public towers into the Hub's cache"
-    )
-    add.add_argument(
-        "weights", help="hf:owner/name[@revision][:subfolder], or a folder"
-    )
+    add = commands.add_parser("pull", help="download a bundle and its public towers into the Hub's cache")
+    add.add_argument("weights", help="hf:owner/name[@revision][:subfolder], or a folder")
     add.add_argument("--out", type=Path, help="also copy the bundle into this folder")
     add.add_argument("--force", action="store_true", help="even what the cache has")
     add = commands.add_parser("push", help="upload a bundle with a model card")
@@ -531,9 +509,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("repository", help="owner/name")
     add.add_argument("--evaluation", type=Path, help="evaluation.json, for the card")
     add.add_argument("--private", action="store_true")
-    add.add_argument(
-        "--dry-run", action="store_true", help="print the card, upload nothing"
-    )
+    add.add_argument("--dry-run", action="store_true", help="print the card, upload nothing")
     helps = {
         "verify": "check every file and the cached public towers against their SHA-256",
         "show": "a table of members, towers and hashes",
@@ -609,9 +585,7 @@ def _push(arguments: argparse.Namespace) -> None:
         try:
             evaluation = json.loads(arguments.evaluation.read_text())
         except (OSError, ValueError) as error:
-            raise WeightsError(
-                f"{arguments.evaluation}: unreadable ({error})"
-            ) from None
+            raise WeightsError(f"{arguments.evaluation}: unreadable ({error})") from None
     if arguments.dry_run:
         print(model_card(bundle, arguments.repository, evaluation))
         return

@@ -26,9 +26,7 @@ def forge(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The picture with a smooth, colour-shifted patch where the face is."""
     side = image.shape[0]
     mask = np.zeros(image.shape[:2], np.float32)
-    cv2.ellipse(
-        mask, (side // 2, side // 2), (side // 5, side // 4), 0, 0, 360, 1.0, -1
-    )
+    cv2.ellipse(mask, (side // 2, side // 2), (side // 5, side // 4), 0, 0, 360, 1.0, -1)
     mask = cv2.GaussianBlur(mask, (0, 0), 2)[:, :, None]
     patch = cv2.GaussianBlur(image, (0, 0), 3).astype(np.float32)
     patch += rng.uniform(15, 40, 3)

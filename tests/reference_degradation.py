@@ -101,9 +101,7 @@ def blur(image, kind, **p):
         radius = int(max(p["l1"], p["l2"]))
         along = np.array([math.cos(p["angle"]), math.sin(p["angle"])])
         across = np.array([-along[1], along[0]])
-        covariance = p["l1"] * np.outer(along, along) + p["l2"] * np.outer(
-            across, across
-        )
+        covariance = p["l1"] * np.outer(along, along) + p["l2"] * np.outer(across, across)
     precision = np.linalg.inv(covariance + 1e-6 * np.eye(2))
     at = np.stack(np.meshgrid(*[np.arange(-radius, radius + 1)] * 2), axis=-1)
     kernel = np.exp(-0.5 * np.einsum("yxi,ij,yxj->yx", at, precision, at))
@@ -162,9 +160,7 @@ def sensor_noise(image, kind, **p):
 # 3 resize: "shrink by [scale]; grow by [scale]; none; nearest, linear, cubic, area"
 def resize(image, scale, method):
     height, width = image.shape[:2]
-    return resized(
-        image, max(1, int(height * scale)), max(1, int(width * scale)), method
-    )
+    return resized(image, max(1, int(height * scale)), max(1, int(width * scale)), method)
 
 
 # 4 colour: "grey; fade (saturation); per-channel cast"
@@ -193,9 +189,7 @@ def jpeg(image, quality):
 def chroma_subsampling(image):
     height, width = image.shape[:2]
     y = luma(image)
-    chroma = np.concatenate(
-        [(image[:, :, :1] - y) / 1.402, (image[:, :, 2:] - y) / 1.772], axis=2
-    )
+    chroma = np.concatenate([(image[:, :, :1] - y) / 1.402, (image[:, :, 2:] - y) / 1.772], axis=2)
     small = resized(chroma, max(1, height // 2), max(1, width // 2), "area")
     chroma = resized(small, height, width, "nearest")
     red, blue = y + 1.402 * chroma[:, :, :1], y + 1.772 * chroma[:, :, 1:]
@@ -264,8 +258,7 @@ def distractor(image, kind, text, donor=None, **p):
     height, width = image.shape[:2]
     if kind == "patch" and donor is not None:
         rows, columns = (
-            min(p[side], image.shape[axis], donor.shape[axis])
-            for axis, side in enumerate(("height", "width"))
+            min(p[side], image.shape[axis], donor.shape[axis]) for axis, side in enumerate(("height", "width"))
         )
         x0 = int(p["source"][0] * (donor.shape[1] - columns + 1))
         y0 = int(p["source"][1] * (donor.shape[0] - rows + 1))

@@ -72,17 +72,13 @@ def test_dinov2_equals_transformers(arch):
 
 def test_cls_attention_equals_the_eager_last_block():
     tower, images = dino(), pictures()
-    config = Dinov2Config(
-        **(tower.model.config.to_dict() | {"attn_implementation": "eager"})
-    )
+    config = Dinov2Config(**(tower.model.config.to_dict() | {"attn_implementation": "eager"}))
     eager = Dinov2Model(config).eval()
     eager.load_state_dict(tower.model.state_dict())
     with torch.no_grad():
         last = tower(images).last_input
         ours = tower.cls_attention(last)
-        theirs = eager(
-            pixel_values=tower.normalize(images), output_attentions=True
-        ).attentions[-1][:, :, 0]
+        theirs = eager(pixel_values=tower.normalize(images), output_attentions=True).attentions[-1][:, :, 0]
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
     torch.testing.assert_close(patch_attention(ours).sum(-1), torch.ones(2))
 
@@ -97,18 +93,14 @@ def test_clip_equals_open_clip():
         image_size=56,
         output_tokens=True,
     )
-    theirs = CLIP(
-        32, vision, CLIPTextCfg(width=32, heads=2, layers=2), quick_gelu=True
-    ).eval()
+    theirs = CLIP(32, vision, CLIPTextCfg(width=32, heads=2, layers=2), quick_gelu=True).eval()
     tower, images = clip(seed=5), pictures()
     load_state(tower_state(tower), to_stable(theirs.state_dict(), "open_clip"), "twin")
     with torch.no_grad():
         ours = tower(images, keep=(1,))
         pooled, tokens = theirs.visual(tower.normalize(images))
     torch.testing.assert_close(ours.patch_tokens, tokens, atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        ours.cls_token @ tower.model.visual.proj, pooled, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(ours.cls_token @ tower.model.visual.proj, pooled, atol=1e-5, rtol=0)
     assert ours.hidden[1].shape == (2, 17, 64)
 
 
@@ -127,17 +119,13 @@ def test_dinov2_in_clips_layout_is_the_same_function():
     twin = build_tower(TowerConfig("t", "clip", arch)).eval()
     load_state(tower_state(twin), dinov2_as_clip(tower_state(tower), arch), "twin")
     with torch.no_grad():
-        torch.testing.assert_close(
-            twin(images).cls_token, tower(images).cls_token, atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(twin(images).cls_token, tower(images).cls_token, atol=1e-5, rtol=0)
 
 
 def test_uint8_and_float_pictures_agree_and_wrong_sides_are_refused():
     tower, images = dino(), pictures()
     with torch.no_grad():
-        torch.testing.assert_close(
-            tower(images).cls_token, tower(images.float() / 255).cls_token
-        )
+        torch.testing.assert_close(tower(images).cls_token, tower(images.float() / 255).cls_token)
     with pytest.raises(ValueError, match="multiple of its patch 14"):
         tower(pictures(side=57))
     with pytest.raises(ValueError, match="takes 56x56"):
@@ -153,17 +141,13 @@ def test_adapters_share_a_tower_and_stay_apart(make, kind):
         for name in ("face", "fusion"):
             add_adapter(tower, name, AdapterConfig(kind, rank=2, dropout=0.0))
         # A fresh adapter changes nothing: LoRA's B is zero, Effort's factors are the weight's own.
-        torch.testing.assert_close(
-            tower(images, adapter="face").cls_token, plain, atol=1e-6, rtol=0
-        )
+        torch.testing.assert_close(tower(images, adapter="face").cls_token, plain, atol=1e-6, rtol=0)
         for key, value in adapter_state(tower, "face").items():
             if key.endswith(("lora_B", "effort_s")):
                 value += 0.5
         changed = tower(images, adapter="face").cls_token
         assert (changed - plain).abs().max() > 1e-2
-        torch.testing.assert_close(
-            tower(images, adapter="fusion").cls_token, plain, atol=1e-6, rtol=0
-        )
+        torch.testing.assert_close(tower(images, adapter="fusion").cls_token, plain, atol=1e-6, rtol=0)
         torch.testing.assert_close(tower(images).cls_token, plain)
         torch.testing.assert_close(tower(images, adapter="face").cls_token, changed)
 
@@ -175,15 +159,11 @@ def test_effort_keeps_the_leading_singular_part():
     factors = next(tower.blocks()).q.factors["q"]
     residual = (factors["u0"] * factors["s0"]) @ factors["v0"]
     expected = torch.linalg.svdvals(weight)
-    torch.testing.assert_close(
-        torch.linalg.svdvals(weight - residual)[:-1], expected[:-1], atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(torch.linalg.svdvals(weight - residual)[:-1], expected[:-1], atol=1e-5, rtol=0)
     assert torch.linalg.svdvals(weight - residual)[-1] < 1e-5
 
 
-@pytest.mark.parametrize(
-    "kind, wanted", [("lora", ("lora_A", "lora_B")), ("effort", (".u", ".s", ".v"))]
-)
+@pytest.mark.parametrize("kind, wanted", [("lora", ("lora_A", "lora_B")), ("effort", (".u", ".s", ".v"))])
 def test_gradients_reach_the_adapter_alone(kind, wanted):
     tower = dino()
     add_adapter(tower, "m", AdapterConfig(kind, rank=2, dropout=0.0))
@@ -191,16 +171,10 @@ def test_gradients_reach_the_adapter_alone(kind, wanted):
         for value in adapter_state(tower, "m").values():
             value += 0.1
     tower(pictures(), adapter="m").cls_token.sum().backward()
-    reached = {
-        n
-        for n, p in tower.named_parameters()
-        if p.grad is not None and p.grad.abs().sum() > 0
-    }
+    reached = {n for n, p in tower.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     trained = {n for n, p in tower.named_parameters() if p.requires_grad}
     assert reached == trained
-    assert all(
-        re.search(rf"({'|'.join(map(re.escape, wanted))})(\.|$)", n) for n in trained
-    )
+    assert all(re.search(rf"({'|'.join(map(re.escape, wanted))})(\.|$)", n) for n in trained)
 
 
 def test_giant_has_the_published_size_without_being_made():
@@ -295,9 +269,7 @@ def test_empty_tower_filled_equals_the_original(make):
             from open_clip import tokenize
 
             words = tokenize(["a photo"])
-            torch.testing.assert_close(
-                twin.model.encode_text(words), tower.model.encode_text(words)
-            )
+            torch.testing.assert_close(twin.model.encode_text(words), tower.model.encode_text(words))
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory():

@@ -32,9 +32,7 @@ def run(folder, *words):
 # ------------------------------------------------------------------------------------------------ the command
 def test_the_rehearsal_measures_every_stage(tmp_path, capsys):
     bundle = make_bundle(tmp_path / "tiny", ("global",))
-    code, stages = run(
-        tmp_path, "--budget", "3600", "--weights", str(bundle.folder), "--workers", "1"
-    )
+    code, stages = run(tmp_path, "--budget", "3600", "--weights", str(bundle.folder), "--workers", "1")
     told = capsys.readouterr().out
     assert {n: s.get("reason") for n, s in stages.items() if s["state"] != "done"} == {}
     assert code == 0 and list(stages) == list(benchmark_gpu.STAGES)
@@ -43,10 +41,7 @@ def test_the_rehearsal_measures_every_stage(tmp_path, capsys):
         assert all(0 <= n < float("inf") for n in found), name
         assert f"\n{name}: " in told
     for way in ("eager", "compiled"):
-        three = [
-            1 / stages["float16"][way][n]["pictures_per_s"]
-            for n in benchmark_gpu.STREAMS
-        ]
+        three = [1 / stages["float16"][way][n]["pictures_per_s"] for n in benchmark_gpu.STREAMS]
         theirs = 1 / stages["straight"]["members"]["all"]["pictures_per_s"]
         ratio = stages["float16"][way]["times_the_straightforward_way"]
         assert ratio == pytest.approx(theirs / sum(three))
@@ -151,9 +146,7 @@ def test_packed_towers_score_as_unpacked_ones(swiglu, dtype):
         torch.testing.assert_close(found, plain[name], atol=digits, rtol=digits)
     # What goes through the blocks one by one finds the same weights.
     for name, member in members.items():
-        for ours, theirs in zip(
-            member.tower.blocks(), unpacked[name].tower.blocks(), strict=True
-        ):
+        for ours, theirs in zip(member.tower.blocks(), unpacked[name].tower.blocks(), strict=True):
             member.tower.use(member.adapter)
             unpacked[name].tower.use(member.adapter)
             h = torch.ones(1, 2, member.tower.width, dtype=dtype)
@@ -212,9 +205,7 @@ def test_maps_see_a_packed_tower():
         for name in ("face", "qtfp"):
             ours, theirs = (maps.look(m[name], images) for m in (members, unpacked))
             for part in ("logit", "last_input"):
-                torch.testing.assert_close(
-                    getattr(ours, part), getattr(theirs, part), atol=1e-4, rtol=1e-4
-                )
+                torch.testing.assert_close(getattr(ours, part), getattr(theirs, part), atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(
                 maps.attention_map(members[name], ours),
                 maps.attention_map(unpacked[name], theirs),

@@ -125,9 +125,7 @@ def test_separable_and_backward_and_constant_logits_stay_finite():
     assert metrics.auc(labels, fitted.apply(backward)) == metrics.auc(labels, backward)
     np.testing.assert_allclose(fitted.apply(backward), 0.5, atol=0.01)
     constant = np.full(100, 3.0)
-    np.testing.assert_allclose(
-        calibration.fit_kind("platt", constant, labels).apply(constant), 0.5, atol=0.01
-    )
+    np.testing.assert_allclose(calibration.fit_kind("platt", constant, labels).apply(constant), 0.5, atol=0.01)
     with pytest.raises(ValueError, match="two different"):
         calibration.fit_kind("isotonic", constant, labels)
 
@@ -146,9 +144,7 @@ def test_memorised_labels_do_not_win():
     """Isotonic on 40 pictures fits its own labels best; held-out log-loss must not be fooled."""
     logits, labels = distorted(6, DISTORTIONS["identity"], n=40)
     own = {
-        kind: metrics.log_loss(
-            labels, calibration.fit_kind(kind, logits, labels).apply(logits)
-        )
+        kind: metrics.log_loss(labels, calibration.fit_kind(kind, logits, labels).apply(logits))
         for kind in calibration.KINDS
     }
     assert own["isotonic"] < own["identity"]

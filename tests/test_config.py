@@ -18,12 +18,7 @@ from solution.config import (
     to_dict,
 )
 
-PAIRS = [
-    (p, m)
-    for p in PRESETS
-    for m in MEMBERS
-    if not (p == "ntire26" and m in ("qtfp", "vlaforge"))
-]
+PAIRS = [(p, m) for p in PRESETS for m in MEMBERS if not (p == "ntire26" and m in ("qtfp", "vlaforge"))]
 
 
 @pytest.mark.parametrize("name, member", PAIRS)
@@ -40,16 +35,11 @@ def test_published_numbers():
             64.0,
             0.15,
         )
-        assert config.train.batch * config.train.accumulate == (
-            256 if config.name == "fusion" else 512
-        )
+        assert config.train.batch * config.train.accumulate == (256 if config.name == "fusion" else 512)
         assert config.optim.weight_decay == 5e-4
     assert (streams["global"].view.resize, streams["global"].view.side) == (256, 252)
     assert streams["face"].view.source == "face"
-    assert (
-        streams["fusion"].train.head_epochs == 3
-        and streams["fusion"].train.head_lr == 1e-4
-    )
+    assert streams["fusion"].train.head_epochs == 3 and streams["fusion"].train.head_lr == 1e-4
     assert preset("ntire26", "fusion").clip.statistics == "imagenet"
     assert preset("giant", "fusion").clip.statistics == "clip"
     assert preset("giant", "qtfp").adapter.kind == "effort"
@@ -75,10 +65,7 @@ def test_override_types_by_field():
     ]
     changed = override(config, [*settings, "optim.decoupled=false"])
     assert changed.optim.lr == 1e-5 and changed.qtfp.queries == 1
-    assert (
-        changed.degradation.ops == ("blur", "jpeg")
-        and changed.degradation.strength == 0.5
-    )
+    assert changed.degradation.ops == ("blur", "jpeg") and changed.degradation.strength == 0.5
     assert changed.optim.decoupled is False
     assert override(changed, ["degradation.strength=none"]).degradation.strength is None
 
@@ -104,9 +91,7 @@ def test_bad_settings_explain_themselves(setting, message):
 def test_vlaforge_loss_presets():
     code = override(preset("giant", "vlaforge"), ["vlaforge.losses=code"]).vlaforge
     assert (code.w_global, code.w_localization, code.w_intra) == (10.0, 200.0, 20.0)
-    paper = override(
-        preset("giant", "vlaforge"), ["vlaforge.losses=code", "vlaforge.losses=paper"]
-    ).vlaforge
+    paper = override(preset("giant", "vlaforge"), ["vlaforge.losses=code", "vlaforge.losses=paper"]).vlaforge
     assert paper == preset("giant", "vlaforge").vlaforge
 
 

@@ -38,9 +38,7 @@ def save(path, seed=0):
     cv2.imwrite(str(path), portrait(np.random.default_rng(seed)))
 
 
-def manifest(
-    folder, rows, header=("path", "label", "source", "split", "mask", "video")
-):
+def manifest(folder, rows, header=("path", "label", "source", "split", "mask", "video")):
     path = folder / "m.csv"
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
@@ -91,9 +89,7 @@ def test_folder_and_deepfakebench_manifests(tmp_path):
     frames = ["frames\\000.png", "frames/001.png", "frames/002.png"]
     tree = {
         "FF": {
-            "FF-real": {
-                "train": {"c23": {"01": {"label": "FF-real", "frames": frames[:1]}}}
-            },
+            "FF-real": {"train": {"c23": {"01": {"label": "FF-real", "frames": frames[:1]}}}},
             "FF-DF": {"test": {"02_03": {"label": "FF-DF", "frames": frames[1:]}}},
         }
     }
@@ -112,9 +108,7 @@ def test_deepfakebench_masks_lie_beside_the_frames(tmp_path):
         save(tmp_path / name)
     save(tmp_path / "f/masks/1/000.png")
     save(tmp_path / "r/masks/2/000.png")
-    fake = {
-        "v": {"label": "FF-DF", "frames": [f"f/frames/1/00{n}.png" for n in (0, 1)]}
-    }
+    fake = {"v": {"label": "FF-DF", "frames": [f"f/frames/1/00{n}.png" for n in (0, 1)]}}
     real = {"w": {"label": "FF-real", "frames": ["r/frames/2/000.jpg"]}}
     tree = {"FF": {"FF-DF": {"train": fake}, "FF-real": {"train": real}}}
     (tmp_path / "b.json").write_text(json.dumps(tree))
@@ -128,9 +122,7 @@ def test_deepfakebench_masks_lie_beside_the_frames(tmp_path):
 def test_rows_without_a_split_are_never_in_both(tmp_path):
     for index in range(60):
         save(tmp_path / ("real", "fake")[index % 2] / f"{index}.png")
-    train, val = (
-        {i.name for i in read_manifest(tmp_path, split=s)[0]} for s in ("train", "val")
-    )
+    train, val = ({i.name for i in read_manifest(tmp_path, split=s)[0]} for s in ("train", "val"))
     assert not train & val and len(train | val) == 60 and 1 <= len(val) <= 15
 
 
@@ -167,9 +159,7 @@ def test_caps_drops_and_frames(tmp_path):
     items, _ = read_manifest(path)
     counts = Counter((i.source, i.label) for i in items)
     assert counts[("drawn0", 1)] == 10
-    kept, report = select(
-        items, SamplingConfig(cap=("drawn0/fake=3",), drop=("drawn1/real=0.5",)), 0
-    )
+    kept, report = select(items, SamplingConfig(cap=("drawn0/fake=3",), drop=("drawn1/real=0.5",)), 0)
     counts = Counter((i.source, i.label) for i in kept)
     assert counts == {
         ("drawn0", 0): 10,
@@ -204,9 +194,7 @@ def test_balanced_batches_are_half_and_half():
     assert len(plan) == 12
     for samples in plan:
         assert sum(labels[s.index] for s in samples) == 4
-        assert (
-            sum(labels[s.index] for s in samples[:4]) == 2
-        )  # so is each of two ranks' shares
+        assert sum(labels[s.index] for s in samples[:4]) == 2  # so is each of two ranks' shares
     again = plan_of(labels)
     other = plan_of(labels, epoch=1)
     assert plan == again and plan != other
@@ -224,15 +212,9 @@ def test_an_epoch_of_so_many_batches_whatever_the_size_of_the_data(balance):
         assert [len(samples) for samples in plan] == [batch] * batches
         positions = [s.position for samples in plan for s in samples]
         assert positions == list(range(batch * batches))
-        assert (
-            plan == plan_of(labels, **settings) != plan_of(labels, epoch=1, **settings)
-        )
+        assert plan == plan_of(labels, **settings) != plan_of(labels, epoch=1, **settings)
     counts = np.bincount(
-        [
-            s.index
-            for samples in plan_of(labels, **(settings | {"batch": 8, "batches": 25}))
-            for s in samples
-        ],
+        [s.index for samples in plan_of(labels, **(settings | {"batch": 8, "batches": 25})) for s in samples],
         minlength=40,
     )
     if balance == "none":
@@ -266,16 +248,10 @@ def test_geometry_moves_picture_and_mask_together():
     image[10:30, 5:25] = 255
     mask = (image[:, :, 0] / 255).astype(np.float32)
     moved = 0
-    geometry = Augmentation(
-        AugmentConfig(flip_p=0.5, rotate_p=1.0, crop_p=0.5, side=64)
-    )
+    geometry = Augmentation(AugmentConfig(flip_p=0.5, rotate_p=1.0, crop_p=0.5, side=64))
     for _ in range(20):
         out, out_mask = geometry(image, mask, rng)
-        assert (
-            out.shape == image.shape
-            and out.dtype == np.uint8
-            and out_mask.dtype == np.float32
-        )
+        assert out.shape == image.shape and out.dtype == np.uint8 and out_mask.dtype == np.float32
         assert np.abs(out[:, :, 0] / 255 - out_mask).mean() < 0.02
         moved += np.abs(out.astype(int) - image).mean() > 5
     assert moved > 15
@@ -339,6 +315,4 @@ def test_degraded_validation_depends_on_the_name_alone(tmp_path):
     picture = portrait(np.random.default_rng(0))
     first, again = (degraded_picture(picture, "a", engine, 1) for _ in range(2))
     np.testing.assert_array_equal(first, again)
-    assert (
-        np.abs(first.astype(int) - degraded_picture(picture, "b", engine, 1)).mean() > 1
-    )
+    assert np.abs(first.astype(int) - degraded_picture(picture, "b", engine, 1)).mean() > 1

@@ -90,9 +90,7 @@ CASES = {
         {"kind": "box", "side": 30},
     ],
     "motion_blur": [
-        {"side": side, "angle": angle}
-        for side in (3, 7, 13)
-        for angle in (0.0, 20.0, 50.0, 89.0, 90.0, 110.0, 170.0)
+        {"side": side, "angle": angle} for side in (3, 7, 13) for angle in (0.0, 20.0, 50.0, 89.0, 90.0, 110.0, 170.0)
     ],
     "sensor_noise": [
         {"kind": "speckle", "layers": "colour", "level": 0.05, "seed": 1},
@@ -276,9 +274,7 @@ def test_correlated_noise_is_what_numpy_draws_for_the_published_matrix():
         field, scale = ops.noise_layer((500, 400), "correlated", 5, mix=mix.tolist())
         found = np.cov(scale * field.reshape(-1, 3).T)
         # It is neither symmetric nor positive: NumPy goes on from its singular values.
-        drawn = np.random.RandomState(3).multivariate_normal(
-            np.zeros(3), published, 200_000, check_valid="ignore"
-        )
+        drawn = np.random.RandomState(3).multivariate_normal(np.zeros(3), published, 200_000, check_valid="ignore")
         np.testing.assert_allclose(found, np.cov(drawn.T), atol=0.015 * level**2)
 
 
@@ -397,17 +393,10 @@ def damage(name, strength, trials=24):
     image = picture(96, 96)
     rng = np.random.default_rng(3)
     config = single(name, strength=strength)
-    return np.mean(
-        [
-            np.abs(degrade(image, config, rng, image) - image).mean()
-            for _ in range(trials)
-        ]
-    )
+    return np.mean([np.abs(degrade(image, config, rng, image) - image).mean() for _ in range(trials)])
 
 
-@pytest.mark.parametrize(
-    "name", sorted(set(OPS) - {"jpeg", "chroma_subsampling", "distractor"})
-)
+@pytest.mark.parametrize("name", sorted(set(OPS) - {"jpeg", "chroma_subsampling", "distractor"}))
 def test_more_strength_does_more_damage(name):
     assert damage(name, 0.15) < damage(name, 0.55) < damage(name, 1.0)
 
@@ -442,11 +431,7 @@ def test_strength_zero_nearly_changes_nothing():
     assert np.abs(banded - image).max() <= 0.5 / 31 + 1e-6
     scales = [ops.draw_resize(0.0, rng)["scale"] for _ in range(200)]
     assert np.mean(np.array(scales) == 1.0) > 0.7
-    gains = [
-        p["gains"]
-        for p in (ops.draw_colour(0.0, rng) for _ in range(200))
-        if "gains" in p
-    ]
+    gains = [p["gains"] for p in (ops.draw_colour(0.0, rng) for _ in range(200)) if "gains" in p]
     assert all(g in ([1.0] * 3, [0.8, 1.2, 0.8]) for g in gains)
 
 
@@ -474,9 +459,7 @@ def test_twenty_thousand_random_recipes():
         height, width = np.exp(rng.uniform(0, math.log(200), 2)).astype(int)
         image = picture(height, width, trial)
         donor = None if trial % 3 else picture(40, 30, trial)
-        config = DegradationConfig(
-            global_p=1.0, op_p=rng.random(), cycle_p=rng.random(), distractor_p=1.0
-        )
+        config = DegradationConfig(global_p=1.0, op_p=rng.random(), cycle_p=rng.random(), distractor_p=1.0)
         recipe = sample_recipe(config, rng)
         try:
             assert_picture(apply_recipe(image, recipe, donor), image.shape)
@@ -524,16 +507,12 @@ def test_a_clean_picture_is_an_equal_copy():
 def test_non_contiguous_pictures_are_taken():
     image = picture(40, 50)[:, ::-1]
     recipe = sample_recipe(ALWAYS, np.random.default_rng(4))
-    np.testing.assert_array_equal(
-        apply_recipe(image, recipe), apply_recipe(image.copy(), recipe)
-    )
+    np.testing.assert_array_equal(apply_recipe(image, recipe), apply_recipe(image.copy(), recipe))
 
 
 def test_the_working_picture_is_bounded():
     rng = np.random.default_rng(0)
-    config = DegradationConfig(
-        global_p=1.0, cycle_p=1.0, op_p=1.0, ops=("resize",) * 6, growth=1.5
-    )
+    config = DegradationConfig(global_p=1.0, cycle_p=1.0, op_p=1.0, ops=("resize",) * 6, growth=1.5)
     largest = 0
     for _ in range(300):
         work = np.zeros((40, 60, 3), np.float32)
@@ -547,10 +526,7 @@ def test_the_working_picture_is_bounded():
 def test_a_sweep_fixes_every_strength():
     config = DegradationConfig(global_p=1.0, op_p=1.0, cycle_p=0.0, strength=0.5)
     for seed in range(20):
-        recipe = {
-            op.name: op.params
-            for op in sample_recipe(config, np.random.default_rng(seed))
-        }
+        recipe = {op.name: op.params for op in sample_recipe(config, np.random.default_rng(seed))}
         assert recipe["motion_blur"]["side"] == 7
         assert recipe["banding"]["levels"] == 25
         assert recipe["chromatic_aberration"]["shift"] == 2
@@ -559,9 +535,7 @@ def test_a_sweep_fixes_every_strength():
 
 
 def test_only_the_named_ops_are_drawn():
-    config = DegradationConfig(
-        global_p=1.0, op_p=1.0, cycle_p=0.0, ops=("jpeg",), jpeg_quality=(40, 40)
-    )
+    config = DegradationConfig(global_p=1.0, op_p=1.0, cycle_p=0.0, ops=("jpeg",), jpeg_quality=(40, 40))
     recipe = sample_recipe(config, np.random.default_rng(0))
     assert recipe[:-1] == (Op("jpeg", {"quality": 40}),)
 

@@ -45,11 +45,7 @@ class Scorer:
         logits = {}
         for number, member in enumerate(self.members):
             noise = 1.2 + 0.3 * number + 2 * strength
-            drawn = [
-                seeded(i.name, member).normal()
-                + strength * seeded(i.name, member, seed).normal()
-                for i in items
-            ]
+            drawn = [seeded(i.name, member).normal() + strength * seeded(i.name, member, seed).normal() for i in items]
             signs = np.array([2 * i.label - 1 for i in items])
             logits[member] = 2.0 * (signs + noise * np.array(drawn)) + 1.0
         return logits
@@ -70,10 +66,7 @@ def items(n=120, folder=Path("nowhere"), videos=False):
 
 
 def bundle(members=MEMBERS[:3], **vote):
-    calibrators = {
-        m: Calibrator("platt", (0.4, -0.4), fitted_on="a drawing", n_real=5, n_fake=6)
-        for m in members
-    }
+    calibrators = {m: Calibrator("platt", (0.4, -0.4), fitted_on="a drawing", n_real=5, n_fake=6) for m in members}
     vote = VoteConfig(dict.fromkeys(members, 1), **vote)
     return SimpleNamespace(vote=vote, calibrators=calibrators, hash="ab" * 32)
 
@@ -97,11 +90,7 @@ def evaluated(out, *, drawn=False, **changes):
 
 
 def row_of(results, **wanted):
-    found = [
-        row
-        for row in [*results["rows"], *results["single_class"]]
-        if all(row[k] == v for k, v in wanted.items())
-    ]
+    found = [row for row in [*results["rows"], *results["single_class"]] if all(row[k] == v for k, v in wanted.items())]
     assert len(found) == 1, (wanted, found)
     return found[0]
 
@@ -120,15 +109,10 @@ def test_numbers_are_those_of_the_scores(tmp_path):
         assert (row["threshold"], row["n"]) == (0.5, 120)
     votes = np.mean([np.rint(10 * sigmoid(0.4 * x - 0.4)) for x in logits.values()], 0)
     row = row_of(results, who="ensemble", condition="clean", scope="all")
-    assert row["auc"] == pytest.approx(
-        metrics.auc(labels, np.round(votes, 9)), abs=1e-12
-    )
+    assert row["auc"] == pytest.approx(metrics.auc(labels, np.round(votes, 9)), abs=1e-12)
 
     config = DegradationConfig(global_p=1.0)
-    degraded = [
-        scorer(given, degradation=config, seed=s, progress=False)["face"]
-        for s in (1, 2)
-    ]
+    degraded = [scorer(given, degradation=config, seed=s, progress=False)["face"] for s in (1, 2)]
     row = row_of(results, who="face", condition="degraded", scope="all")
     expected = np.mean([metrics.auc(labels, x) for x in degraded])
     assert row["auc"] == pytest.approx(expected, abs=1e-12)
@@ -176,10 +160,7 @@ def test_comparisons_name_both_methods_and_agree(tmp_path):
     results = evaluated(tmp_path)
     labels = np.array([i.label for i in items()])
     for test in results["comparisons"]:
-        assert (
-            test["a"] == "ensemble"
-            and test["low"] <= test["difference"] <= test["high"]
-        )
+        assert test["a"] == "ensemble" and test["low"] <= test["difference"] <= test["high"]
         if test["condition"] == "clean":
             row = row_of(results, who=test["b"], condition="clean", scope="all")
             assert test["auc_b"] == row["auc"] and test["n"] == len(labels)
@@ -208,9 +189,7 @@ def test_the_sweep_has_every_op_the_mix_jpeg_and_noise():
     for op in OPS:
         configs = [c.degradation for c in by_family[op]]
         assert [c.strength for c in configs] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-        assert all(
-            (c.ops, c.op_p, c.cycle_p, c.global_p) == ((op,), 1, 0, 1) for c in configs
-        )
+        assert all((c.ops, c.op_p, c.cycle_p, c.global_p) == ((op,), 1, 0, 1) for c in configs)
     mix = by_family["mix"][-1].degradation
     assert (mix.ops, mix.op_p, mix.strength) == (OPS, 0.3, 1.0)
     jpeg = [c.degradation.jpeg_quality for c in by_family["jpeg_quality"]]
@@ -288,9 +267,7 @@ def test_other_weights_pictures_or_seeds_score_anew(tmp_path):
     ]
     for change in changes:
         scorer = Scorer()
-        evaluated(
-            tmp_path, **{"conditions": [evaluate.CLEAN], "scorer": scorer} | change
-        )
+        evaluated(tmp_path, **{"conditions": [evaluate.CLEAN], "scorer": scorer} | change)
         assert scorer.asked > 0, change
     # Another vote or calibrator over the same weights' logits needs no scoring.
     scorer = Scorer(fail_after=0)
@@ -314,9 +291,7 @@ def test_logits_that_are_not_finite_or_not_all_there_refuse(tmp_path):
         return {"global": np.zeros(len(given) - 1)}
 
     for scorer in (broken, short):
-        with pytest.raises(
-            evaluate.EvaluationError, match="expected 120 finite logits"
-        ):
+        with pytest.raises(evaluate.EvaluationError, match="expected 120 finite logits"):
             evaluated(tmp_path, scorer=scorer)
     with pytest.raises(ValueError, match="no scores from fusion"):
         evaluated(tmp_path, scorer=Scorer(MEMBERS[:2]))
@@ -326,9 +301,7 @@ def test_logits_that_are_not_finite_or_not_all_there_refuse(tmp_path):
 def test_limit_keeps_the_proportions_and_the_order():
     given = items()
     few = evaluate.limit_items(given, 30, seed=0)
-    assert len(few) == 30 and [given.index(i) for i in few] == sorted(
-        given.index(i) for i in few
-    )
+    assert len(few) == 30 and [given.index(i) for i in few] == sorted(given.index(i) for i in few)
     share = np.mean([i.source == "one" for i in given])
     assert np.mean([i.source == "one" for i in few]) == pytest.approx(share, abs=0.05)
     assert few == evaluate.limit_items(given, 30, seed=0)
@@ -435,9 +408,7 @@ def test_video_files_become_frames_once(tmp_path, kit):
 
     rows = [["path", "label", "source", "video"]]
     for name, label in (("a", 0), ("b", 1), ("c", 0), ("d", 1)):
-        writer = cv2.VideoWriter(
-            str(tmp_path / f"{name}.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 10, (64, 48)
-        )
+        writer = cv2.VideoWriter(str(tmp_path / f"{name}.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 10, (64, 48))
         for k in range(12):
             writer.write(np.full((48, 64, 3), 20 * k, np.uint8))
         writer.release()
@@ -473,12 +444,8 @@ def scores_and_labels(folder, prefix=""):
 
 def test_anyones_scores_join_by_name(tmp_path, capsys):
     labels, preds = scores_and_labels(tmp_path)
-    with (tmp_path / "preds.csv").open(
-        "w", newline=""
-    ) as file:  # another order, one more
-        csv.writer(file).writerows(
-            [["image", "score"], ["extra.png", 0.5], *preds[::-1]]
-        )
+    with (tmp_path / "preds.csv").open("w", newline="") as file:  # another order, one more
+        csv.writer(file).writerows([["image", "score"], ["extra.png", 0.5], *preds[::-1]])
     out = tmp_path / "out"
     command = f"--preds {tmp_path}/preds.csv --labels {tmp_path}/labels.csv --out {out} --draws 50"
     assert evaluate.main(command.split()) == 0
@@ -495,9 +462,7 @@ def test_anyones_scores_join_by_name(tmp_path, capsys):
 def test_scores_that_do_not_fit_their_labels_refuse(tmp_path, capsys):
     def run(*more):
         files = f"--preds {tmp_path}/preds.csv --labels {tmp_path}/labels.csv"
-        code = evaluate.main(
-            f"{files} --out {tmp_path}/out --draws 20".split() + [*more]
-        )
+        code = evaluate.main(f"{files} --out {tmp_path}/out --draws 20".split() + [*more])
         return code, capsys.readouterr().err
 
     _, preds = scores_and_labels(tmp_path, prefix="elsewhere/")
@@ -524,9 +489,7 @@ def test_scores_that_do_not_fit_their_labels_refuse(tmp_path, capsys):
 
 def test_given_logits_become_probabilities(tmp_path):
     scores_and_labels(tmp_path)
-    pictures, given, _ = evaluate.read_predictions(
-        tmp_path / "preds.csv", tmp_path / "labels.csv", logits=True
-    )
+    pictures, given, _ = evaluate.read_predictions(tmp_path / "preds.csv", tmp_path / "labels.csv", logits=True)
     assert given.p["scores"].min() >= 0.5  # logits of 0 to 1
     assert pictures.labels.sum() == sum(i.label for i in items(60))
 
@@ -603,13 +566,9 @@ def test_the_submission_report_needs_no_labels(tmp_path):
         manifest(tmp_path, [item])
         p = {f"{m}_p": seeded(item.name, m).random() for m in MEMBERS[:3]}
         score = float(np.mean(list(p.values())))
-        rows.append(
-            {"image": item.name, "path": item.path, "score": score, "error": ""} | p
-        )
+        rows.append({"image": item.name, "path": item.path, "score": score, "error": ""} | p)
     failed = {"image": "broken.png", "score": 0.5, "error": "truncated <file>"}
-    page = report.write_submission_report(
-        [*rows, failed], tmp_path / "r", threshold=0.4
-    )
+    page = report.write_submission_report([*rows, failed], tmp_path / "r", threshold=0.4)
     found = outline(page)
     assert all(x.startswith(("#", "data:")) for x in found.links)
     text = page.read_text()
@@ -620,9 +579,7 @@ def test_the_submission_report_needs_no_labels(tmp_path):
     assert told["called_fake"] == np.mean(scores >= 0.4)
     assert told["members"] == list(MEMBERS[:3])
     assert sum(told["histogram"]["score"]["share"]) == pytest.approx(1)
-    nearest = [
-        rows[i]["image"] for i in np.argsort(np.abs(scores - 0.4), kind="stable")
-    ]
+    nearest = [rows[i]["image"] for i in np.argsort(np.abs(scores - 0.4), kind="stable")]
     gallery = text[text.index("Most uncertain pictures") :].partition("</section>")[0]
     shown = re.findall(r'class="picture" title="([^"]*)"', gallery)
     assert len(shown) > 3 and shown == nearest[: len(shown)]
@@ -735,14 +692,10 @@ def test_fitting_refuses_what_does_not_belong_together():
 
 def test_the_worst_errors_are_the_worst():
     labels = np.array([0, 0, 1, 1])
-    pictures = measure.Pictures(
-        tuple("abcd"), tuple("abcd"), labels, ("",) * 4, ("",) * 4
-    )
+    pictures = measure.Pictures(tuple("abcd"), tuple("abcd"), labels, ("",) * 4, ("",) * 4)
     given = evaluate.Condition("given", "given", "as given")
     run = measure.Run(given, {"scores": np.array([0.9, 0.6, 0.4, 0.8])})
-    results = measure.measure(
-        pictures, [run], thresholds={"scores": 0.5}, protocol={"origin": "x"}, draws=20
-    )
+    results = measure.measure(pictures, [run], thresholds={"scores": 0.5}, protocol={"origin": "x"}, draws=20)
     worst = results["worst"]["given"]
     assert [w["name"] for w in worst["false_alarms"]] == ["a", "b"]
     assert [w["name"] for w in worst["misses"]] == ["c"]

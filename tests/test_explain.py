@@ -120,10 +120,7 @@ def cams(member, images, **settings):
     sight = maps.look(member, images)
     channels = maps.channel_maps(member, sight)
     fakes = range(1, len(images), 2)
-    return {
-        i: maps.score_cam(member, images[i], channels[i], **settings).numpy()
-        for i in fakes
-    }
+    return {i: maps.score_cam(member, images[i], channels[i], **settings).numpy() for i in fakes}
 
 
 def test_score_cam_lies_on_the_planted_patch_with_all_channels_and_with_the_strongest(
@@ -168,10 +165,7 @@ def test_deletion_and_insertion_prefer_the_cam_to_random_maps(spotter):
     assert insertion[:, 1].mean() > insertion[:, 2:].mean()
     # nothing hidden, everything shown: both curves end in the whole picture's score
     one = maps.judge(member, images[1], [covered[1]], Calibrator(), steps=1)
-    whole, blank = (
-        member(x).logit.sigmoid().item()
-        for x in (images[1:2], member.tower.mean.expand(1, 3, 84, 84))
-    )
+    whole, blank = (member(x).logit.sigmoid().item() for x in (images[1:2], member.tower.mean.expand(1, 3, 84, 84)))
     assert one.deletion[0] == pytest.approx((whole + blank) / 2, abs=1e-5)
 
 
@@ -198,9 +192,7 @@ def test_vlaforge_localises_the_planted_patch():
 # ------------------------------------------------------------------------------------------------ every member kind
 def test_entropy_of_uniform_is_ln_n_and_of_one_hot_is_0():
     uniform, one_hot = torch.full((2, 49), 1 / 49), torch.eye(49)
-    torch.testing.assert_close(
-        maps.entropy(uniform), torch.full((2,), math.log(49)), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(maps.entropy(uniform), torch.full((2,), math.log(49)), atol=1e-5, rtol=0)
     assert maps.entropy(one_hot).abs().max() == 0
 
 
@@ -297,10 +289,7 @@ def test_cka_is_1_up_to_rotation_and_0_without_relation():
     turned = x @ np.linalg.qr(rng.normal(size=(20, 20)))[0] * 7 + 3
     assert drift.cka(x, turned) == pytest.approx(1)
     # A biased estimate would be near 1: more dimensions than pictures.
-    strangers = [
-        drift.cka(rng.normal(size=(60, 300)), rng.normal(size=(60, 200)))
-        for _ in range(8)
-    ]
+    strangers = [drift.cka(rng.normal(size=(60, 300)), rng.normal(size=(60, 200))) for _ in range(8)]
     assert abs(np.mean(strangers)) < 0.05
     half = np.hstack([x[:, :10], rng.normal(size=(60, 10))])
     assert 0.2 < drift.cka(x, half) < 0.9
@@ -342,10 +331,7 @@ def test_equal_pictures_have_cosine_1_and_no_drift_for_every_member(bundle, mani
     same = Condition("same", "drift", "", 0.5, 0, DegradationConfig(global_p=0.0))
     settings = drift.Settings(cam=0, faces=False)
     chosen = drift.choose(items, [], settings)
-    measured = {
-        c.name: drift.Measurement(ensemble, items, c, chosen, settings).run()
-        for c in (drift.CLEAN, same)
-    }
+    measured = {c.name: drift.Measurement(ensemble, items, c, chosen, settings).run() for c in (drift.CLEAN, same)}
     labels = np.array([item.label for item in items])
     found = drift.summarise(measured, [drift.CLEAN, same], ensemble, labels, 0)
     rows = {(r["quantity"], r["who"]): r for r in found["rows"] if r["strength"] == 0.5}
@@ -368,9 +354,7 @@ def test_the_engine_of_drift_fires_every_op_but_the_distractor():
 
 
 def test_the_votes_share_is_the_members_by_their_votes(bundle):
-    ensemble = predict.load_ensemble(
-        bundle, "cpu", exact=True, members=["global", "face"]
-    )
+    ensemble = predict.load_ensemble(bundle, "cpu", exact=True, members=["global", "face"])
     assert ensemble.vote.weights == {"global": 1, "face": 2}
     arrays = {
         "faces": np.zeros((3, 4)),
@@ -381,9 +365,7 @@ def test_the_votes_share_is_the_members_by_their_votes(bundle):
     np.testing.assert_allclose(shares, [0.5, 0.5, np.nan])
 
 
-def test_drift_writes_everything_and_goes_on_from_what_is_kept(
-    bundle, manifest, tmp_path, capsys
-):
+def test_drift_writes_everything_and_goes_on_from_what_is_kept(bundle, manifest, tmp_path, capsys):
     command = [
         "drift",
         "--data",
@@ -438,29 +420,21 @@ def test_the_stated_passes_are_the_passes_made(bundle, manifest):
     chosen = drift.choose(items, items[1:4], settings)
     found = drift.conditions([0.5], 7)
     probes = explain.probe_members(ensemble)
-    stated = sum(
-        drift.passes(p, len(items), chosen, settings, found) for p in probes.values()
-    )
+    stated = sum(drift.passes(p, len(items), chosen, settings, found) for p in probes.values())
     made = []
     for condition in found:
-        drift.Measurement(
-            ensemble, items, condition, chosen, settings, made.append
-        ).run()
+        drift.Measurement(ensemble, items, condition, chosen, settings, made.append).run()
     empty_maps = stated - sum(made)  # a map without mass is not judged
     assert 0 <= empty_maps <= 3 * drift.judging_passes(1)
     assert chosen.judged.tolist() == [False, True, False, True, *[False] * 4]
 
 
 # ------------------------------------------------------------------------------------------------ the page
-def test_pages_are_self_contained_and_say_what_scoring_says(
-    bundle, manifest, tmp_path, capsys
-):
+def test_pages_are_self_contained_and_say_what_scoring_says(bundle, manifest, tmp_path, capsys):
     folder = manifest.parent
     (folder / "broken.png").write_bytes(b"no picture")
     ensemble = predict.load_ensemble(bundle, "cpu", exact=True)
-    items = [
-        i for i in find_inputs(folder) if i.name.endswith(("0.png", "1.png", "n.png"))
-    ]
+    items = [i for i in find_inputs(folder) if i.name.endswith(("0.png", "1.png", "n.png"))]
     said = []
     page = explain.explain_pictures(
         ensemble,
@@ -504,9 +478,7 @@ def test_many_pictures_make_several_pages_that_name_each_other(tmp_path, monkeyp
         joint = rng.random((40, 30 + 10 * index))
         view = explain_page.Map("map", rng.random((4, 4)))
         seen = explain_page.MemberView("global", 1, 0.3, 0.31, picture, [view])
-        shown = explain_page.Explained(
-            f"{index}.png", 0.3, "real", picture, None, None, "", joint, "", [seen]
-        )
+        shown = explain_page.Explained(f"{index}.png", 0.3, "real", picture, None, None, "", joint, "", [seen])
         pages.add(shown)
     pages.fail("bad\n.png", "why")
     assert pages.close() == tmp_path / "explain.html"
@@ -540,10 +512,7 @@ def test_an_overlay_is_brightest_where_the_map_is_and_an_absolute_scale_holds():
 # ------------------------------------------------------------------------------------------------ tables
 def test_tables_leave_nothing_out_and_mark_what_there_is_not():
     row = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}
-    rows = [
-        {"quantity": "attention_entropy", "who": "global", "strength": s} | row
-        for s in (None, 0.0)
-    ]
+    rows = [{"quantity": "attention_entropy", "who": "global", "strength": s} | row for s in (None, 0.0)]
     rows.append({"quantity": "feature_cosine", "who": "qtfp", "strength": 0.0} | row)
     judged = [
         {"who": "qtfp", "map": m, "area": a, "against_random": row} | row
@@ -556,10 +525,7 @@ def test_tables_leave_nothing_out_and_mark_what_there_is_not():
     text = drift_figures.markdown(results)
     assert "| global | 0.500 (0.400 to 0.600) | 0.500 (0.400 to 0.600) |" in text
     assert "|  | clean | 0 |" in text and "- pictures: 9" in text
-    assert (
-        "| qtfp | attention | 0.500 (0.400 to 0.600) | +0.500 (+0.400 to +0.600)"
-        in text
-    )
+    assert "| qtfp | attention | 0.500 (0.400 to 0.600) | +0.500 (+0.400 to +0.600)" in text
     assert "| qtfp | - | 0.500 (0.400 to 0.600) | 9 |" in text
 
 

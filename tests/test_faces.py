@@ -226,17 +226,13 @@ place = st.integers(-40, 60)
 @settings(max_examples=150, deadline=None)
 @given(height=side, width=side, x0=place, y0=place, size=side)
 def test_a_crop_is_a_window_into_the_padded_picture(height, width, x0, y0, size):
-    image = np.random.default_rng(height).integers(
-        1, 256, (height, width, 3), dtype=np.uint8
-    )
+    image = np.random.default_rng(height).integers(1, 256, (height, width, 3), dtype=np.uint8)
     crop = crop_square(image, (x0, y0, x0 + size, y0 + size))
     padded = np.pad(image, ((100, 100), (100, 100), (0, 0)))
     window = padded[100 + y0 : 100 + y0 + size, 100 + x0 : 100 + x0 + size]
     assert np.array_equal(crop, window)
     assert not np.shares_memory(crop, image)
-    assert np.array_equal(
-        crop_square(image[..., 0], (x0, y0, x0 + size, y0 + size)), window[..., 0]
-    )
+    assert np.array_equal(crop_square(image[..., 0], (x0, y0, x0 + size, y0 + size)), window[..., 0])
 
 
 @settings(max_examples=100, deadline=None)

@@ -65,17 +65,11 @@ def rooms():
 def imported_rooms(path):
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-            "solution"
-        ):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("solution"):
             parts = node.module.split(".")
             yield from [parts[1]] if len(parts) > 1 else [a.name for a in node.names]
         elif isinstance(node, ast.Import):
-            yield from (
-                a.name.split(".")[1]
-                for a in node.names
-                if a.name.startswith("solution.")
-            )
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("solution."))
 
 
 @pytest.mark.parametrize("path", rooms(), ids=lambda p: p.stem)
@@ -84,9 +78,7 @@ def test_a_room_imports_only_rooms_above_it(path):
         assert path.read_text() == ""
         return
     assert path.stem in ORDER, f"{path.name} has no place in the order of rooms"
-    wrong = [
-        r for r in imported_rooms(path) if ORDER.index(r) >= ORDER.index(path.stem)
-    ]
+    wrong = [r for r in imported_rooms(path) if ORDER.index(r) >= ORDER.index(path.stem)]
     assert not wrong, f"{path.name} imports {wrong}"
 
 
@@ -100,22 +92,14 @@ def test_public_functions_are_documented():
     bare = []
     for path in rooms():
         for node in ast.parse(path.read_text()).body:
-            named = isinstance(
-                node, ast.FunctionDef | ast.ClassDef
-            ) and not node.name.startswith("_")
-            if (
-                named
-                and node.name not in ("main", "parse")
-                and not ast.get_docstring(node)
-            ):
+            named = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            if named and node.name not in ("main", "parse") and not ast.get_docstring(node):
                 bare.append(f"{path.name}: {node.name}")
     assert not bare
 
 
 def test_nothing_names_a_machine_or_loads_loosely():
-    forbidden = re.compile(
-        r"/work/|/tmp/|/opt/|strict\s*=\s*False|except\s*:|pickle\.load|weights_only\s*=\s*False"
-    )
+    forbidden = re.compile(r"/work/|/tmp/|/opt/|strict\s*=\s*False|except\s*:|pickle\.load|weights_only\s*=\s*False")
     found = []
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("*.md"), *rooms()]:
         for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -138,7 +122,4 @@ def test_sources_are_formatted_and_clean():
 
 def test_submission_rooms_import_without_torch():
     code = "import sys, solution.data.images, solution.scoring.files, solution.config; sys.exit('torch' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode
-        == 0
-    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -119,9 +119,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     with FakeHub() as hub_server:
-        threading.Thread(
-            target=hub_server.serve_forever, args=[0.01], daemon=True
-        ).start()
+        threading.Thread(target=hub_server.serve_forever, args=[0.01], daemon=True).start()
         home = tmp_path / "home"
         template = hub_server.address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", hub_server.address)
@@ -199,9 +197,7 @@ def test_the_environment_alone_makes_it_offline(server, packed):
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, "-m", "solution.weights", "verify", "hf:tests/own"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     assert "files match ensemble.json" in done.stdout
     assert server.log == []
 
@@ -287,9 +283,7 @@ def test_a_refusal_says_in_one_line_what_to_do(server, packed, capsys, text, wor
 
 
 def test_an_unreachable_hub_is_told_in_one_line(server, monkeypatch):
-    nobody = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(
-        server.address, "http://[::1]:9"
-    )
+    nobody = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(server.address, "http://[::1]:9")
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody)
     with pytest.raises(WeightsError, match="cannot be reached") as caught:
         open_bundle("hf:tests/own")
@@ -316,9 +310,7 @@ def test_a_bundle_from_the_hub_fetches_its_public_tower_once(server, packed):
     assert {"model.safetensors", "config.json"} <= set(server.gets())
     server.log.clear()
     again = load_members(open_bundle("hf:tests/public"))["face"]
-    local = load_members(
-        open_bundle(str(packed.public)), towers_from={"public": str(packed.tower)}
-    )["face"]
+    local = load_members(open_bundle(str(packed.public)), towers_from={"public": str(packed.tower)})["face"]
     assert server.gets() == []
     pictures = weights.golden_pictures(56)
     with torch.inference_mode():
@@ -342,9 +334,7 @@ def test_the_commit_of_a_public_tower_is_recorded(server, packed, tmp_path):
 def test_a_tower_with_another_hash_is_refused_when_it_arrives(server, packed):
     server.add("tests/tower", packed.tower)
     tower = bundle.read_bundle(packed.public).towers["public"]
-    wrong = TowerConfig(
-        "x", "dinov2", tower.arch, tower.source, "main", sha256="0" * 64
-    )
+    wrong = TowerConfig("x", "dinov2", tower.arch, tower.source, "main", sha256="0" * 64)
     with pytest.raises(WeightsError, match="SHA-256 is .*, expected 0000"):
         bundle.tower_weights(wrong)
 
@@ -378,9 +368,7 @@ def test_ntire26_is_imported_on_first_use_and_kept(server, tmp_path, monkeypatch
     assert set(FILES.values()) <= set(server.gets()) and lines
     assert weights.run_selftest(first).passed
     origin = json.loads((first.folder / "face/config.json").read_text())["training"]
-    assert origin["imported"]["from"] == (
-        f"hf:lpmkhoa/hcmusaqua-ntire26-weights@{COMMIT}/{FILES['face']}"
-    )
+    assert origin["imported"]["from"] == (f"hf:lpmkhoa/hcmusaqua-ntire26-weights@{COMMIT}/{FILES['face']}")
     server.log.clear()
     assert open_bundle("ntire26").hash == first.hash
     assert server.log == []
@@ -432,8 +420,6 @@ def test_what_is_pushed_can_be_pulled(server, packed, tmp_path, monkeypatch, cap
 def test_a_bundle_that_only_this_machine_can_load_is_not_pushed(tmp_path, packed):
     config = preset("tiny", "face")
     tower = TowerConfig("t", "dinov2", config.tower.arch, source=str(packed.tower))
-    made = make_bundle(
-        tmp_path / "b", MemberConfig("face", config.view, tower, config.adapter)
-    )
+    made = make_bundle(tmp_path / "b", MemberConfig("face", config.view, tower, config.adapter))
     with pytest.raises(WeightsError, match="only this machine has"):
         weights.push(made, "me/mine")

@@ -57,9 +57,7 @@ def test_a_folder_is_walked_and_sorted_by_name(tmp_path):
 
 def test_one_file_is_its_own_folder(tmp_path):
     touch(tmp_path, "b.webp", "a.png")
-    assert list(find_inputs(tmp_path / "b.webp")) == [
-        Input("b.webp", tmp_path / "b.webp", "image")
-    ]
+    assert list(find_inputs(tmp_path / "b.webp")) == [Input("b.webp", tmp_path / "b.webp", "image")]
 
 
 def test_a_list_names_pictures_relative_to_its_folder(tmp_path):
@@ -68,9 +66,7 @@ def test_a_list_names_pictures_relative_to_its_folder(tmp_path):
     text = f"# mine\n\nx//b.png\r\n./a.dat\n{elsewhere}\nclip.webm\ngone.png"
     (tmp_path / "list.txt").write_text(text)
     found = find_inputs(tmp_path / "list.txt")
-    assert [f.name for f in found] == sorted(
-        ["x/b.png", "a.dat", elsewhere.as_posix(), "clip.webm", "gone.png"]
-    )
+    assert [f.name for f in found] == sorted(["x/b.png", "a.dat", elsewhere.as_posix(), "clip.webm", "gone.png"])
     by_name = {f.name: f for f in found}
     assert by_name[elsewhere.as_posix()].path == elsewhere
     assert by_name["clip.webm"].kind == "video"
@@ -280,9 +276,7 @@ def test_the_error_survives_a_worker(tmp_path):
 
 def test_a_decoded_picture_may_be_written_to(tmp_path):
     for suffix in ("png", "jpg", "webp", "tif"):
-        assert decode_image(
-            save(tmp_path / f"x.{suffix}", small_face())
-        ).flags.writeable
+        assert decode_image(save(tmp_path / f"x.{suffix}", small_face())).flags.writeable
 
 
 # ---------------------------------------------------------------------------------------------------- resizing
@@ -317,9 +311,7 @@ def test_masks_are_resized_too():
 # ---------------------------------------------------------------------------------------------------- video
 def write_video(path: Path, frames: int, codec: str) -> Path:
     with images._quiet():  # FFmpeg takes its log level at its first use
-        writer = cv2.VideoWriter(
-            str(path), cv2.VideoWriter_fourcc(*codec), 25.0, (160, 48)
-        )
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 25.0, (160, 48))
     assert writer.isOpened(), f"this OpenCV cannot write {codec}"
     for number in range(frames):
         writer.write(coded_frame(number))
@@ -335,9 +327,7 @@ def write_video(path: Path, frames: int, codec: str) -> Path:
 def test_the_frames_are_those_whose_numbers_they_bear(tmp_path, name, codec, count):
     path = write_video(tmp_path / name, 240, codec)
     frames = sample_frames(path, count)
-    assert [number for number, _ in frames] == [
-        int((i + 0.5) * 240 / count) for i in range(count)
-    ]
+    assert [number for number, _ in frames] == [int((i + 0.5) * 240 / count) for i in range(count)]
     for number, frame in frames:
         assert frame.shape == (48, 160, 3) and frame.dtype == np.uint8
         assert read_code(frame) == number

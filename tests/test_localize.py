@@ -141,9 +141,7 @@ def test_the_mask_lies_where_the_view_was_changed(manifest, source):
 def test_degradation_leaves_the_mask_alone(manifest):
     items, _ = read_manifest(manifest, split="val")
     engine = DegradationConfig(global_p=1.0)
-    clean, degraded = (
-        list(localize.blends(items[:2], config(), 1, d)) for d in (None, engine)
-    )
+    clean, degraded = (list(localize.blends(items[:2], config(), 1, d)) for d in (None, engine))
     for a, b in zip(clean, degraded):
         assert np.array_equal(a.mask, b.mask) and not np.array_equal(a.fake, b.fake)
 

@@ -27,29 +27,17 @@ def scored(seed, n=400, tied=True, separation=1.0):
 @pytest.mark.parametrize("seed", range(10))
 def test_scikit_learn_agrees(seed, tied):
     labels, p = scored(seed, tied=tied)
-    assert metrics.auc(labels, p) == pytest.approx(
-        reference.roc_auc_score(labels, p), **EXACT
-    )
-    assert metrics.average_precision(labels, p) == pytest.approx(
-        reference.average_precision_score(labels, p), **EXACT
-    )
-    assert metrics.log_loss(labels, p) == pytest.approx(
-        reference.log_loss(labels, p), **EXACT
-    )
-    assert metrics.brier(labels, p) == pytest.approx(
-        reference.brier_score_loss(labels, p), **EXACT
-    )
-    assert metrics.accuracy(labels, p, 0.3) == pytest.approx(
-        reference.accuracy_score(labels, p >= 0.3), **EXACT
-    )
+    assert metrics.auc(labels, p) == pytest.approx(reference.roc_auc_score(labels, p), **EXACT)
+    assert metrics.average_precision(labels, p) == pytest.approx(reference.average_precision_score(labels, p), **EXACT)
+    assert metrics.log_loss(labels, p) == pytest.approx(reference.log_loss(labels, p), **EXACT)
+    assert metrics.brier(labels, p) == pytest.approx(reference.brier_score_loss(labels, p), **EXACT)
+    assert metrics.accuracy(labels, p, 0.3) == pytest.approx(reference.accuracy_score(labels, p >= 0.3), **EXACT)
     ours = metrics.roc(labels, p)
     theirs = reference.roc_curve(labels, p, drop_intermediate=False)
     for a, b in zip(ours, theirs):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
     for rate in (0.01, 0.05, 0.3):
-        assert metrics.tpr_at_fpr(labels, p, rate) == pytest.approx(
-            theirs[1][theirs[0] <= rate].max(), **EXACT
-        )
+        assert metrics.tpr_at_fpr(labels, p, rate) == pytest.approx(theirs[1][theirs[0] <= rate].max(), **EXACT)
 
 
 def test_cases_solved_by_hand():
@@ -65,9 +53,7 @@ def test_cases_solved_by_hand():
     assert metrics.tpr_at_fpr([1, 1, 0, 0], [4, 2, 3, 1], 0.5) == 1
     assert metrics.average_precision([1, 0, 1], [3, 2, 1]) == pytest.approx(5 / 6)
     # Bins [0, .5) and [.5, 1]: |0 - .2| and |1/2 - .75|, two rows each.
-    assert metrics.ece([0, 0, 1, 0], [0.1, 0.3, 0.5, 1.0], bins=2) == pytest.approx(
-        0.225
-    )
+    assert metrics.ece([0, 0, 1, 0], [0.1, 0.3, 0.5, 1.0], bins=2) == pytest.approx(0.225)
     assert metrics.log_loss([1, 0], [0.5, 0.5]) == pytest.approx(math.log(2))
     assert metrics.brier([1, 0], [0.5, 0.5]) == 0.25
     assert metrics.accuracy([0, 1, 1], [0.2, 0.5, 0.4], 0.5) == pytest.approx(2 / 3)
@@ -106,9 +92,7 @@ def test_ranking_ignores_every_rising_map_and_mirrors(seed):
     assert metrics.auc(labels, np.exp(3 * p)) == area
     assert metrics.auc(labels, -p) == pytest.approx(1 - area, **EXACT)
     assert metrics.auc(1 - labels, -p) == pytest.approx(area, **EXACT)
-    assert metrics.eer(labels, np.exp(3 * p)) == pytest.approx(
-        metrics.eer(labels, p), **EXACT
-    )
+    assert metrics.eer(labels, np.exp(3 * p)) == pytest.approx(metrics.eer(labels, p), **EXACT)
 
 
 def test_bootstrap_covers_the_truth():
@@ -155,9 +139,7 @@ def test_delong_variance_is_that_of_the_pairwise_kernel():
     assert test.difference == pytest.approx(difference.mean(), **EXACT)
     z = difference.mean() / math.sqrt(variance)
     assert test.p == pytest.approx(2 * NormalDist().cdf(-abs(z)), rel=1e-9)
-    assert (test.high - test.low) / 2 == pytest.approx(
-        1.959963985 * math.sqrt(variance)
-    )
+    assert (test.high - test.low) / 2 == pytest.approx(1.959963985 * math.sqrt(variance))
 
 
 @pytest.mark.parametrize("method", ["delong", "bootstrap"])
@@ -172,9 +154,7 @@ def test_paired_test_finds_a_difference_and_only_a_difference(method):
     assert mirrored.difference == -better.difference and mirrored.high < 0
     same = metrics.paired_auc_test(labels, good, np.exp(good), method=method)
     assert (same.difference, same.p) == (0, 1)
-    twin = metrics.paired_auc_test(
-        labels, good, rng.normal(size=600) + 1.5 * labels, method=method
-    )
+    twin = metrics.paired_auc_test(labels, good, rng.normal(size=600) + 1.5 * labels, method=method)
     assert twin.p > 0.01 and twin.low < 0 < twin.high
 
 
@@ -239,9 +219,7 @@ def test_a_video_is_its_source_its_label_and_its_folder():
         [names[i] for i in order],
         scores[order],
     )
-    assert dict(zip(shuffled.keys, shuffled.scores)) == pytest.approx(
-        dict(zip(videos.keys, videos.scores))
-    )
+    assert dict(zip(shuffled.keys, shuffled.scores)) == pytest.approx(dict(zip(videos.keys, videos.scores)))
     none = metrics.video_level(["a"], np.array([1]), [""], np.array([0.5]))
     assert none.keys == () and len(none.scores) == 0
 

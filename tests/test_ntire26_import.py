@@ -127,9 +127,7 @@ def clip_vision(width, layers, heads):
     state = CLIPVisionModel(config).state_dict()
     names = {key.removeprefix("vision_model.") for key in state}
     state = {n: state.get(n, state.get(f"vision_model.{n}")) for n in names}
-    state = {
-        f"vision_model.{n}": t for n, t in state.items() if "position_ids" not in n
-    }
+    state = {f"vision_model.{n}": t for n, t in state.items() if "position_ids" not in n}
     return state, config.to_dict()
 
 
@@ -141,9 +139,7 @@ def save_tower(folder, state, config):
 
 def importing(folder, out=None, **options):
     towers = {"dino": str(folder / "dino"), "clip": str(folder / "clip")}
-    return import_ntire26(
-        out or folder / "bundle", source=str(folder), **{**towers, **options}
-    )
+    return import_ntire26(out or folder / "bundle", source=str(folder), **{**towers, **options})
 
 
 def spoiled(member, change):
@@ -176,17 +172,12 @@ def test_the_authors_numbers(reference, member):
     assert bundle.configs[member].view.side == expected["side"] == pictures.shape[-1]
     with torch.inference_mode():
         p_fake = loaded(pictures).logit.sigmoid()
-    torch.testing.assert_close(
-        p_fake, torch.tensor(expected["p_fake"]), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(p_fake, torch.tensor(expected["p_fake"]), rtol=0, atol=1e-5)
 
 
 def test_the_reference_bundle_is_the_published_protocol(reference):
     bundle = read_bundle(reference)
-    views = {
-        n: (c.view.source, c.view.resize, c.view.side)
-        for n, c in bundle.configs.items()
-    }
+    views = {n: (c.view.source, c.view.resize, c.view.side) for n, c in bundle.configs.items()}
     assert views == {
         "global": ("image", 256, 252),
         "face": ("face", 256, 252),
@@ -383,9 +374,7 @@ def test_another_tower_can_be_kept_whole(files, tmp_path):
     assert configs["global"].tower.public
     kept = configs["face"].tower
     assert kept == configs["fusion"].tower and kept.source == "bundle"
-    assert [p.name for p in (folder / "bundle/towers").iterdir()] == [
-        f"{kept.name}.safetensors"
-    ]
+    assert [p.name for p in (folder / "bundle/towers").iterdir()] == [f"{kept.name}.safetensors"]
     stored = load_file(folder / "bundle/towers" / f"{kept.name}.safetensors")
     published = torch.load(folder / FILES["face"], weights_only=True)
     query = published[QUERY + "base_layer.weight"]
@@ -436,9 +425,7 @@ def test_memory_of_a_giant_import(request, tmp_path):
             "--no-golden",
         ]
         command = [sys.executable, "-c", load, *map(str, arguments)]
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=True, **options
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, **options)
         peak = int(done.stdout.splitlines()[-1]) * 1024
         bundle = read_bundle(tmp_path / "bundle")
         size = sum((bundle.folder / name).stat().st_size for name in bundle.files)

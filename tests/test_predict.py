@@ -60,16 +60,11 @@ def test_a_logit_is_the_members_own_on_the_view_cut_by_hand(bundle, exact, pictu
     found = scores(exact, items)
     for name, member in members.items():
         config = member.config
-        cut = [
-            make_view(decode_image(item.path), config.view, None, config.face)
-            for item in items
-        ]
+        cut = [make_view(decode_image(item.path), config.view, None, config.face) for item in items]
         views = torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2).contiguous()
         with torch.no_grad():
             expected = member(views).logit
-        np.testing.assert_allclose(
-            found[name], expected, rtol=1e-5, atol=1e-5, err_msg=name
-        )
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("size", [1, 4, 21])
@@ -100,12 +95,8 @@ def test_members_share_their_tower_and_views(exact):
 def test_each_picture_is_decoded_and_searched_once(exact, pictures, monkeypatch):
     decoded, searched = [], []
     real = predict.decode_image
-    monkeypatch.setattr(
-        predict, "decode_image", lambda path: decoded.append(path) or real(path)
-    )
-    monkeypatch.setattr(
-        FaceLocator, "locate", lambda self, image: searched.append(1) or []
-    )
+    monkeypatch.setattr(predict, "decode_image", lambda path: decoded.append(path) or real(path))
+    monkeypatch.setattr(FaceLocator, "locate", lambda self, image: searched.append(1) or [])
     items = items_of(pictures)
     scores(exact, items)
     assert decoded == [item.path for item in items]
@@ -138,9 +129,7 @@ def test_merging_changes_nothing_but_rounding(bundle, exact, pictures):
     alone = load_members(bundle, ["face"])
     fastpath.merge_adapters(alone, torch.float32)
     assert {type(b.q) for b in alone["face"].tower.blocks()} == {torch.nn.Linear}
-    found = scores(
-        replace(exact, members=alone, configs={"face": exact.configs["face"]}), items
-    )
+    found = scores(replace(exact, members=alone, configs={"face": exact.configs["face"]}), items)
     np.testing.assert_allclose(found["face"], expected["face"], rtol=1e-4, atol=1e-4)
 
 
@@ -151,9 +140,7 @@ def test_adapters_stay_unmerged_where_memory_is_short(bundle, monkeypatch):
     assert hasattr(next(iter(ensemble.members["face"].tower.blocks())).q, "base_layer")
 
 
-def test_a_large_tower_is_read_in_half_precision_and_scores_the_same(
-    bundle, pictures, monkeypatch
-):
+def test_a_large_tower_is_read_in_half_precision_and_scores_the_same(bundle, pictures, monkeypatch):
     monkeypatch.setitem(fastpath.MERGED_BYTES, "cpu", 1000)  # unmerged both times
     given = {"precision": "bfloat16", "second_look": False}
     late = predict.load_ensemble(bundle, "cpu", **given)
@@ -207,9 +194,7 @@ def test_half_precision_holds_the_blocks_and_nothing_else(bundle, precision):
     ensemble = predict.load_ensemble(bundle, "cpu", precision=precision)
     for name, member in ensemble.members.items():
         block = next(iter(member.tower.blocks()))
-        assert (
-            block.q(torch.zeros(1, 2, 32, dtype=ensemble.dtype)).dtype == ensemble.dtype
-        )
+        assert block.q(torch.zeros(1, 2, 32, dtype=ensemble.dtype)).dtype == ensemble.dtype
         assert block.norm1.weight.dtype == torch.float32
         own = {k: p.dtype for k, p in member.own_parameters().items()}
         assert set(own.values()) == {torch.float32}, name
@@ -247,9 +232,7 @@ def test_what_half_precision_cannot_hold_is_computed_again(bundle, exact, pictur
     items = items_of(pictures)[:4]
     expected = scores(exact, items)["face"]
     member = ensemble.members["face"]
-    member.register_forward_hook(
-        lambda m, given, out: replace(out, logit=out.logit * torch.inf)
-    )
+    member.register_forward_hook(lambda m, given, out: replace(out, logit=out.logit * torch.inf))
     np.testing.assert_allclose(scores(ensemble, items)["face"], expected, atol=1e-5)
     ensemble.exact = {}
     with pytest.raises(predict.ScoringError, match="face: 4 of 4 logits"):
@@ -288,9 +271,7 @@ def test_compiled_members_score_the_same(bundle, exact, pictures):
 def test_degraded_scores_depend_on_seed_and_name_alone(exact, pictures):
     items, engine = items_of(pictures)[:8], DegradationConfig(global_p=1.0)
     first = scores(exact, items, degradation=engine, seed=3)
-    again = scores(
-        exact, items[::-1], degradation=engine, seed=3, batch_size=3, workers=1
-    )
+    again = scores(exact, items[::-1], degradation=engine, seed=3, batch_size=3, workers=1)
     other = scores(exact, items, degradation=engine, seed=4)
     clean = scores(exact, items)
     for name, values in first.items():
@@ -348,9 +329,7 @@ def test_parts_are_whole_batches_of_the_one_plan(tmp_path):
     assert sorted(found) == sorted(whole)
     assert np.sum([p.share() for p in parts], axis=0).tolist() == [1] * len(inputs)
     ranks = [plan.part(1, 2).part(r, 2) for r in range(2)]
-    np.testing.assert_array_equal(
-        ranks[0].share() | ranks[1].share(), plan.part(1, 2).share()
-    )
+    np.testing.assert_array_equal(ranks[0].share() | ranks[1].share(), plan.part(1, 2).share())
     left = everything.copy()
     left[whole[0]] = False
     assert [[i for i, _ in b] for b in plan.pending(left)] == whole[1:]
@@ -503,9 +482,7 @@ def test_a_video_is_the_mean_of_its_frames_or_of_their_logits():
     )
     by_score = predict.judge([row], VOTE, CALIBRATORS)
     assert [r.frame for r in by_score] == [None, 3, 9]
-    assert by_score[0].score == pytest.approx(
-        (by_score[1].score + by_score[2].score) / 2
-    )
+    assert by_score[0].score == pytest.approx((by_score[1].score + by_score[2].score) / 2)
     by_logit = predict.judge([row], VOTE, CALIBRATORS, video_mean="logit")[0]
     sigmoid = 1 / (1 + np.exp([1.0, -1.5]))  # means -2 / 2 and 1.5
     p = {"face": np.array([sigmoid[0]]), "global": np.array([sigmoid[1]])}

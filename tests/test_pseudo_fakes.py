@@ -143,9 +143,7 @@ def test_the_whole_face_covers_its_landmarks_and_scales_with_the_picture(image):
     box = np.zeros_like(mask)
     box[22:102, 78:147] = 1  # the detector's box and a sixth around it
     assert (mask * box).sum() > 0.98 * mask.sum()
-    double = FaceBox(
-        *(2 * v for v in FACE[:4]), 0.9, tuple((2 * x, 2 * y) for x, y in LANDMARKS)
-    )
+    double = FaceBox(*(2 * v for v in FACE[:4]), 0.9, tuple((2 * x, 2 * y) for x, y in LANDMARKS))
     large = face_region((512, 512), double)
     assert large.sum() == pytest.approx(4 * mask.sum(), rel=0.05)
     ellipse = face_region((200, 100), None)
@@ -153,14 +151,10 @@ def test_the_whole_face_covers_its_landmarks_and_scales_with_the_picture(image):
 
 
 def test_a_turned_head_narrows_its_region_and_landmarks_on_a_line_fall_back_to_the_box():
-    turned = FACE._replace(
-        landmarks=tuple((88 + (x - 88) * 0.6, y) for x, y in LANDMARKS)
-    )
+    turned = FACE._replace(landmarks=tuple((88 + (x - 88) * 0.6, y) for x, y in LANDMARKS))
     frontal = face_region((256, 256), FACE).any(axis=0).sum()
     assert face_region((256, 256), turned).any(axis=0).sum() < 0.75 * frontal
-    line = FACE._replace(
-        landmarks=tuple((100.0, float(y)) for y in (50, 50, 60, 70, 70))
-    )
+    line = FACE._replace(landmarks=tuple((100.0, float(y)) for y in (50, 50, 60, 70, 70)))
     boxed = face_region((256, 256), FACE._replace(landmarks=None))
     assert np.array_equal(face_region((256, 256), line), boxed)
 
@@ -181,9 +175,7 @@ def test_bad_input_is_named(image):
         face_region(image.shape, FaceBox(400, 400, 500, 500, 0.9))
 
 
-def test_the_command_writes_examples_and_names_what_it_cannot_read(
-    image, tmp_path, capsys
-):
+def test_the_command_writes_examples_and_names_what_it_cannot_read(image, tmp_path, capsys):
     source, out = tmp_path / "in", tmp_path / "out"
     (source / "more").mkdir(parents=True)
     cv2.imwrite(str(source / "a.png"), image[:, :, ::-1])

@@ -54,9 +54,7 @@ adapters = pytest.mark.parametrize("adapter", [EFFORT, LORA], ids=lambda a: a.ki
 
 LIVE = {"heads": 2, "key_width": 16, "query_std": 0.2, "weight_scope": "picture"}
 
-forms = pytest.mark.parametrize(
-    "form", [{}, LIVE | {"readout": "each", "diversity": 0.1}], ids=["plain", "live"]
-)
+forms = pytest.mark.parametrize("form", [{}, LIVE | {"readout": "each", "diversity": 0.1}], ids=["plain", "live"])
 
 
 def make(tower=DINOV2, adapter=EFFORT, seed=0, **options):
@@ -106,14 +104,9 @@ def test_queries_follow_the_formula():
     for b in range(2):
         mean = torch.zeros(4, dtype=torch.float64)
         for k in range(3):
-            e = [
-                math.exp((pool.queries[k] @ tokens[b, p]).item() / math.sqrt(4))
-                for p in range(5)
-            ]
+            e = [math.exp((pool.queries[k] @ tokens[b, p]).item() / math.sqrt(4)) for p in range(5)]
             for p in range(5):
-                assert attention[b, k, p].item() == pytest.approx(
-                    e[p] / sum(e), abs=1e-6
-                )
+                assert attention[b, k, p].item() == pytest.approx(e[p] / sum(e), abs=1e-6)
                 mean += e[p] / sum(e) * tokens[b, p] / 3
         torch.testing.assert_close(gathered[b].mean(0), mean, atol=1e-6, rtol=0)
 
@@ -149,9 +142,7 @@ def test_projected_queries_follow_their_formula():
                 maps.append((keys @ query / math.sqrt(3)).softmax(0))
                 part = slice(3 * h, 3 * h + 3)
                 expected = maps[-1] @ tokens[b][:, part]
-                torch.testing.assert_close(
-                    gathered[b, k, part], expected, atol=1e-6, rtol=0
-                )
+                torch.testing.assert_close(gathered[b, k, part], expected, atol=1e-6, rtol=0)
             mean = (maps[0] + maps[1]) / 2
             torch.testing.assert_close(attention[b, k], mean, atol=1e-6, rtol=0)
 
@@ -182,16 +173,12 @@ def test_interventions(options):
     flat = member(batch.images, attention=uniform)
     assert flat.query_attention.shape == (4, 4, 9)
     mean = output.patch_tokens.mean(1)
-    torch.testing.assert_close(
-        flat.features.unflatten(-1, (-1, 32)).sum(1), mean, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(flat.features.unflatten(-1, (-1, 32)).sum(1), mean, atol=1e-5, rtol=1e-5)
     if not options:  # of a single head, the attention is all there is to a gathering
         torch.testing.assert_close(own.logit, output.logit)
     everyone = torch.ones(4, dtype=torch.bool)
     torch.testing.assert_close(member(batch.images, keep=everyone).logit, output.logit)
-    each = [
-        member(batch.images, keep=everyone & (torch.arange(4) == k)) for k in range(4)
-    ]
+    each = [member(batch.images, keep=everyone & (torch.arange(4) == k)) for k in range(4)]
     together = torch.stack([one.features for one in each]).mean(0)
     torch.testing.assert_close(together, output.features)
     by_picture = torch.eye(4, dtype=torch.bool)
@@ -231,9 +218,7 @@ def test_diversity_counts_what_queries_share_beyond_the_margin():
     uniform = torch.full((1, 1, 9), 1 / 9, dtype=torch.float64)
     same = torch.cat([one, one, uniform], dim=1)
     found = qtfp.pair_correlations(same)
-    torch.testing.assert_close(
-        found, torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
-    )
+    torch.testing.assert_close(found, torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64))
     assert qtfp.overlap(same).item() == pytest.approx(1 / 3)
     assert qtfp.diversity_loss(same).item() == pytest.approx((1 - qtfp.SHARED_LOOK) / 3)
     by_numpy = torch.corrcoef(torch.cat([one[0], other[0]]))[0, 1]
@@ -248,14 +233,9 @@ def spread(values):
 
 def flcl_by_hand(tokens, labels, prototypes, tau, tau_w, scope="batch"):
     """FLCL as the specification writes it, one patch and one pair at a time."""
-    z = [
-        [tokens[b, p] / tokens[b, p].norm() for p in range(tokens.shape[1])]
-        for b in range(len(tokens))
-    ]
+    z = [[tokens[b, p] / tokens[b, p].norm() for p in range(tokens.shape[1])] for b in range(len(tokens))]
     patches = [(b, p) for b in range(len(z)) for p in range(len(z[0]))]
-    delta = {
-        (b, p): (z[b][p] @ (prototypes[1] - prototypes[0])).item() for b, p in patches
-    }
+    delta = {(b, p): (z[b][p] @ (prototypes[1] - prototypes[0])).item() for b, p in patches}
     real = [delta[i] for i in patches if labels[i[0]] == 0]
     terms = []
     for i in patches:
@@ -411,9 +391,7 @@ def test_output_and_evidence(tower, adapter):
     assert maps.shape == (4, 3, 3, 3)
     torch.testing.assert_close(maps.sum((-1, -2)), torch.ones(4, 3))
     logits = member.head(output.features)
-    torch.testing.assert_close(
-        output.logit.sigmoid(), logits.softmax(1)[:, 1], atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(output.logit.sigmoid(), logits.softmax(1)[:, 1], atol=1e-6, rtol=0)
 
 
 @towers
@@ -424,9 +402,7 @@ def test_member_loss_is_the_sum_of_its_parts(tower):
     p_fake = output.logit.sigmoid()
     right = torch.where(batch.labels == 1, p_fake, 1 - p_fake)
     tokens = output.patch_tokens.double()
-    flcl = flcl_by_hand(
-        tokens, batch.labels.tolist(), member.prototypes.mean.double(), 0.1, 1.0
-    )
+    flcl = flcl_by_hand(tokens, batch.labels.tolist(), member.prototypes.mean.double(), 0.1, 1.0)
     real = batch.labels == 0
     heads = member.tower.cls_attention(output.last_input[real], adapter="qtfp")
     reference = patch_attention(heads)[:, None]
@@ -444,9 +420,7 @@ def test_member_loss_is_the_sum_of_its_parts(tower):
 @adapters
 @forms
 @pytest.mark.parametrize("reference", ["adapted", "pretrained"])
-def test_gradients_reach_queries_head_and_adapter_and_nothing_else(
-    tower, adapter, reference, form
-):
+def test_gradients_reach_queries_head_and_adapter_and_nothing_else(tower, adapter, reference, form):
     made = make(tower, adapter, raal_reference=reference, **form)
     member = with_prototypes(made.train())
     batch = make_batch()
@@ -455,11 +429,7 @@ def test_gradients_reach_queries_head_and_adapter_and_nothing_else(
     trained = {id(p) for p in adapter_state(member.tower, "qtfp").values()}
     trained |= {id(p) for p in member.head_parameters()}
     frozen = ("u0", "s0", "v0")
-    expected = {
-        n
-        for n, p in member.named_parameters()
-        if id(p) in trained and not n.endswith(frozen)
-    }
+    expected = {n for n, p in member.named_parameters() if id(p) in trained and not n.endswith(frozen)}
     assert reached == expected
     assert {"pool.queries", "head.weight", "head.bias"} <= reached
     for name, parameter in member.named_parameters():
@@ -693,9 +663,7 @@ def train_on_planted(steps, seed=0, **options):
     """A whole tiny tower trained through its queries, and 300 unseen pictures of the same kind with their masks."""
     torch.manual_seed(seed)
     adapter, view = AdapterConfig("full"), ViewConfig("image", *[PLANTED_SIDE] * 2)
-    config = MemberConfig(
-        "qtfp", view, PLANTED_TOWER, adapter, qtfp=QtfpConfig(**options)
-    )
+    config = MemberConfig("qtfp", view, PLANTED_TOWER, adapter, qtfp=QtfpConfig(**options))
     tower = build_tower(PLANTED_TOWER)
     add_adapter(tower, "qtfp", adapter)
     member = qtfp.Qtfp(config, tower).train()
@@ -775,9 +743,7 @@ def test_prototypes_are_stored_and_restored():
 
 
 def _observe_on_rank(rank, path, results):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     try:
         tokens = random_tokens(4, 3, 8, seed=0).float()
         labels = torch.tensor([0, 1, 1, 1])
@@ -798,9 +764,7 @@ def test_two_ranks_keep_the_same_prototypes(tmp_path):
     process.join(60)
     assert process.exitcode == 0
     single = qtfp.Prototypes(8, decay=0.99)
-    expected = single.observe(
-        random_tokens(4, 3, 8, seed=0).float(), torch.tensor([0, 1, 1, 1])
-    )
+    expected = single.observe(random_tokens(4, 3, 8, seed=0).float(), torch.tensor([0, 1, 1, 1]))
     for rank in (0, 1):
         state, numbers = torch.load(f"{paths[1]}.{rank}", weights_only=True)
         torch.testing.assert_close(state["mean"], single.mean)
@@ -813,9 +777,7 @@ def test_signal_to_noise_by_hand():
     tokens, labels = random_tokens(4, 6, 5), torch.tensor([0, 1, 0, 1])
     unit = qtfp.unit_tokens(tokens)
     prototypes = random_tokens(2, 5, seed=4)
-    numbers = qtfp.signal_to_noise(
-        qtfp.class_sums(unit, labels, prototypes), prototypes
-    )
+    numbers = qtfp.signal_to_noise(qtfp.class_sums(unit, labels, prototypes), prototypes)
     real, fake = unit[labels == 0].flatten(0, 1), unit[labels == 1].flatten(0, 1)
     squares = sum(((c - c.mean(0)) ** 2).sum() for c in (real, fake))
     sigma = (squares / (24 * 5)).sqrt()
@@ -848,10 +810,7 @@ def test_held_out_ratio_is_the_planted_one_whatever_the_forged_share():
 def test_study_separates_queries_from_mean_pooling():
     planted = qtfp.Planted(steps=60)
     names = ("mean pooling", "plain queries", "queries, everything")
-    found = {
-        name: qtfp.study_run(planted, qtfp.VARIANTS[name], 0.1, seed=0)
-        for name in names
-    }
+    found = {name: qtfp.study_run(planted, qtfp.VARIANTS[name], 0.1, seed=0) for name in names}
     pooled, everything = found["mean pooling"]["auc"], found["queries, everything"]
     assert found["plain queries"]["auc"] > pooled + 0.05
     assert everything["auc"] > pooled + 0.05

@@ -28,9 +28,7 @@ from solution.studies import ablate
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
-    path
-    for name in ("README.md", "weights/README.md", "weights/RESULTS.md")
-    if (path := ROOT / name).is_file()
+    path for name in ("README.md", "weights/README.md", "weights/RESULTS.md") if (path := ROOT / name).is_file()
 ]
 
 
@@ -159,10 +157,7 @@ def run(door, words):
 def test_the_first_command_scores_every_photo(tmp_path):
     words = next(w for w in commands_of("submit.py") if "tests/photos" in w)
     readme = (ROOT / "README.md").read_text()
-    assert (
-        f"pip install -r requirements.txt && python {shlex.join(['submit.py', *words])}"
-        in readme
-    )
+    assert f"pip install -r requirements.txt && python {shlex.join(['submit.py', *words])}" in readme
     place = words.index("--out") + 1
     words[place] = tmp_path / words[place]
     done = subprocess.run(
@@ -219,9 +214,7 @@ def test_what_ablates_runs(place, tmp_path, monkeypatch, capsys):
         study = ablate.STUDIES[name]
         # In this process; that a training of its own is started and ends is shown in test_studies.
         monkeypatch.setattr(ablate, "run_to_its_end", lambda c: train.main(c[3:]))
-        monkeypatch.setitem(
-            ablate.STUDIES, name, replace(study, shared=ablate._short(2))
-        )
+        monkeypatch.setitem(ablate.STUDIES, name, replace(study, shared=ablate._short(2)))
         split = made.index("--")
         first, other, *_ = study.variants
         few = ["--seeds", "0", "--variants", f"{first},{other}"]

@@ -21,9 +21,7 @@ def tiny(name, seed=0, **changes):
 def batch(member, count=4, seed=1):
     side = member.config.view.side
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(
-        0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator
-    )
+    images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
     return Batch(images, torch.arange(count) % 2)
 
 
@@ -36,21 +34,15 @@ def test_focal_loss_by_hand():
     for (real, fake), label in zip(logits.tolist(), labels.tolist()):
         p = math.exp((real, fake)[label]) / (math.exp(real) + math.exp(fake))
         expected += -0.7 * (1 - p) ** 2 * math.log(p) / 3
-    assert focal_loss(logits, labels, gamma=2, alpha=0.7).item() == pytest.approx(
-        expected, abs=1e-6
-    )
+    assert focal_loss(logits, labels, gamma=2, alpha=0.7).item() == pytest.approx(expected, abs=1e-6)
     plain = torch.nn.functional.cross_entropy(logits, labels)
     torch.testing.assert_close(focal_loss(logits, labels, gamma=0), plain)
 
 
 def test_a_logit_is_the_softmax_of_two_classes():
     logits = torch.randn(5, 2)
-    torch.testing.assert_close(
-        two_class_logit(logits).sigmoid(), logits.softmax(1)[:, 1]
-    )
-    torch.testing.assert_close(
-        two_class_logit(as_two_class(logits[:, 0])), logits[:, 0]
-    )
+    torch.testing.assert_close(two_class_logit(logits).sigmoid(), logits.softmax(1)[:, 1])
+    torch.testing.assert_close(two_class_logit(as_two_class(logits[:, 0])), logits[:, 0])
 
 
 @pytest.mark.parametrize("name", ["global", "face", "fusion"])
@@ -99,12 +91,6 @@ def test_fusion_keeps_clip_still():
 
 def test_giant_fusion_head_has_the_published_shape():
     config = preset("giant", "fusion")
-    member = build_member(
-        config, random_towers([config], device="meta"), decompose=False
-    )
-    shapes = [
-        tuple(p.shape)
-        for n, p in member.own_parameters().items()
-        if n.endswith("weight")
-    ]
+    member = build_member(config, random_towers([config], device="meta"), decompose=False)
+    shapes = [tuple(p.shape) for n, p in member.own_parameters().items() if n.endswith("weight")]
     assert shapes == [(512, 2560), (2, 512)]

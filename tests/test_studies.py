@@ -113,9 +113,7 @@ def test_every_variant_is_a_configuration_of_its_own(study):
 # ------------------------------------------------------------------------------------------------ shortcuts
 @pytest.mark.parametrize("quality", [5, 30, 49, 50, 75, 90, 95, 100])
 def test_jpeg_quality_is_read_from_the_tables(quality, tmp_path):
-    picture = Image.fromarray(
-        np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
-    )
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
     picture.save(tmp_path / "a.jpg", quality=quality)
     assert shortcuts.jpeg_quality(tmp_path / "a.jpg") == quality
     picture.save(tmp_path / "a.png")

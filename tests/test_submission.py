@@ -44,9 +44,7 @@ def test_the_csv_keeps_the_order_and_quotes_odd_names(tmp_path):
         "b/2.png,0.250000",
         "a.png,1.000000",
     ]
-    assert list(read_scores(out).items()) == [
-        (name, round(float(p), 6)) for name, p in ROWS
-    ]
+    assert list(read_scores(out).items()) == [(name, round(float(p), 6)) for name, p in ROWS]
     assert not out.read_bytes().count(b"\r")
 
 
@@ -66,9 +64,7 @@ def test_the_zip_holds_exactly_that_and_is_the_same_each_time(tmp_path):
     assert list(read_scores(tmp_path / "one.zip").values()) == [1, 0.5, 0.25, 0]
 
 
-names = st.text(
-    st.characters(blacklist_categories=("Cs",), blacklist_characters="\0\r"), min_size=1
-)
+names = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0\r"), min_size=1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -232,8 +228,7 @@ def test_the_sidecar_has_its_columns_in_order(tmp_path):
     rows = sidecar(["a,b.png", "c.png"], failed=["c.png"])
     write_sidecar(iter(rows), out, ["global", "face"])
     header = (
-        "image,status,error,face_x0,face_y0,face_x1,face_y1,face_score,"
-        "global_p,global_level,face_p,face_level,score"
+        "image,status,error,face_x0,face_y0,face_x1,face_y1,face_score,global_p,global_level,face_p,face_level,score"
     )
     assert ",".join(sidecar_columns(["global", "face"])) == header
     assert out.read_text().splitlines() == [
@@ -267,9 +262,7 @@ def part(folder: Path, index: int, names_, shard="auto", weights="w1", **more) -
         run = {"shard": f"{index}/3" if shard == "auto" else shard, "weights": weights}
         write_atomically(run_path(path), json.dumps(run))
     rows = sidecar(names_, **more)
-    write_sidecar(
-        rows, members_path(path), ["global"], frames=more.get("frames", False)
-    )
+    write_sidecar(rows, members_path(path), ["global"], frames=more.get("frames", False))
     return str(path)
 
 
@@ -283,13 +276,10 @@ def test_three_parts_make_the_whole(tmp_path, capsys):
     assert main(["merge", *parts, "--out", str(out)]) == 0
     assert "6 scores from 3 parts" in capsys.readouterr().out
     assert out.read_text() == (
-        "image,score\na.mp4,0.6000\nb.png,0.7000\nc.png,0.8000\n"
-        "d.png,0.6000\ne.png,0.7000\nf.png,0.8000\n"
+        "image,score\na.mp4,0.6000\nb.png,0.7000\nc.png,0.8000\nd.png,0.6000\ne.png,0.7000\nf.png,0.8000\n"
     )
     table = read_table(members_path(out))
-    assert [row["image"] for row in table if row["frame"] == ""] == list(
-        read_scores(out)
-    )
+    assert [row["image"] for row in table if row["frame"] == ""] == list(read_scores(out))
     assert [row["frame"] for row in table if row["image"] == "a.mp4"] == ["", "3", "11"]
     merged = json.loads(run_path(out).read_text())["merged"]
     assert merged[parts[0]]["shard"] == "3/3"
@@ -315,9 +305,7 @@ def test_failed_rows_are_counted_and_told(tmp_path, capsys):
         ({"names": ["c.png", "a.png"]}, "'a.png' is in another part"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused_before_anything_is_written(
-    tmp_path, capsys, change, reason
-):
+def test_parts_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, capsys, change, reason):
     parts = [part(tmp_path, 1, ["a.png"]), part(tmp_path, 2, ["b.png"])]
     options = {k: v for k, v in change.items() if k in ("shard", "weights")}
     parts.append(part(tmp_path, 3, change.get("names", ["c.png"]), **options))

@@ -88,15 +88,9 @@ def test_photos_become_rows_with_a_sidecar_and_a_record(tiny, tmp_path, capsys):
         "face_score",
     ]
     assert list(sides[0])[8:10] == ["global_p", "global_level"]
-    assert (
-        float(next(r for r in sides if r["image"] == "face_crop.jpg")["face_score"])
-        > 0.5
-    )
+    assert float(next(r for r in sides if r["image"] == "face_crop.jpg")["face_score"]) > 0.5
     record = json.loads((tmp_path / "preds.run.json").read_text())
-    assert (
-        record["weights"]["hash"] == tiny.hash
-        and record["weights"]["files"] == tiny.files
-    )
+    assert record["weights"]["hash"] == tiny.hash and record["weights"]["files"] == tiny.files
     assert record["counts"] == {
         "inputs": 7,
         "scored_now": 7,
@@ -104,20 +98,12 @@ def test_photos_become_rows_with_a_sidecar_and_a_record(tiny, tmp_path, capsys):
         "failed": 0,
     }
     assert record["config"]["face"]["view"]["source"] == "face"
-    assert record["images_per_second"] > 0 and torch.__version__.startswith(
-        record["versions"]["torch"]
-    )
+    assert record["images_per_second"] > 0 and torch.__version__.startswith(record["versions"]["torch"])
     told = capsys.readouterr()
-    assert (
-        "7 rows" in told.out
-        and "global, face, qtfp" in told.err
-        and "images/s" in told.err
-    )
+    assert "7 rows" in told.out and "global, face, qtfp" in told.err and "images/s" in told.err
 
 
-def test_shuffled_doubled_and_broken_files_keep_their_own_scores(
-    tiny, pictures, tmp_path, capsys
-):
+def test_shuffled_doubled_and_broken_files_keep_their_own_scores(tiny, pictures, tmp_path, capsys):
     folder, rng = tmp_path / "in", random.Random(5)
     sources = sorted(pictures.iterdir())
     for index in range(60):
@@ -131,9 +117,7 @@ def test_shuffled_doubled_and_broken_files_keep_their_own_scores(
     out = tmp_path / "preds.csv"
     assert run(tiny, folder, out, "--workers", 2, "--batch-size", 7) == 4
     rows = {row["image"]: float(row["score"]) for row in table(out)}
-    assert list(rows) == sorted(
-        p.relative_to(folder).as_posix() for p in folder.rglob("*.png")
-    )
+    assert list(rows) == sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png"))
     sides = {row["image"]: row for row in table(tmp_path / "preds.members.csv")}
     for name, true in true_scores(tiny, folder).items():
         assert rows[name] == pytest.approx(true, abs=1e-6), name
@@ -175,9 +159,7 @@ def test_the_challenges_formats(tiny, tmp_path, capsys):
 
 
 def clip(path, values, side=64):
-    writer = cv2.VideoWriter(
-        str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (side, side)
-    )
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (side, side))
     for value in values:
         writer.write(np.full((side, side, 3), value, np.uint8))
     writer.release()
@@ -227,14 +209,10 @@ def test_a_face_is_followed_through_a_clip_or_is_nowhere_in_it(tiny, tmp_path):
     sides = [r for r in table(tmp_path / "preds.members.csv") if r["frame"]]
     found = [bool(row["face_x0"]) for row in sides if row["image"] == "face.mp4"]
     assert found == [True] * 5  # the middle one bridged
-    assert [bool(r["face_x0"]) for r in sides if r["image"] == "nobody.mp4"] == (
-        [False] * 5
-    )
+    assert [bool(r["face_x0"]) for r in sides if r["image"] == "nobody.mp4"] == ([False] * 5)
 
 
-def test_without_the_detector_whole_pictures_are_scored_and_that_is_said(
-    tiny, tmp_path, capsys, monkeypatch
-):
+def test_without_the_detector_whole_pictures_are_scored_and_that_is_said(tiny, tmp_path, capsys, monkeypatch):
     from solution.data import faces
 
     def missing():
@@ -258,28 +236,20 @@ def test_the_report_is_written(tiny, tmp_path):
 def refused(code, match, tiny, source, out, *more, capsys):
     before = sorted(out.parent.iterdir()) if out.parent.is_dir() else None
     assert run(tiny, source, out, *more) == code
-    errors = [
-        x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")
-    ]
+    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert len(errors) == 1 and match in errors[0], errors
     if before is not None:
         assert sorted(out.parent.iterdir()) == before
 
 
-def test_refusals_are_one_line_with_their_code_and_leave_nothing(
-    tiny, pictures, tmp_path, capsys
-):
+def test_refusals_are_one_line_with_their_code_and_leave_nothing(tiny, pictures, tmp_path, capsys):
     empty, out = tmp_path / "empty", tmp_path / "preds.csv"
     empty.mkdir()
     refused(2, "no pictures or videos", tiny, empty, out, capsys=capsys)
     refused(2, "nowhere", tiny, tmp_path / "nowhere", out, capsys=capsys)
     refused(2, "'.jpg'", tiny, pictures, tmp_path / "preds.jpg", capsys=capsys)
-    refused(
-        3, "no folder", tiny, pictures, tmp_path / "no" / "preds.csv", capsys=capsys
-    )
-    refused(
-        3, "no member nobody", tiny, pictures, out, "--members", "nobody", capsys=capsys
-    )
+    refused(3, "no folder", tiny, pictures, tmp_path / "no" / "preds.csv", capsys=capsys)
+    refused(3, "no member nobody", tiny, pictures, out, "--members", "nobody", capsys=capsys)
     refused(
         3,
         "no such folder",
@@ -343,10 +313,7 @@ except SystemExit as ended:
 
 
 def test_the_selftest_tells_sound_weights_from_others(tiny, tmp_path, capsys):
-    assert (
-        submit.main(["--selftest", "--weights", str(tiny.folder), "--device", "cpu"])
-        == 0
-    )
+    assert submit.main(["--selftest", "--weights", str(tiny.folder), "--device", "cpu"]) == 0
     assert "passed" in capsys.readouterr().out
     shutil.copytree(tiny.folder, tmp_path / "copy")
     golden = json.loads((tmp_path / "copy" / "golden.json").read_text())
@@ -369,9 +336,7 @@ def written(out):
     return out.read_bytes(), out.with_suffix(".members.csv").read_bytes()
 
 
-def test_ctrl_c_leaves_130_and_the_same_command_goes_on(
-    tiny, pictures, reference, tmp_path, monkeypatch, capsys
-):
+def test_ctrl_c_leaves_130_and_the_same_command_goes_on(tiny, pictures, reference, tmp_path, monkeypatch, capsys):
     out, real = tmp_path / "preds.csv", predict.Ensemble.finish
     calls = []
 
@@ -388,14 +353,10 @@ def test_ctrl_c_leaves_130_and_the_same_command_goes_on(
     assert run(tiny, pictures, out, "--batch-size", 4) == 0
     assert written(out) == reference
     record = json.loads((tmp_path / "preds.run.json").read_text())
-    assert (
-        record["counts"]["from_journal"] == 20 and record["counts"]["scored_now"] == 30
-    )
+    assert record["counts"]["from_journal"] == 20 and record["counts"]["scored_now"] == 30
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(
-    tiny, pictures, reference, tmp_path
-):
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tiny, pictures, reference, tmp_path):
     out = tmp_path / "preds.csv"
     assert killed(tiny, pictures, out, most=8) > 1
     assert run(tiny, pictures, out, "--batch-size", 4) == 0
@@ -480,9 +441,7 @@ def test_other_weights_or_options_start_anew(tiny, pictures, tmp_path, capsys):
 def test_three_shards_merge_into_the_same_bytes(tiny, pictures, reference, tmp_path):
     parts = [tmp_path / f"part{i}.csv" for i in (1, 2, 3)]
     for index, part in enumerate(parts, start=1):
-        assert (
-            run(tiny, pictures, part, "--batch-size", 4, "--shard", f"{index}/3") == 0
-        )
+        assert run(tiny, pictures, part, "--batch-size", 4, "--shard", f"{index}/3") == 0
     out = tmp_path / "preds.csv"
     assert submission_main(["merge", *map(str, parts[::-1]), "--out", str(out)]) == 0
     assert written(out) == reference
@@ -518,9 +477,7 @@ def test_two_ranks_write_the_same_bytes(tiny, pictures, reference, tmp_path):
     assert record["counts"]["from_journal"] == 50
 
 
-def test_ray_says_what_to_install_or_writes_the_same_bytes(
-    tiny, pictures, reference, tmp_path, capsys
-):
+def test_ray_says_what_to_install_or_writes_the_same_bytes(tiny, pictures, reference, tmp_path, capsys):
     out = tmp_path / "preds.csv"
     code = run(tiny, pictures, out, "--batch-size", 4, "--engine", "ray")
     try:
@@ -545,18 +502,12 @@ def test_memory_is_flat_in_the_number_of_pictures(tiny, tmp_path):
         "--device",
         "cpu",
     ]
-    child = subprocess.Popen(
-        [sys.executable, *map(str, given)], cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+    child = subprocess.Popen([sys.executable, *map(str, given)], cwd=ROOT, stderr=subprocess.DEVNULL)
     journal, at_start, resident = tmp_path / "preds.journal.jsonl", 0, 0
     while child.poll() is None:
         status = Path(f"/proc/{child.pid}/status").read_text()
         now = next(
-            (
-                int(x.split()[1])
-                for x in status.splitlines()
-                if x.startswith("RssAnon:")
-            ),
+            (int(x.split()[1]) for x in status.splitlines() if x.startswith("RssAnon:")),
             resident,
         )
         resident = max(resident, now)

@@ -117,9 +117,7 @@ def test_a_member_on_the_meta_device_is_filled_where_it_should_be():
 
 def test_drawn_faces_are_found():
     locator = FaceLocator(preset("compact", "face").face)
-    found = [
-        bool(locator.locate(throughput.drawn_face(256, seed))) for seed in range(8)
-    ]
+    found = [bool(locator.locate(throughput.drawn_face(256, seed))) for seed in range(8)]
     assert sum(found) >= 6  # else the benchmark would time the retries
 
 

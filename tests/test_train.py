@@ -120,9 +120,7 @@ def test_accumulation_equals_the_big_batch(tmp_path):
         "stream.focal_gamma=2",
     ]
     big = make_run(tmp_path / "a", settings=[*base, "train.batch=8"])
-    small = make_run(
-        tmp_path / "b", settings=[*base, "train.batch=2", "train.accumulate=4"]
-    )
+    small = make_run(tmp_path / "b", settings=[*base, "train.batch=2", "train.accumulate=4"])
     assert_same(weights(big), weights(small))
     before = weights(big)
     assert big.run()["total"] == small.run()["total"] == 2
@@ -260,14 +258,9 @@ def test_best_weights_are_validated_saved_and_reload_to_the_same_scores(tmp_path
     items, _ = read_manifest(write(tmp_path / "data", val=8), split="val")
     run = make_run(tmp_path, "face", validation=items)
     run.run()
-    lines = [
-        json.loads(text)
-        for text in (run.folder / "metrics.jsonl").read_text().splitlines()
-    ]
+    lines = [json.loads(text) for text in (run.folder / "metrics.jsonl").read_text().splitlines()]
     validated = [line for line in lines if "clean" in line]
-    assert len(validated) == 2 and run.state["best"] == max(
-        line["mean"] for line in validated
-    )
+    assert len(validated) == 2 and run.state["best"] == max(line["mean"] for line in validated)
     assert read_config(run.folder) == run.config
     record = json.loads((run.folder / "config.json").read_text())
     assert record["training"]["best"]["mean"] == run.state["best"]
@@ -331,9 +324,7 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_weights(tmp_path):
     killed.wait()
     assert train.main(arguments(tmp_path / "b", data, *more)) == 0
     for name in ("global/model.safetensors", "towers/tiny-global.safetensors"):
-        assert (tmp_path / "a" / name).read_bytes() == (
-            tmp_path / "b" / name
-        ).read_bytes()
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_an_interrupt_is_told_and_resumable(tmp_path):
@@ -390,10 +381,7 @@ def test_two_processes_equal_one_with_the_batch_of_both(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    a, b = (
-        torch.load(tmp_path / n / "global/checkpoint.pt", weights_only=True)["weights"]
-        for n in ("one", "two")
-    )
+    a, b = (torch.load(tmp_path / n / "global/checkpoint.pt", weights_only=True)["weights"] for n in ("one", "two"))
     assert_same(a, b, atol=1e-4, rtol=0)
 
 
@@ -413,9 +401,7 @@ def test_fusion_starts_from_the_trained_global_stream(tmp_path):
 
 
 def test_ranks_share_an_epoch_without_overlap(tmp_path):
-    shares = [
-        make_run(tmp_path / str(r), world=World(r, 2)).epoch_plan(0) for r in range(2)
-    ]
+    shares = [make_run(tmp_path / str(r), world=World(r, 2)).epoch_plan(0) for r in range(2)]
     positions = [[s.position for batch in plan for s in batch] for plan in shares]
     assert not set(positions[0]) & set(positions[1])
     assert sorted(positions[0] + positions[1]) == list(range(16))

@@ -60,9 +60,7 @@ SETTINGS = VlaforgeConfig(
 )
 
 
-def tiny(
-    seed: int = 0, arch: ClipArch = ARCH, settings: VlaforgeConfig = SETTINGS
-) -> Vlaforge:
+def tiny(seed: int = 0, arch: ClipArch = ARCH, settings: VlaforgeConfig = SETTINGS) -> Vlaforge:
     torch.manual_seed(seed)
     tower = TowerConfig("tiny-clip", "clip", arch, statistics="clip")
     config = MemberConfig(
@@ -81,9 +79,7 @@ def tiny(
 
 def pictures(count: int, seed: int = 1, side: int = 64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(
-        0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8
-    )
+    return torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
 
 
 def batch_of(count: int, known: list[bool] | None = None) -> Batch:
@@ -104,12 +100,8 @@ def plain_open_clip(member: Vlaforge) -> nn.Module:
         split, width = layer.attn, member.tower.width
         packed = nn.MultiheadAttention(width, member.tower.heads, batch_first=True)
         with torch.no_grad():
-            packed.in_proj_weight.copy_(
-                torch.cat([split.q.weight, split.k.weight, split.v.weight])
-            )
-            packed.in_proj_bias.copy_(
-                torch.cat([split.q.bias, split.k.bias, split.v.bias])
-            )
+            packed.in_proj_weight.copy_(torch.cat([split.q.weight, split.k.weight, split.v.weight]))
+            packed.in_proj_bias.copy_(torch.cat([split.q.bias, split.k.bias, split.v.bias]))
             packed.out_proj.load_state_dict(split.o.state_dict())
         layer.attn = packed
     return model.eval()
@@ -151,9 +143,7 @@ def test_under_any_bias_clip_stays_open_clip_and_copies_match_the_joint_pass(arc
     copies = run_copies(tower, seen, bias)
     torch.testing.assert_close(joint[:, 9:], patches, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(seen.patch_tokens, patches, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(
-        seen.cls_token @ model.visual.proj, pooled, atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(seen.cls_token @ model.visual.proj, pooled, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(joint[:, 8], seen.cls_token, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(joint[:, :8], copies, atol=1e-5, rtol=1e-4)
     assert (copies - seen.cls_token[:, None]).abs().max() > 0.01  # the bias does act
@@ -190,9 +180,7 @@ def test_a_copy_without_bias_is_the_class_token():
     member = tiny()
     seen = clip_pass(member.tower, torch.rand(2, 3, 56, 56), ())
     copies = run_copies(member.tower, seen, torch.zeros(2, 4, 3, 16))
-    torch.testing.assert_close(
-        copies, seen.cls_token[:, None].expand(-1, 3, -1), atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(copies, seen.cls_token[:, None].expand(-1, 3, -1), atol=1e-5, rtol=1e-4)
 
 
 def test_a_bias_that_forbids_all_but_one_patch_makes_copies_of_two_keys():
@@ -268,10 +256,7 @@ def test_the_placeholder_is_token_seven_of_clips_tokenizer():
     for sentence, row in zip(sentences, rows):
         assert list(sentence) == row[: len(sentence)].tolist()
         assert not row[len(sentence) :].any()
-        assert (
-            open_clip.tokenizer.SimpleTokenizer().decode([sentence[place]]).strip()
-            == "id"
-        )
+        assert open_clip.tokenizer.SimpleTokenizer().decode([sentence[place]]).strip() == "id"
     assert [i for i, pair in enumerate(zip(*sentences)) if pair[0] != pair[1]] == [4]
 
 
@@ -317,9 +302,7 @@ def test_the_causal_mask_is_on():
     """What stands after the placeholder cannot change the states before it: only later tokens feel an identity."""
     member = tiny()
     states = []
-    hook = member.tower.model.transformer.register_forward_hook(
-        lambda module, args, out: states.append(out)
-    )
+    hook = member.tower.model.transformer.register_forward_hook(lambda module, args, out: states.append(out))
     with torch.no_grad():
         member.sentences(torch.randn(1, 24)), member.sentences(torch.randn(1, 24))
     hook.remove()
@@ -330,9 +313,7 @@ def test_the_causal_mask_is_on():
 def test_the_text_tower_is_called_once_with_two_rows_a_picture():
     member = tiny().eval()
     shapes = []
-    hook = member.tower.model.transformer.register_forward_hook(
-        lambda module, args, out: shapes.append(out.shape)
-    )
+    hook = member.tower.model.transformer.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
     with torch.no_grad():
         member(pictures(5))
     hook.remove()
@@ -345,9 +326,7 @@ def test_a_small_learned_vocabulary_keeps_the_sentences_words_apart():
     full = tiny(settings=replace(SETTINGS, train_text=True))
     pairs = set(zip(full.tokens.flatten().tolist(), member.tokens.flatten().tolist()))
     assert len(pairs) == 12 == len({new for _, new in pairs})
-    assert (
-        member.tokens.argmax(dim=1).tolist() == full.tokens.argmax(dim=1).tolist()
-    )  # the end token stays the largest
+    assert member.tokens.argmax(dim=1).tolist() == full.tokens.argmax(dim=1).tolist()  # the end token stays the largest
 
 
 # ------------------------------------------------------------------------------------------------ the member
@@ -462,9 +441,7 @@ def test_checkpointed_copies_have_the_same_gradients():
     gradients = []
     for member.tower.checkpointing in (False, True):
         bias = torch.ones(1, 4, 2, 16, requires_grad=True)
-        run_copies(
-            member.tower, seen, bias * torch.arange(16)
-        ).square().sum().backward()
+        run_copies(member.tower, seen, bias * torch.arange(16)).square().sum().backward()
         gradients.append(bias.grad)
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(*gradients)
@@ -547,9 +524,7 @@ def test_a_file_from_before_the_raw_channel_scores_as_it_did():
         expected = new.local_head(mixed.mean(dim=(2, 3)))
         score = legacy.local_score(maps, found.vla_logits)
         torch.testing.assert_close(score, expected)
-        raw = new.local_head(
-            new.local_mix(maps * output.vla_logits[:, 1:]).mean((2, 3))
-        )
+        raw = new.local_head(new.local_mix(maps * output.vla_logits[:, 1:]).mean((2, 3)))
         torch.testing.assert_close(new.local_score(maps, output.vla_logits), raw)
 
 
@@ -643,9 +618,7 @@ def test_contrast_by_hand_leaves_pairs_out_instead_of_zeroing_them():
                 across += pair(real[b, i], e[b, j]) if forged[b, j] else 0.0
     expected = -math.log(pos_fake / (pos_fake + mixed))
     expected -= math.log(pos_real / (pos_real + mixed))
-    assert room.patch_contrast(e, forged, 0.5).item() == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert room.patch_contrast(e, forged, 0.5).item() == pytest.approx(expected, rel=1e-5)
     expected = -math.log(within / (within + across))
     found = room.picture_contrast(real, e, forged, 0.5).item()
     assert found == pytest.approx(expected, rel=1e-5)
@@ -677,9 +650,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts_and_skips_unknown_masks():
 
 def test_a_patch_is_forged_above_a_tenth_of_its_mask():
     """One patch at 9 % and one at 11 % of forged pixels: only the second enters the contrast as forged."""
-    settings = replace(
-        SETTINGS, w_clip=1.0, w_localization=0.0, w_dice=0.0, w_orthogonality=0.0
-    )
+    settings = replace(SETTINGS, w_clip=1.0, w_localization=0.0, w_dice=0.0, w_orthogonality=0.0)
     member = tiny(settings=replace(settings, w_global=0.0, w_local=0.0)).eval()
     masks = torch.zeros(1, 64, 64)
     masks[0, 0, :16] = masks[0, 1, :7] = 1.0  # 23 px: 9 %
@@ -752,18 +723,14 @@ def scores(member, batch, monkeypatch, **changes):
     return *(auc(labels, p_fake(x).numpy()) for x in both), output.logit.sigmoid()
 
 
-def test_a_forged_patch_whose_place_varies_is_found_by_both_branches_through_their_maps(
-    spotter, monkeypatch
-):
+def test_a_forged_patch_whose_place_varies_is_found_by_both_branches_through_their_maps(spotter, monkeypatch):
     """Both scores find it; without its own bias, VLA map or perceiver maps each score loses it, and P moves."""
     member, batch = spotter
     local, whole, p = scores(member, batch, monkeypatch)
     assert local > 0.95 and whole > 0.95
     swaps = {
         "bias zeroed": {"directed_classes": lambda f: lambda s, b: f(s, b * 0)},
-        "bias of another": {
-            "directed_classes": lambda f: lambda s, b: f(s, b.roll(1, 0))
-        },
+        "bias of another": {"directed_classes": lambda f: lambda s, b: f(s, b.roll(1, 0))},
         "map of another": {"local_score": lambda f: lambda m, v: f(m, v.roll(1, 0))},
         "maps of another": {"local_score": lambda f: lambda m, v: f(m.roll(1, 0), v)},
     }

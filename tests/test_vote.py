@@ -141,9 +141,7 @@ def test_rounding_twice_ties_pictures():
 def test_decide_and_the_unsure_band():
     config = VoteConfig({"a": 1}, threshold=0.5, unsure=0.1)
     scores = np.array([0.0, 0.4, 0.41, 0.5, 0.59, 0.6, 1.0])
-    assert vote.decide(scores, config).tolist() == (
-        ["real", "real", "unsure", "unsure", "unsure", "fake", "fake"]
-    )
+    assert vote.decide(scores, config).tolist() == (["real", "real", "unsure", "unsure", "unsure", "fake", "fake"])
     sharp = VoteConfig({"a": 1}, threshold=0.5)
     assert vote.decide(scores, sharp).tolist() == ["real"] * 3 + ["fake"] * 4
     with pytest.raises(ValueError, match="NaN"):

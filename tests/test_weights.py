@@ -413,12 +413,8 @@ def test_a_bundle_outlives_a_renamed_library(tmp_path, monkeypatch, adapter, swi
         for tensor in member.stored_state().values():
             tensor.add_(0.1 * torch.randn_like(tensor))
     save_member(member, tmp_path / "face", dtype=torch.float32)
-    dump_tower(
-        member.tower, tmp_path / f"towers/{tower.name}.safetensors", dtype=torch.float32
-    )
-    made = weights.add_golden(
-        write_bundle(tmp_path, ["face"], VoteConfig({"face": 1}), {})
-    )
+    dump_tower(member.tower, tmp_path / f"towers/{tower.name}.safetensors", dtype=torch.float32)
+    made = weights.add_golden(write_bundle(tmp_path, ["face"], VoteConfig({"face": 1}), {}))
     monkeypatch.setattr(backbones, "_dinov2", with_old_names(backbones._dinov2))
     names = [n for n, _ in load_members(made)["face"].named_parameters()]
     assert any("attention.attention.query" in name for name in names)
@@ -436,9 +432,7 @@ def test_golden_pictures_are_the_same_everywhere():
 
 
 def test_the_selftest_sees_changed_weights(copy):
-    change_keys(lambda s: s["own.head.weight"].mul_(-1))(
-        copy / "face/model.safetensors"
-    )
+    change_keys(lambda s: s["own.head.weight"].mul_(-1))(copy / "face/model.safetensors")
     rehash(copy)
     result = weights.run_selftest(open_bundle(str(copy)))
     assert not result.passed and "DIFFERS" in str(result)

@@ -124,9 +124,7 @@ def stored_name(config: TowerConfig) -> str:
     return config.source.partition(":")[2] if derived else config.name
 
 
-def tower_weights(
-    config: TowerConfig, source_override: str | None = None, *, offline: bool = False
-) -> StableFile:
+def tower_weights(config: TowerConfig, source_override: str | None = None, *, offline: bool = False) -> StableFile:
     """The weights a tower starts from, under stable keys, for `members.fill_tower`.
 
     source_override: a folder in the Hub's layout, a .safetensors file (one of `members.dump_tower`, or the Hub's), or
@@ -139,9 +137,7 @@ def tower_weights(
     """
     path = resolve_tower(config, source_override, offline=offline)
     derived = config.source.startswith("bundle:")
-    state = StableFile(
-        path, image_only=config.kind == "clip" and not config.arch.text_layers
-    )
+    state = StableFile(path, image_only=config.kind == "clip" and not config.arch.text_layers)
     wanted = "dinov2" if derived else config.kind
     if state.layout != "stable" and not state.layout.endswith(wanted):
         raise WeightsError(
@@ -152,9 +148,7 @@ def tower_weights(
     return state
 
 
-def resolve_tower(
-    config: TowerConfig, source_override: str | None = None, *, offline: bool = False
-) -> Path:
+def resolve_tower(config: TowerConfig, source_override: str | None = None, *, offline: bool = False) -> Path:
     """The .safetensors file that holds a tower's starting weights; see `tower_weights`.
 
     A file that arrives from the pinned repository is checked against `config.sha256`.
@@ -163,16 +157,12 @@ def resolve_tower(
     local = Path(source)
     if local.is_file():
         return local
-    names = TOWER_FILES[
-        "dinov2" if config.source.startswith("bundle:") else config.kind
-    ]
+    names = TOWER_FILES["dinov2" if config.source.startswith("bundle:") else config.kind]
     if local.is_dir():
         found = [local / name for name in names if (local / name).is_file()]
         if found:
             return found[0]
-        raise WeightsError(
-            f"{local}: found none of {', '.join(names)}; expected a tower in the Hub's layout"
-        )
+        raise WeightsError(f"{local}: found none of {', '.join(names)}; expected a tower in the Hub's layout")
     if source.startswith("bundle") or local.suffix == ".safetensors":
         raise WeightsError(
             f"tower {config.name}: {source} is neither a file nor a public repository; name a folder in the Hub's "
@@ -234,15 +224,11 @@ def check_geometry(folder: Path, config: TowerConfig) -> None:
     """
     geometry = read_geometry(folder, config.kind)
     if geometry is None and config.kind == "dinov2":
-        raise WeightsError(
-            f"{folder}/config.json: missing, or of no dinov2; a tower's folder carries its config.json"
-        )
+        raise WeightsError(f"{folder}/config.json: missing, or of no dinov2; a tower's folder carries its config.json")
     for name, found in (geometry or {}).items():
         expected = getattr(config.arch, name)
         if found != expected:
-            raise WeightsError(
-                f"{folder}/config.json: {name} is {found}, expected {expected} for tower {config.name}"
-            )
+            raise WeightsError(f"{folder}/config.json: {name} is {found}, expected {expected} for tower {config.name}")
 
 
 # ------------------------------------------------------------------------------------------------ bundles
@@ -296,10 +282,7 @@ def read_bundle(folder: Path, *, verify: bool = True, offline: bool = True) -> B
     check_files(folder, record["files"], hashes=verify)
     towers = record["towers"]
     try:
-        configs = {
-            name: _with_commits(read_config(folder / name), towers)
-            for name in record["members"]
-        }
+        configs = {name: _with_commits(read_config(folder / name), towers) for name in record["members"]}
         vote = from_dict(VoteConfig, record["vote"], f"{path}: vote")
         calibrators = {
             name: calibration.from_dict(values, f"{path}: calibrators.{name}")
@@ -334,23 +317,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: no JSON ({error}); fetch it again") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else record
-        raise WeightsError(
-            f"{path}: format {found!r}, expected {FORMAT}; use a matching release"
-        )
+        raise WeightsError(f"{path}: format {found!r}, expected {FORMAT}; use a matching release")
     missing = [name for name in _FIELDS if name not in record]
     extra = sorted(set(record) - set(_FIELDS))
     if missing or extra:
         raise WeightsError(f"{path}: missing fields {missing}, unknown fields {extra}")
     if tuple(record["label_order"]) != LABEL_ORDER:
-        raise WeightsError(
-            f"{path}: label_order {record['label_order']}, expected {list(LABEL_ORDER)}"
-        )
+        raise WeightsError(f"{path}: label_order {record['label_order']}, expected {list(LABEL_ORDER)}")
     return record
 
 
-def _with_commits(
-    config: MemberConfig, towers: dict[str, dict[str, str]]
-) -> MemberConfig:
+def _with_commits(config: MemberConfig, towers: dict[str, dict[str, str]]) -> MemberConfig:
     """The config with each public tower at the commit that the bundle recorded."""
 
     def fixed(tower: TowerConfig | None) -> TowerConfig | None:
@@ -369,13 +346,9 @@ def _check_names(
     """Whoever votes is in the bundle; whoever is in the bundle has a calibrator."""
     absent = sorted(set(vote.weights) - set(members))
     if absent:
-        raise WeightsError(
-            f"{where}: vote.weights names {', '.join(absent)}, not in the bundle ({', '.join(members)})"
-        )
+        raise WeightsError(f"{where}: vote.weights names {', '.join(absent)}, not in the bundle ({', '.join(members)})")
     if set(calibrators) != set(members):
-        raise WeightsError(
-            f"{where}: calibrators of {sorted(calibrators)}, expected those of {sorted(members)}"
-        )
+        raise WeightsError(f"{where}: calibrators of {sorted(calibrators)}, expected those of {sorted(members)}")
 
 
 def check_files(folder: Path, files: dict[str, str], *, hashes: bool = True) -> None:
@@ -387,14 +360,10 @@ def check_files(folder: Path, files: dict[str, str], *, hashes: bool = True) -> 
     for name, expected in files.items():
         parts = PurePosixPath(name).parts
         if not parts or ".." in parts or PurePosixPath(name).is_absolute():
-            raise WeightsError(
-                f"{folder}/{MANIFEST}: {name!r} is no path inside the bundle"
-            )
+            raise WeightsError(f"{folder}/{MANIFEST}: {name!r} is no path inside the bundle")
         path = folder / name
         if not path.is_file():
-            raise WeightsError(
-                f"{path}: missing, though {MANIFEST} lists it; fetch the bundle again"
-            )
+            raise WeightsError(f"{path}: missing, though {MANIFEST} lists it; fetch the bundle again")
         if hashes:
             hub.check_sha256(path, expected)
 
@@ -429,9 +398,7 @@ def write_bundle(
     configs = {member: read_config(folder / member) for member in members}
     for member, config in configs.items():
         if config.name != member:
-            raise WeightsError(
-                f"{folder / member}: holds the member {config.name!r}, expected {member!r}"
-            )
+            raise WeightsError(f"{folder / member}: holds the member {config.name!r}, expected {member!r}")
     towers = {
         tower.name: {"source": tower.source, "revision": _commit(tower)}
         if tower.public
@@ -469,9 +436,7 @@ def _collect(source: Path, folder: Path, members: Sequence[str]) -> None:
     configs = [read_config(source / member) for member in members]
     files = [f"{member}/{file}" for member in members for file in _MEMBER_FILES]
     files += [
-        f"towers/{stored_name(tower)}.safetensors"
-        for tower in tower_configs(configs).values()
-        if not tower.public
+        f"towers/{stored_name(tower)}.safetensors" for tower in tower_configs(configs).values() if not tower.public
     ]
     for file in files:
         if not (source / file).is_file():
@@ -514,16 +479,12 @@ def load_members(
     chosen = list(bundle.configs) if names is None else list(names)
     unknown = [name for name in chosen if name not in bundle.configs]
     if unknown:
-        raise WeightsError(
-            f"{bundle.folder}: no member {', '.join(unknown)}; it holds {', '.join(bundle.configs)}"
-        )
+        raise WeightsError(f"{bundle.folder}: no member {', '.join(unknown)}; it holds {', '.join(bundle.configs)}")
     overrides = dict(towers_from or {})
     stored = {stored_name(tower) for tower in bundle.towers.values()}
     unknown = sorted(set(overrides) - set(bundle.towers) - stored)
     if unknown:
-        raise WeightsError(
-            f"{bundle.folder}: no tower {', '.join(unknown)}; it has {', '.join(bundle.towers)}"
-        )
+        raise WeightsError(f"{bundle.folder}: no tower {', '.join(unknown)}; it has {', '.join(bundle.towers)}")
     towers = {}
     for name, config in tower_configs(bundle.configs[n] for n in chosen).items():
         source = overrides.get(name) or overrides.get(stored_name(config))
@@ -553,7 +514,5 @@ def _own_file(bundle: Bundle, config: TowerConfig) -> str | None:
         return None
     path = bundle.folder / "towers" / f"{stored_name(config)}.safetensors"
     if not path.is_file():
-        raise WeightsError(
-            f"{path}: missing; the bundle's tower {config.name!r} is read from it"
-        )
+        raise WeightsError(f"{path}: missing; the bundle's tower {config.name!r} is read from it")
     return str(path)

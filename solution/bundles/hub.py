@@ -14,9 +14,7 @@ from pathlib import Path
 
 from solution.models.towers import WeightsError
 
-_REFERENCE = re.compile(
-    r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@]+))?(:(?P<subfolder>[^:@]+))?"
-)
+_REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@]+))?(:(?P<subfolder>[^:@]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -46,9 +44,7 @@ def parse_ref(text: str) -> HubRef:
     """
     match = _REFERENCE.fullmatch(text.removeprefix("hf:"))
     if match is None:
-        raise WeightsError(
-            f"{text!r} is no place on the Hub; expected hf:owner/name[@revision][:subfolder]"
-        )
+        raise WeightsError(f"{text!r} is no place on the Hub; expected hf:owner/name[@revision][:subfolder]")
     return HubRef(
         match["repo"],
         match["revision"] or "main",
@@ -56,9 +52,7 @@ def parse_ref(text: str) -> HubRef:
     )
 
 
-def fetch(
-    ref: HubRef, filename: str, *, offline: bool = False, force: bool = False
-) -> Path:
+def fetch(ref: HubRef, filename: str, *, offline: bool = False, force: bool = False) -> Path:
     """The path of one file in the Hub's cache, downloaded if it is not there (with huggingface_hub's progress bar).
 
     offline: look into the cache only. force: download again even if it is there.
@@ -85,9 +79,7 @@ def fetch(
     return Path(path)
 
 
-def fetch_first(
-    ref: HubRef, filenames: tuple[str, ...], *, offline: bool = False
-) -> Path:
+def fetch_first(ref: HubRef, filenames: tuple[str, ...], *, offline: bool = False) -> Path:
     """The first of `filenames` that the repository has.
 
     Raises:
@@ -123,9 +115,7 @@ def pin(ref: HubRef, path: Path) -> HubRef:
     return replace(ref, revision=parts[last + 1])
 
 
-def explain(
-    error: Exception, ref: HubRef, filename: str, *, offline: bool = False
-) -> str:
+def explain(error: Exception, ref: HubRef, filename: str, *, offline: bool = False) -> str:
     """One line: what could not be fetched, why, and what to do."""
     from huggingface_hub import constants, errors
 

@@ -60,9 +60,7 @@ def tower_configs(configs: Iterable[MemberConfig]) -> dict[str, TowerConfig]:
     return towers
 
 
-def build_member(
-    config: MemberConfig, towers: dict[str, Tower], *, decompose: bool = True
-) -> Member:
+def build_member(config: MemberConfig, towers: dict[str, Tower], *, decompose: bool = True) -> Member:
     """The member on `towers` (by name), its adapter added, its own parts newly initialised.
 
     decompose: False when Effort's factors are about to be loaded.
@@ -74,9 +72,7 @@ def build_member(
     return _KINDS[config.kind](config, tower)
 
 
-def random_towers(
-    configs: Iterable[MemberConfig], *, device: str = "cpu"
-) -> dict[str, Tower]:
+def random_towers(configs: Iterable[MemberConfig], *, device: str = "cpu") -> dict[str, Tower]:
     """All towers of `configs` with random weights: for benchmarks, tests and (`device="meta"`) counting."""
     return {n: build_tower(c, device=device) for n, c in tower_configs(configs).items()}
 
@@ -114,10 +110,7 @@ def _is_text(key: str) -> bool:
 
 def dump_tower(tower: Tower, path: Path, *, dtype: torch.dtype = torch.float16) -> None:
     """Write a tower's own weights, adapters aside, as `path` (safetensors, stable keys), whole or not at all."""
-    state = {
-        k: t.detach().to(dtype).cpu().contiguous()
-        for k, t in tower_state(tower).items()
-    }
+    state = {k: t.detach().to(dtype).cpu().contiguous() for k, t in tower_state(tower).items()}
     # One entry: safetensors writes several in an order that changes from run to run, and bundles are hashed.
     meta = {"tower": json.dumps({"format": FORMAT} | to_dict(tower.config))}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,9 +139,7 @@ def save_member(
         )
         state = {k: t for k, t in state.items() if not k.startswith("tower.")}
     packed = {k: _pack(t, dtype) for k, t in state.items()}
-    write_atomically(
-        folder / "model.safetensors", save(packed, {"format": str(FORMAT)})
-    )
+    write_atomically(folder / "model.safetensors", save(packed, {"format": str(FORMAT)}))
     record = {
         "format": FORMAT,
         "member": to_dict(member.config),
@@ -173,19 +164,13 @@ def read_config(folder: Path) -> MemberConfig:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise WeightsError(
-            f"{path}: missing; a member's folder holds config.json and model.safetensors"
-        )
+        raise WeightsError(f"{path}: missing; a member's folder holds config.json and model.safetensors")
     try:
         record = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise WeightsError(
-            f"{path}: no JSON ({error}); fetch the bundle again"
-        ) from None
+        raise WeightsError(f"{path}: no JSON ({error}); fetch the bundle again") from None
     if record.get("format") != FORMAT:
-        raise WeightsError(
-            f"{path}: format {record.get('format')!r}, expected {FORMAT}; use a matching release"
-        )
+        raise WeightsError(f"{path}: format {record.get('format')!r}, expected {FORMAT}; use a matching release")
     return from_dict(MemberConfig, record["member"], str(path))
 
 
@@ -199,9 +184,7 @@ def load_member(folder: Path, towers: dict[str, Tower]) -> Member:
     member = build_member(config, towers, decompose=False)
     path = folder / "model.safetensors"
     if not path.is_file():
-        raise WeightsError(
-            f"{path}: missing; a member's folder holds config.json and model.safetensors"
-        )
+        raise WeightsError(f"{path}: missing; a member's folder holds config.json and model.safetensors")
     try:
         state = load_file(path)
     except SafetensorError as error:

@@ -73,9 +73,7 @@ _CLIP_BLOCK = ("layer_norm1.{w}", "layer_norm2.{w}", "mlp.fc1.{w}", "mlp.fc2.{w}
 _CLIP_BLOCK += tuple(f"self_attn.{p}_proj.{{w}}" for p in ("q", "k", "v", "out"))
 
 
-def published_keys(
-    member: str, dino: Dinov2Arch, clip: ClipArch | None = None
-) -> dict[str, tuple[str, str]]:
+def published_keys(member: str, dino: Dinov2Arch, clip: ClipArch | None = None) -> dict[str, tuple[str, str]]:
     """Every key of a member's published file -> (group, key there), for towers of the given geometry."""
     table: dict[str, tuple[str, str]] = {}
 
@@ -136,9 +134,7 @@ def read_published(path: Path) -> dict[str, torch.Tensor]:
             f"{path}: missing; expected the published file (see --from in python -m solution.weights import-ntire26 -h)"
         )
     if not zipfile.is_zipfile(path):
-        raise WeightsError(
-            f"{path}: no file of torch.save (it is no zip archive); fetch it again"
-        )
+        raise WeightsError(f"{path}: no file of torch.save (it is no zip archive); fetch it again")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -151,18 +147,12 @@ def read_published(path: Path) -> dict[str, torch.Tensor]:
     except (RuntimeError, EOFError, OSError) as error:
         raise WeightsError(f"{path}: damaged ({error}); fetch it again") from error
     if not isinstance(state, Mapping):
-        raise WeightsError(
-            f"{path}: holds a {type(state).__name__}, expected a flat state dict"
-        )
+        raise WeightsError(f"{path}: holds a {type(state).__name__}, expected a flat state dict")
     for key, value in state.items():
         if not isinstance(value, torch.Tensor):
-            raise WeightsError(
-                f"{path}: {key!r} is a {type(value).__name__}, expected a flat state dict of tensors"
-            )
+            raise WeightsError(f"{path}: {key!r} is a {type(value).__name__}, expected a flat state dict of tensors")
         if not value.is_floating_point():
-            raise WeightsError(
-                f"{path}: {key} is {value.dtype}, expected floating point"
-            )
+            raise WeightsError(f"{path}: {key} is {value.dtype}, expected floating point")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
@@ -227,9 +217,7 @@ def difference(parts: Parts, group: str, public: StableFile) -> str | None:
         for stable, mine in to_stable({key: tensor}, layout).items():
             seen.add(stable)
             if stable not in public:
-                raise WeightsError(
-                    f"{parts.path}: {name} has no counterpart in {public.path}"
-                )
+                raise WeightsError(f"{parts.path}: {name} has no counterpart in {public.path}")
             theirs = public[stable]
             if mine.shape != theirs.shape:
                 raise WeightsError(
@@ -310,9 +298,7 @@ class Shelf:
         path = self._file(config)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_file(
-            stable, partial
-        )  # from the mapped file to disk, never whole in memory
+        save_file(stable, partial)  # from the mapped file to disk, never whole in memory
         partial.replace(path)
         self.kept[group, name] = config
         return config
@@ -348,9 +334,7 @@ def import_ntire26(
     for member, path, origin in _files(source):
         report(f"{member}: {path}")
         config = _import_one(member, path, origin, towers, shelf, out)
-        report(
-            f"{member}: LoRA rank {config.adapter.rank}, tower {config.tower.name} from {config.tower.source}"
-        )
+        report(f"{member}: LoRA rank {config.adapter.rank}, tower {config.tower.name} from {config.tower.source}")
     return write_bundle(
         out,
         list(FILES),
@@ -395,9 +379,7 @@ def _import_one(
     tower = shelf.place(read(), "tower", towers["tower"])
     clip = shelf.place(read(), "clip", clip) if clip else None
     parts = read()
-    adapter = AdapterConfig(
-        "lora", parts.rank, ALPHA_PER_RANK * parts.rank, preset.adapter.dropout
-    )
+    adapter = AdapterConfig("lora", parts.rank, ALPHA_PER_RANK * parts.rank, preset.adapter.dropout)
     config = replace(preset, tower=tower, clip=clip, adapter=adapter)
     # The towers stay unset: memory that nothing writes to is never taken, and only the member's own state is saved.
     empty = {t.name: empty_tower(t) for t in (config.tower, config.clip) if t}

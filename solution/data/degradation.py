@@ -96,9 +96,7 @@ def _strength(config: DegradationConfig, rng: np.random.Generator) -> float:
     return float(rng.beta(config.beta, config.beta))
 
 
-def _draw_op(
-    name: str, strength: float, config: DegradationConfig, rng: np.random.Generator
-) -> Op:
+def _draw_op(name: str, strength: float, config: DegradationConfig, rng: np.random.Generator) -> Op:
     extra = {}
     if name == "jpeg":
         extra["quality"] = config.jpeg_quality
@@ -130,9 +128,7 @@ def _bound_growth(drawn: list[Op], growth: float) -> list[Op]:
     return bounded
 
 
-def apply_recipe(
-    image: np.ndarray, recipe: Recipe, donor: np.ndarray | None = None
-) -> np.ndarray:
+def apply_recipe(image: np.ndarray, recipe: Recipe, donor: np.ndarray | None = None) -> np.ndarray:
     """Apply `recipe` to a uint8 or float32 [0, 1] RGB HWC picture; a new array of the same shape and type.
 
     donor: another picture (uint8 or float32 HWC) from which a pasted patch is cut; without one the patch is replaced by
@@ -179,9 +175,7 @@ def _pastes(op: Op) -> bool:
     return op.name == "distractor" and op.params["kind"] == "patch"
 
 
-def apply_op(
-    work: np.ndarray, op: Op, shape: tuple[int, int], donor: np.ndarray | None = None
-) -> np.ndarray:
+def apply_op(work: np.ndarray, op: Op, shape: tuple[int, int], donor: np.ndarray | None = None) -> np.ndarray:
     """One step of a recipe on the working picture (uint8 or float32); `shape` is the (H, W) to restore.
 
     JPEG leaves uint8 and a resize keeps what it finds, so a chain of them never visits float32; every other op does.
@@ -372,9 +366,7 @@ def _read_recipes(path: Path, fail: Callable[[str], NoReturn]) -> list[Recipe]:
     return recipes
 
 
-def _write(
-    path: Path, option: str, data: bytes, fail: Callable[[str], NoReturn]
-) -> None:
+def _write(path: Path, option: str, data: bytes, fail: Callable[[str], NoReturn]) -> None:
     try:
         path.write_bytes(data)
     except OSError as error:

@@ -97,9 +97,7 @@ def _source(seed: int) -> np.random.Generator:
 
 def _words(rng: np.random.Generator, count: int) -> np.ndarray:
     """`count` independent uniform 16-bit words, uint16."""
-    return rng.integers(0, 2**64, -(-count // 4), dtype=np.uint64).view(np.uint16)[
-        :count
-    ]
+    return rng.integers(0, 2**64, -(-count // 4), dtype=np.uint64).view(np.uint16)[:count]
 
 
 @functools.cache
@@ -177,9 +175,7 @@ def anisotropic_kernel(angle: float, l1: float, l2: float) -> np.ndarray:
     return (kernel / kernel.sum()).astype(np.float32)
 
 
-def _blur_anisotropic(
-    image: np.ndarray, angle: float, l1: float, l2: float
-) -> np.ndarray:
+def _blur_anisotropic(image: np.ndarray, angle: float, l1: float, l2: float) -> np.ndarray:
     kernel = anisotropic_kernel(angle, l1, l2)
     if kernel.size == 1:
         return image.copy()
@@ -265,9 +261,7 @@ def draw_sensor_noise(strength: float, rng: np.random.Generator) -> Params:
     return {"kind": kind, "density": 0.1 * strength, "seed": _seed(rng)}
 
 
-def _draw_layers(
-    level: float, upper: float, colour: float, grey: float, rng: np.random.Generator
-) -> Params:
+def _draw_layers(level: float, upper: float, colour: float, grey: float, rng: np.random.Generator) -> Params:
     """Noise of standard deviation `level`: independent channels, one grey layer, or correlated channels (the rest).
 
     Correlated channels always take `upper`, the end of the range that `level` was drawn from.
@@ -281,9 +275,7 @@ def _draw_layers(
     return {"layers": "correlated", "mix": mix.tolist(), "seed": _seed(rng)}
 
 
-def correlated_mix(
-    level: float, first: np.ndarray, second: np.ndarray, diagonal: np.ndarray
-) -> np.ndarray:
+def correlated_mix(level: float, first: np.ndarray, second: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
     """The (3, 3) matrix M that turns independent unit noise z into channel-correlated noise M z.
 
     The published covariance is C = |level**2 O' D P| with O, P the orthogonal bases (left singular vectors) of the
@@ -412,9 +404,7 @@ def draw_resize(strength: float, rng: np.random.Generator) -> Params:
 def resize(image: np.ndarray, scale: float, method: str) -> np.ndarray:
     """Resize by `scale` (at least one pixel remains) with `method`. Also takes and returns uint8."""
     height, width = image.shape[:2]
-    return resize_to(
-        image, (max(1, int(height * scale)), max(1, int(width * scale))), method
-    )
+    return resize_to(image, (max(1, int(height * scale)), max(1, int(width * scale))), method)
 
 
 def resize_to(image: np.ndarray, shape: tuple[int, int], method: str) -> np.ndarray:
@@ -456,9 +446,7 @@ def colour(
 
 
 # ------------------------------------------------------------------------------------------------ 5 Gaussian noise
-def draw_gaussian_noise(
-    strength: float, rng: np.random.Generator, sigma: float | None = None
-) -> Params:
+def draw_gaussian_noise(strength: float, rng: np.random.Generator, sigma: float | None = None) -> Params:
     """Level U(60, 100) s (80 %) or U(2, 100) s (20 %), of 255; 70 % colour, 20 % grey, 10 % correlated.
 
     sigma: this level instead, of 255 (a sweep over noise).
@@ -478,9 +466,7 @@ def gaussian_noise(image: np.ndarray, **layer: Any) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------ 6 JPEG
-def draw_jpeg(
-    strength: float, rng: np.random.Generator, quality: tuple[int, int] = (10, 95)
-) -> Params:
+def draw_jpeg(strength: float, rng: np.random.Generator, quality: tuple[int, int] = (10, 95)) -> Params:
     """Quality in 10..95 whatever the strength."""
     return {"quality": _integer(rng, *quality)}
 
@@ -490,9 +476,7 @@ def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
     bgr = cv2.cvtColor(to_uint8(image), cv2.COLOR_RGB2BGR)
     written, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not written:
-        raise RuntimeError(
-            f"OpenCV could not write a JPEG of shape {image.shape} at quality {quality}"
-        )
+        raise RuntimeError(f"OpenCV could not write a JPEG of shape {image.shape} at quality {quality}")
     bgr = cv2.imdecode(data, cv2.IMREAD_COLOR)
     decoded = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB, dst=bgr)
     return decoded if image.dtype == np.uint8 else to_float(decoded)
@@ -587,9 +571,7 @@ def draw_moire(strength: float, rng: np.random.Generator) -> Params:
     }
 
 
-def moire(
-    image: np.ndarray, frequency: float, angle: float, blend: float
-) -> np.ndarray:
+def moire(image: np.ndarray, frequency: float, angle: float, blend: float) -> np.ndarray:
     """Blend in (sin(f (x cos a + y sin a)) + 1) / 2, the same in all channels.
 
     sin(ux + vy) = sin ux cos vy + cos ux sin vy, so only rows and columns need a sine.
@@ -664,9 +646,7 @@ def vignette(image: np.ndarray, amount: float) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------ 14 distractor
-def draw_distractor(
-    strength: float, rng: np.random.Generator, text_p: float = 0.9
-) -> Params:
+def draw_distractor(strength: float, rng: np.random.Generator, text_p: float = 0.9) -> Params:
     """Random text (`text_p`), or a patch of another picture, with a text to draw where there is no other picture."""
     text = _draw_text(rng)
     if rng.random() < text_p:
@@ -741,9 +721,7 @@ def _paste(
     width = min(width, image.shape[1], donor.shape[1])
     top = int(source[1] * (donor.shape[0] - height + 1))
     left = int(source[0] * (donor.shape[1] - width + 1))
-    patch = to_float(
-        np.ascontiguousarray(donor[top : top + height, left : left + width])
-    )
+    patch = to_float(np.ascontiguousarray(donor[top : top + height, left : left + width]))
     pasted = image.copy()
     top = int(place[1] * (image.shape[0] - height + 1))
     left = int(place[0] * (image.shape[1] - width + 1))

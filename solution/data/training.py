@@ -72,10 +72,7 @@ class DropReport:
         for name, reason in self.dropped:
             examples.setdefault(reason, name)
         counts = Counter(reason for _, reason in self.dropped)
-        return "\n".join(
-            f"dropped {n}: {reason} (e.g. {examples[reason]})"
-            for reason, n in counts.most_common()
-        )
+        return "\n".join(f"dropped {n}: {reason} (e.g. {examples[reason]})" for reason, n in counts.most_common())
 
 
 # ------------------------------------------------------------------------------------------------ manifests
@@ -110,27 +107,21 @@ def read_manifest(
             items.append(item)
     if not items:
         wanted = f" of split {split!r}" if split else ""
-        raise ManifestError(
-            f"{source}: no usable picture{wanted}\n{report.summary()}".rstrip()
-        )
+        raise ManifestError(f"{source}: no usable picture{wanted}\n{report.summary()}".rstrip())
     return items, report
 
 
 def _rows(source: Path) -> Iterator[Item]:
     """Every row of a manifest, as it stands there."""
     if not source.exists():
-        raise ManifestError(
-            f"{source}: no such manifest; expected a CSV, a DeepfakeBench JSON, or a folder"
-        )
+        raise ManifestError(f"{source}: no such manifest; expected a CSV, a DeepfakeBench JSON, or a folder")
     if source.is_dir():
         return _folder_rows(source)
     if source.suffix.lower() == ".csv":
         return _csv_rows(source)
     if source.suffix.lower() == ".json":
         return _deepfakebench_rows(source)
-    raise ManifestError(
-        f"{source}: expected a .csv, a .json, or a folder with real/ and fake/"
-    )
+    raise ManifestError(f"{source}: expected a .csv, a .json, or a folder with real/ and fake/")
 
 
 def manifest_splits(source: Path | str) -> set[str]:
@@ -156,14 +147,9 @@ def _csv_rows(source: Path) -> Iterator[Item]:
         reader = csv.DictReader(file)
         missing = {"path", "label"} - set(reader.fieldnames or ())
         if missing:
-            raise ManifestError(
-                f"{source}: column {', '.join(sorted(missing))} is missing; found {reader.fieldnames}"
-            )
+            raise ManifestError(f"{source}: column {', '.join(sorted(missing))} is missing; found {reader.fieldnames}")
         for number, row in enumerate(reader, start=2):
-            extra = {
-                k: row.get(k) or ""
-                for k in ("source", "split", "generator", "video", "mask")
-            }
+            extra = {k: row.get(k) or "" for k in ("source", "split", "generator", "video", "mask")}
             if not row["path"] or not row["label"]:
                 raise ManifestError(f"{source}, line {number}: no path or no label")
             label = _label(row["label"], f"{source}, line {number}")
@@ -175,9 +161,7 @@ def _csv_rows(source: Path) -> Iterator[Item]:
 def _label(text: str, where: str) -> int:
     labels = {"0": 0, "1": 1, "real": 0, "fake": 1}
     if text.strip().lower() not in labels:
-        raise ManifestError(
-            f"{where}: label is {text!r}; expected 0 or real, 1 or fake"
-        )
+        raise ManifestError(f"{where}: label is {text!r}; expected 0 or real, 1 or fake")
     return labels[text.strip().lower()]
 
 
@@ -187,9 +171,7 @@ def _folder_rows(source: Path) -> Iterator[Item]:
     for label, name in enumerate(("real", "fake")):
         for path in sorted((source / name).rglob("*")):
             if path.is_file():
-                yield Item(
-                    path.relative_to(source).as_posix(), path, label, source=source.name
-                )
+                yield Item(path.relative_to(source).as_posix(), path, label, source=source.name)
 
 
 def _deepfakebench_rows(source: Path) -> Iterator[Item]:
@@ -201,14 +183,10 @@ def _deepfakebench_rows(source: Path) -> Iterator[Item]:
     for dataset, labels in tree.items():
         for label_name, splits in labels.items():
             for split, videos in splits.items():
-                yield from _deepfakebench_videos(
-                    source, dataset, label_name, split, videos
-                )
+                yield from _deepfakebench_videos(source, dataset, label_name, split, videos)
 
 
-def _deepfakebench_videos(
-    source: Path, dataset: str, label_name: str, split: str, tree: dict
-) -> Iterator[Item]:
+def _deepfakebench_videos(source: Path, dataset: str, label_name: str, split: str, tree: dict) -> Iterator[Item]:
     for video, entry in tree.items():
         if "frames" not in entry:  # one more level: compression
             yield from _deepfakebench_videos(source, dataset, label_name, split, entry)
@@ -248,9 +226,7 @@ def known_masks(items: Sequence[Item], sampling: SamplingConfig) -> tuple[int, i
     return sum(bool(i.mask) or i.generator in whole for i in fakes), len(fakes)
 
 
-def select(
-    items: Sequence[Item], sampling: SamplingConfig, seed: int
-) -> tuple[list[Item], DropReport]:
+def select(items: Sequence[Item], sampling: SamplingConfig, seed: int) -> tuple[list[Item], DropReport]:
     """`items` after the frame cap per video and the per-source caps and drop rates, a fixed draw of `seed`."""
     rng = np.random.default_rng([seed, 101])
     report, kept = DropReport(), []
@@ -273,9 +249,7 @@ def select(
     drop = _rates("drop", sampling.drop, 1.0)
     unknown = (set(cap) | set(drop)) - set(groups)
     if unknown:
-        raise ConfigError(
-            f"sampling.cap/drop name {sorted(unknown)}; the manifest has {sorted(groups)}"
-        )
+        raise ConfigError(f"sampling.cap/drop name {sorted(unknown)}; the manifest has {sorted(groups)}")
     for key, group in groups.items():
         order = rng.permutation(len(group))
         keep = round(len(group) * (1 - drop.get(key, 0.0)))
@@ -293,13 +267,9 @@ def _rates(field: str, settings: tuple[str, ...], most: float) -> dict[str, floa
         try:
             rates[key] = float(value)
         except ValueError:
-            raise ConfigError(
-                f"sampling.{field}: {setting!r} is not SOURCE/real=VALUE or SOURCE/fake=VALUE"
-            ) from None
+            raise ConfigError(f"sampling.{field}: {setting!r} is not SOURCE/real=VALUE or SOURCE/fake=VALUE") from None
         if not 0 <= rates[key] <= most:
-            raise ConfigError(
-                f"sampling.{field}: {setting!r} must lie between 0 and {most:g}"
-            )
+            raise ConfigError(f"sampling.{field}: {setting!r} must lie between 0 and {most:g}")
     return rates
 
 
@@ -352,13 +322,8 @@ def plan_epoch(
         if not len(real):
             raise ConfigError("augment.self_blend_p needs real pictures to blend")
         order = np.where(blend, rng.choice(real, len(order)), order)
-    samples = [
-        Sample(epoch, p, int(i), bool(b)) for p, (i, b) in enumerate(zip(order, blend))
-    ]
-    return [
-        samples[start : start + batch]
-        for start in range(0, len(samples) - batch + 1, batch)
-    ]
+    samples = [Sample(epoch, p, int(i), bool(b)) for p, (i, b) in enumerate(zip(order, blend))]
+    return [samples[start : start + batch] for start in range(0, len(samples) - batch + 1, batch)]
 
 
 def _draw(
@@ -394,9 +359,7 @@ class Augmentation:
     """Flip, rotation and square crop, on picture and mask together, then the picture's look, through albumentations."""
 
     def __init__(self, config: AugmentConfig):
-        os.environ.setdefault(
-            "NO_ALBUMENTATIONS_UPDATE", "1"
-        )  # its import otherwise asks the network for news
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import otherwise asks the network for news
         import albumentations
         import cv2
 
@@ -410,9 +373,7 @@ class Augmentation:
                     border_mode=cv2.BORDER_REFLECT_101,
                     p=config.rotate_p,
                 ),
-                albumentations.RandomSizedCrop(
-                    min_max_height=(smallest, side), size=(side, side), p=config.crop_p
-                ),
+                albumentations.RandomSizedCrop(min_max_height=(smallest, side), size=(side, side), p=config.crop_p),
                 albumentations.ColorJitter(
                     brightness=(0.6, 1.5),
                     contrast=(0.6, 1.4),
@@ -422,9 +383,7 @@ class Augmentation:
                 ),
                 albumentations.OneOf(
                     [
-                        albumentations.GaussianBlur(
-                            blur_limit=0, sigma_limit=(0.3, 1.5)
-                        ),
+                        albumentations.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.5)),
                         albumentations.Sharpen(alpha=(0.1, 0.5), lightness=(1.0, 1.0)),
                     ],
                     p=config.sharpness_p,
@@ -462,9 +421,7 @@ class TrainingViews(Dataset):
         self.with_masks = config.kind == "vlaforge"
         self._augmentation: Augmentation | None = None
 
-    def __getitem__(
-        self, sample: Sample
-    ) -> tuple[np.ndarray, int, np.ndarray | None, bool, str] | None:
+    def __getitem__(self, sample: Sample) -> tuple[np.ndarray, int, np.ndarray | None, bool, str] | None:
         """The sample, or None for an unreadable picture under `sampling.on_unreadable=drop`."""
         try:
             return self._sample(sample)
@@ -473,9 +430,7 @@ class TrainingViews(Dataset):
                 raise
             return None
 
-    def _sample(
-        self, sample: Sample
-    ) -> tuple[np.ndarray, int, np.ndarray | None, bool, str]:
+    def _sample(self, sample: Sample) -> tuple[np.ndarray, int, np.ndarray | None, bool, str]:
         rng = np.random.default_rng([self.seed, sample.epoch, sample.position, 303])
         item = self.items[sample.index]
         image = decode_image(item.path)
@@ -496,9 +451,7 @@ class TrainingViews(Dataset):
         view = self.config.view
         image = make_view(image, _whole(view), None, self.config.face)
         if mask is not None:
-            mask = np.clip(
-                resize_image(np.ascontiguousarray(mask), view.resize, view.resize), 0, 1
-            )
+            mask = np.clip(resize_image(np.ascontiguousarray(mask), view.resize, view.resize), 0, 1)
             edge = (view.resize - view.side) // 2
             mask = mask[edge : edge + view.side, edge : edge + view.side]
         return image, label, mask, known, item.name
@@ -519,10 +472,7 @@ class TrainingViews(Dataset):
             return image, None, False
         if item.label == 0:
             return image, np.zeros(image.shape[:2], np.float32), True
-        if (
-            item.mask == "whole"
-            or item.generator in self.config.sampling.fully_generated
-        ):
+        if item.mask == "whole" or item.generator in self.config.sampling.fully_generated:
             return image, face_region(image.shape, face), True
         if item.mask:
             mask = decode_image(Path(item.mask))[:, :, 0].astype(np.float32) / 255
@@ -538,9 +488,7 @@ class TrainingViews(Dataset):
             image = crop_square(image, box)
             mask = None if mask is None else crop_square(mask, box)
         side = self.config.augment.side
-        return resize_image(image, side, side), None if mask is None else resize_image(
-            mask, side, side
-        )
+        return resize_image(image, side, side), None if mask is None else resize_image(mask, side, side)
 
 
 def _whole(view: ViewConfig) -> ViewConfig:
@@ -564,9 +512,7 @@ class ValidationViews(Dataset):
             degradation,
             seed,
         )
-        self.locator = (
-            FaceLocator(config.face) if config.view.source == "face" else None
-        )
+        self.locator = FaceLocator(config.face) if config.view.source == "face" else None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -579,15 +525,11 @@ class ValidationViews(Dataset):
             image = degraded_picture(image, item.name, self.degradation, self.seed)
         face = None
         if self.locator is not None:
-            face = choose_face(
-                self.locator.locate(image), *image.shape[:2], self.config.face
-            )
+            face = choose_face(self.locator.locate(image), *image.shape[:2], self.config.face)
         return make_view(image, self.config.view, face, self.config.face)
 
 
-def degraded_picture(
-    image: np.ndarray, name: str, degradation: DegradationConfig, seed: int
-) -> np.ndarray:
+def degraded_picture(image: np.ndarray, name: str, degradation: DegradationConfig, seed: int) -> np.ndarray:
     """The picture as every member sees it degraded: drawn from (seed, name) alone. uint8 in, uint8 out.
 
     The pasted patch of the distractor is cut from the picture's own mirror image: no second file decides a score.
@@ -599,9 +541,7 @@ def degraded_picture(
 # ------------------------------------------------------------------------------------------------ loaders
 def _worker_init(_: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is the main process's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -615,17 +555,13 @@ def collate(samples: list) -> Batch | None:
     return Batch(
         images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
         labels=torch.tensor(labels),
-        masks=torch.from_numpy(np.stack(masks).astype(np.float32))
-        if with_masks
-        else None,
+        masks=torch.from_numpy(np.stack(masks).astype(np.float32)) if with_masks else None,
         mask_known=torch.tensor(known) if with_masks else None,
         names=tuple(names),
     )
 
 
-def training_loader(
-    views: TrainingViews, plan: list[list[Sample]], *, workers: int
-) -> DataLoader:
+def training_loader(views: TrainingViews, plan: list[list[Sample]], *, workers: int) -> DataLoader:
     """Batches of `plan`, in its order."""
     use_one_opencv_thread()
     return DataLoader(
@@ -645,9 +581,7 @@ def stack_views(views: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
 
 
-def validation_loader(
-    views: ValidationViews, *, batch: int, workers: int
-) -> DataLoader:
+def validation_loader(views: ValidationViews, *, batch: int, workers: int) -> DataLoader:
     """View batches (B, 3, side, side) uint8, in the order of the items."""
     use_one_opencv_thread()
     return DataLoader(
@@ -672,9 +606,7 @@ def locate_faces(
         for line in cache.read_text().splitlines():
             try:
                 name, box = json.loads(line)
-            except (
-                json.JSONDecodeError
-            ):  # the torn last line of an interrupted run is located again
+            except json.JSONDecodeError:  # the torn last line of an interrupted run is located again
                 continue
             known[name] = None if box is None else _box(box)
     todo = [item for item in items if item.name not in known]
@@ -698,6 +630,4 @@ def locate_faces(
 
 def _box(values: list) -> FaceBox:
     *numbers, landmarks = values
-    return FaceBox(
-        *numbers, None if landmarks is None else tuple(tuple(p) for p in landmarks)
-    )
+    return FaceBox(*numbers, None if landmarks is None else tuple(tuple(p) for p in landmarks))

@@ -118,13 +118,8 @@ def _stacked(
     for logits in (clean, *drawn):
         for name, values in logits.items():
             if np.shape(values) != labels.shape:
-                raise ValueError(
-                    f"{name}: {np.shape(values)} logits for {labels.shape} labels"
-                )
-    return {
-        name: np.concatenate([clean[name]] * len(drawn) + [d[name] for d in drawn])
-        for name in clean
-    }
+                raise ValueError(f"{name}: {np.shape(values)} logits for {labels.shape} labels")
+    return {name: np.concatenate([clean[name]] * len(drawn) + [d[name] for d in drawn]) for name in clean}
 
 
 def _applied(calibrators: Mapping[str, Calibrator], logits: Logits) -> Logits:
@@ -137,9 +132,7 @@ def _fit_part(
 ) -> tuple[dict[str, Calibrator], VoteSearch]:
     """Calibrators and the vote search, fitted on these rows alone."""
     calibrators = {
-        name: calibration.fit(
-            x, known.labels, groups=known.groups, folds=folds, seed=seed
-        )
+        name: calibration.fit(x, known.labels, groups=known.groups, folds=folds, seed=seed)
         for name, x in logits.items()
     }
     p = _applied(calibrators, logits)
@@ -191,9 +184,7 @@ def _held_out(
     return {"scores": scores, "p": p, "fake": fake, "weights": weights}
 
 
-def _chosen(
-    scores: Mapping[str, np.ndarray], known: Known, mean: str, penalty: float
-) -> str:
+def _chosen(scores: Mapping[str, np.ndarray], known: Known, mean: str, penalty: float) -> str:
     """`search`, or `equal votes` where those rank the held-out pictures better by more than `penalty`.
 
     A search over hundreds of votes on some thousand pictures also fits their noise, and may drop a member that would
@@ -215,9 +206,7 @@ def _best_single(p: Logits, known: Known) -> str:
     return max(p, key=lambda name: _area(p[name], known))
 
 
-def _comparison(
-    logits: Logits, known: Known, held: Mapping[str, Any], seed: int, draws: int
-) -> dict[str, Any]:
+def _comparison(logits: Logits, known: Known, held: Mapping[str, Any], seed: int, draws: int) -> dict[str, Any]:
     """What `_held_out` found, per condition: AUCs with intervals, differences to the best single member and to the
     published recipe (2:1:2 of the three streams, uncalibrated, rounded twice), ECE with its floor."""
     ways: dict[str, Any] = {name: {} for name in held["scores"]}

@@ -45,9 +45,7 @@ def look(member: Member, images: torch.Tensor) -> Sight:
     """
     *_, block = member.tower.blocks()
     caught: list[torch.Tensor] = []
-    handle = block.norm1.register_forward_pre_hook(
-        lambda module, given: caught.append(given[0])
-    )
+    handle = block.norm1.register_forward_pre_hook(lambda module, given: caught.append(given[0]))
     try:
         output = _forward(member, images)
     finally:
@@ -147,10 +145,7 @@ def score_cam(
     """
     chosen = channels[strongest(channels, count)]  # (K, h, w)
     pixels, blank = _pixels(member, view)
-    masked = (
-        _between(pixels, blank, _stretched(part, view.shape[-1]))
-        for part in chosen.split(batch)
-    )
+    masked = (_between(pixels, blank, _stretched(part, view.shape[-1])) for part in chosen.split(batch))
     weights = _logits(member, masked).softmax(dim=0)  # (K,)
     shown = _stretched(chosen, chosen.shape[-1])[:, 0]  # (K, h, w) in [0, 1]
     above = weights - weights.mean()
@@ -171,9 +166,7 @@ def _stretched(maps: torch.Tensor, side: int) -> torch.Tensor:
     return (large - low) / span.clamp_min(torch.finfo(large.dtype).tiny)
 
 
-def _between(
-    kept: torch.Tensor, instead: torch.Tensor, masks: torch.Tensor
-) -> torch.Tensor:
+def _between(kept: torch.Tensor, instead: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """`kept` where masks (K, 1, S, S) are 1, `instead` where they are 0: (K, 3, S, S)."""
     return masks * kept + (1 - masks) * instead
 
@@ -233,8 +226,7 @@ def judge(
     found = []
     for among_the_highest, elsewhere in ((blank, pixels), (pixels, blurred)):
         made = (
-            _between(among_the_highest, elsewhere, F.interpolate(part, (side, side)))
-            for part in masks.split(batch)
+            _between(among_the_highest, elsewhere, F.interpolate(part, (side, side))) for part in masks.split(batch)
         )
         p = calibrator.apply(_logits(member, made).double().cpu().numpy())
         found.append(np.trapezoid(p.reshape(len(maps), -1), dx=1 / steps, axis=1))
@@ -256,9 +248,7 @@ def _blur(pixels: torch.Tensor, sigma: float) -> torch.Tensor:
 Rect = tuple[float, float, float, float]  # x0, y0, x1, y1 in px of the picture
 
 
-def seen_rect(
-    view: ViewConfig, size: tuple[int, int], cut: tuple[int, int, int, int] | None
-) -> Rect:
+def seen_rect(view: ViewConfig, size: tuple[int, int], cut: tuple[int, int, int, int] | None) -> Rect:
     """What part of a picture of `size` (H, W) px a view shows; it may reach beyond the picture.
 
     cut: the square face crop that the view was made of (`faces.crop_box`); None: the whole picture.

@@ -63,9 +63,7 @@ class Pictures:
     def fingerprint(self) -> str:
         """SHA-256 of names, labels, sources, videos and file sizes."""
         digest = hashlib.sha256()
-        for name, path, label, source, video in zip(
-            self.names, self.paths, self.labels, self.sources, self.videos
-        ):
+        for name, path, label, source, video in zip(self.names, self.paths, self.labels, self.sources, self.videos):
             size = os.path.getsize(path) if os.path.isfile(path) else -1
             row = [name, int(label), source, video, size]
             digest.update(json.dumps(row).encode() + b"\n")
@@ -120,17 +118,13 @@ def measure(
         "single_class": [row for row in told if "auc" not in row],
         "comparisons": _comparisons(pictures, headline, seed, draws),
         "calibration": _calibration(pictures, headline),
-        "robustness": _robustness(
-            pictures, runs, clean, **options, seed=seed, draws=draws
-        ),
+        "robustness": _robustness(pictures, runs, clean, **options, seed=seed, draws=draws),
         "figures": _figures(pictures, headline),
         "worst": {n: _worst(pictures, f[0], thresholds) for n, f in headline.items()},
     }
 
 
-def _scopes(
-    pictures: Pictures, pools: Mapping[str, Sequence[str]]
-) -> dict[str, np.ndarray]:
+def _scopes(pictures: Pictures, pools: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
     """Rows (N,) bool of all pictures, of each source, and of each pool."""
     sources = np.array(pictures.sources)
     scopes = {"all": np.ones(len(sources), dtype=bool)}
@@ -174,14 +168,10 @@ def _units(
     return found
 
 
-def _numbers(
-    labels: np.ndarray, scores: np.ndarray, threshold: float, *, seed: int, draws: int
-) -> dict[str, Any]:
+def _numbers(labels: np.ndarray, scores: np.ndarray, threshold: float, *, seed: int, draws: int) -> dict[str, Any]:
     """A `Summary` as a dict; of one class only what one class can tell."""
     if 0 < labels.sum() < len(labels):
-        summary = metrics.summarize(
-            labels, scores, threshold=threshold, seed=seed, draws=draws
-        )
+        summary = metrics.summarize(labels, scores, threshold=threshold, seed=seed, draws=draws)
         return dataclasses.asdict(summary)
     right = [metrics.accuracy(labels, run, threshold) for run in scores]
     return {
@@ -193,15 +183,11 @@ def _numbers(
     }
 
 
-def _protocol_text(
-    found: Mapping[str, Any], runs: Sequence[Run], protocol: Mapping[str, Any]
-) -> str:
+def _protocol_text(found: Mapping[str, Any], runs: Sequence[Run], protocol: Mapping[str, Any]) -> str:
     """What one number was measured on, in a line."""
     unit = "videos" if "frames" in found else "pictures"
     real, fake = found.get("n_real"), found.get("n_fake")
-    split = (
-        f"{real} real, {fake} fake" if "n_real" in found else f"all {found['label']}"
-    )
+    split = f"{real} real, {fake} fake" if "n_real" in found else f"all {found['label']}"
     text = f"{found['n']} {unit} ({split})"
     if "frames" in found:
         low, high = found["frames"]
@@ -226,17 +212,13 @@ def _comparisons(
                     continue
                 a, b = (np.stack([r.p[w] for r in runs]) for w in (ENSEMBLE, who))
                 for method in ("delong", "bootstrap"):
-                    test = metrics.paired_auc_test(
-                        pictures.labels, a, b, method=method, seed=seed, draws=draws
-                    )
+                    test = metrics.paired_auc_test(pictures.labels, a, b, method=method, seed=seed, draws=draws)
                     about = {"condition": name, "a": ENSEMBLE, "b": who}
                     found.append({**about, **dataclasses.asdict(test)})
     return found
 
 
-def _calibration(
-    pictures: Pictures, headline: Mapping[str, Sequence[Run]]
-) -> list[dict[str, Any]]:
+def _calibration(pictures: Pictures, headline: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
     """ECE and log-loss of each member before and after calibration, means of the family's runs; the ECE's floor."""
     found = []
     for name, runs in headline.items():
@@ -297,9 +279,7 @@ def _robustness(
     return found
 
 
-def _figures(
-    pictures: Pictures, headline: Mapping[str, Sequence[Run]]
-) -> dict[str, Any]:
+def _figures(pictures: Pictures, headline: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """Points of the ROC, reliability, histogram and agreement figures, from each family's first run."""
     labels = pictures.labels
     both = 0 < labels.sum() < len(labels)
@@ -309,9 +289,7 @@ def _figures(
         members = [who for who in run.p if who != ENSEMBLE]
         found[name] = {
             "run": run.condition.name,
-            "roc": {w: _thinned(metrics.roc(labels, p)) for w, p in run.p.items()}
-            if both
-            else {},
+            "roc": {w: _thinned(metrics.roc(labels, p)) for w, p in run.p.items()} if both else {},
             "reliability": {
                 who: {
                     when: _listed(metrics.reliability(labels, p[who], bins=10))
@@ -361,14 +339,11 @@ def rank_correlation(scores: Sequence[np.ndarray]) -> list[list[float | None]]:
     ranks -= ranks.mean(axis=1, keepdims=True)
     lengths = np.linalg.norm(ranks, axis=1)
     return [
-        [float(a @ b / (i * j)) if i * j > 0 else None for b, j in zip(ranks, lengths)]
-        for a, i in zip(ranks, lengths)
+        [float(a @ b / (i * j)) if i * j > 0 else None for b, j in zip(ranks, lengths)] for a, i in zip(ranks, lengths)
     ]
 
 
-def _worst(
-    pictures: Pictures, run: Run, thresholds: Mapping[str, float]
-) -> dict[str, list[dict[str, Any]]]:
+def _worst(pictures: Pictures, run: Run, thresholds: Mapping[str, float]) -> dict[str, list[dict[str, Any]]]:
     """The real pictures scored highest and the fake ones scored lowest, those on the wrong side of the threshold."""
     who = ENSEMBLE if ENSEMBLE in run.p else next(iter(run.p))
     scores, labels = run.p[who], pictures.labels

@@ -197,9 +197,7 @@ def ece(labels: np.ndarray, p: np.ndarray, bins: int = 15) -> float:
     return float(np.sum(counts * np.abs(share - mean_p)) / counts.sum())
 
 
-def ece_floor(
-    p: np.ndarray, bins: int = 15, *, draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+def ece_floor(p: np.ndarray, bins: int = 15, *, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
     """What `ece` shows of a perfectly calibrated scorer with these P(fake), (N,): its mean and 95 % quantile.
 
     Labels are drawn from p itself. The estimate is biased upwards: a bin of n pictures strays by about
@@ -313,9 +311,7 @@ def summarize(
         return float(np.mean([measure(labels, run, *arguments) for run in runs]))
 
     def accuracy_of(rows: np.ndarray) -> float:
-        return float(
-            np.mean([accuracy(labels[rows], r[rows], threshold) for r in runs])
-        )
+        return float(np.mean([accuracy(labels[rows], r[rows], threshold) for r in runs]))
 
     return Summary(
         n=len(labels),
@@ -351,9 +347,7 @@ def video_level(
     """
     labels, scores = _checked(labels, scores, both_classes=False)
     if not len(sources) == len(videos) == len(scores):
-        raise ValueError(
-            f"{len(sources)} sources and {len(videos)} videos for {len(scores)} scores"
-        )
+        raise ValueError(f"{len(sources)} sources and {len(videos)} videos for {len(scores)} scores")
     position: dict[tuple[str, int, str], int] = {}
     rows, which = [], []
     for row, (source, label, video) in enumerate(zip(sources, labels, videos)):
@@ -365,9 +359,7 @@ def video_level(
     frames = np.bincount(which_video, minlength=len(position))
     sums = np.bincount(which_video, weights=scores[rows], minlength=len(position))
     keys = tuple(position)
-    return Videos(
-        keys, np.array([k[1] for k in keys], dtype=int), sums / frames, frames
-    )
+    return Videos(keys, np.array([k[1] for k in keys], dtype=int), sums / frames, frames)
 
 
 # ------------------------------------------------------------------------------------------------ inside
@@ -381,9 +373,7 @@ def _checked(
     """`labels` as int64 and `scores` as float64, both (N,), or a `ValueError` that says what is wrong."""
     labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if labels.ndim != 1 or labels.shape != scores.shape:
-        raise ValueError(
-            f"labels {labels.shape} and scores {scores.shape} must be (N,) and equally long"
-        )
+        raise ValueError(f"labels {labels.shape} and scores {scores.shape} must be (N,) and equally long")
     if len(labels) == 0:
         raise ValueError("no scores: there is nothing to measure")
     unknown = np.setdiff1d(labels, [0, 1])
@@ -392,28 +382,20 @@ def _checked(
     if np.isnan(scores).any():
         raise ValueError(f"{int(np.isnan(scores).sum())} of {len(scores)} are NaN")
     if probability and not (0 <= scores.min() and scores.max() <= 1):
-        raise ValueError(
-            f"probabilities span {scores.min():g} to {scores.max():g}; they must lie in [0, 1]"
-        )
+        raise ValueError(f"probabilities span {scores.min():g} to {scores.max():g}; they must lie in [0, 1]")
     if both_classes and labels.min() == labels.max():
         name = "fake" if labels[0] else "real"
-        raise ValueError(
-            f"all {len(labels)} labels are {name}: a ranking needs both real and fake pictures"
-        )
+        raise ValueError(f"all {len(labels)} labels are {name}: a ranking needs both real and fake pictures")
     return labels.astype(np.int64), scores
 
 
-def _checked_runs(
-    labels: np.ndarray, scores: np.ndarray, **checks: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def _checked_runs(labels: np.ndarray, scores: np.ndarray, **checks: bool) -> tuple[np.ndarray, np.ndarray]:
     """`labels` (N,) and `scores` as (S, N), each run checked."""
     pairs = [_checked(labels, run, **checks) for run in np.atleast_2d(scores)]
     return pairs[0][0], np.stack([run for _, run in pairs])
 
 
-def _counts_by_score(
-    labels: np.ndarray, scores: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _counts_by_score(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Real counts (K,), fake counts (K,) and the K distinct scores, rising."""
     distinct, rank = np.unique(scores, return_inverse=True)
     fake = np.bincount(rank, weights=labels, minlength=len(distinct))
@@ -428,9 +410,7 @@ def _auc_from_counts(real: np.ndarray, fake: np.ndarray) -> np.ndarray:
     return np.einsum("dk,dk->d", fake, below) / total
 
 
-def _bootstrap_aucs(
-    labels: np.ndarray, runs: np.ndarray, seed: int, draws: int
-) -> np.ndarray:
+def _bootstrap_aucs(labels: np.ndarray, runs: np.ndarray, seed: int, draws: int) -> np.ndarray:
     """(S, N) scores -> (S, draws) AUCs, all runs over the same resamples of the pictures within each class."""
     rng = np.random.default_rng(seed)
     rows = [np.flatnonzero(labels == c) for c in (0, 1)]
@@ -491,9 +471,7 @@ def _acceleration(labels: np.ndarray, runs: np.ndarray) -> float:
     return third / (6 * second**1.5) if second > 0 else 0.0
 
 
-def _corrected_quantiles(
-    drawn: np.ndarray, value: float, acceleration: float, level: float
-) -> tuple[float, float]:
+def _corrected_quantiles(drawn: np.ndarray, value: float, acceleration: float, level: float) -> tuple[float, float]:
     """The quantiles of `drawn` that bias correction and acceleration pick (Efron 1987, equation 2.3)."""
     below = np.mean(drawn < value) + np.mean(drawn == value) / 2
     floor = 1 / (2 * len(drawn))

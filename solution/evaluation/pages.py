@@ -69,17 +69,13 @@ class Explained:
 
 
 # ------------------------------------------------------------------------------------------------ drawing
-def overlay(
-    picture: np.ndarray, values: np.ndarray, top: float | None = None
-) -> np.ndarray:
+def overlay(picture: np.ndarray, values: np.ndarray, top: float | None = None) -> np.ndarray:
     """A map in colour over the grey picture: (H, W, 3) uint8, of the picture's size. An empty map is all dark.
 
     top: the value drawn brightest; None: the map's highest.
     """
     height, width = picture.shape[:2]
-    large = cv2.resize(
-        values.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR
-    )
+    large = cv2.resize(values.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
     highest = float(values.max()) if top is None else top
     scaled = large / highest if highest > 0 else np.zeros_like(large)
     heat = _colour_table()[(scaled.clip(0, 1) * 255).round().astype(np.uint8)]
@@ -99,9 +95,7 @@ def _fitted(picture: np.ndarray, side: int) -> np.ndarray:
     """The whole picture, its longer side `side` px."""
     height, width = picture.shape[:2]
     scale = side / max(height, width)
-    return resize_image(
-        picture, max(1, round(width * scale)), max(1, round(height * scale))
-    )
+    return resize_image(picture, max(1, round(width * scale)), max(1, round(height * scale)))
 
 
 def _with_face(picture: np.ndarray, face, side: int) -> np.ndarray:
@@ -116,17 +110,13 @@ def _with_face(picture: np.ndarray, face, side: int) -> np.ndarray:
 
 
 def _uri(picture: np.ndarray) -> str:
-    done, data = cv2.imencode(
-        ".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 86]
-    )
+    done, data = cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 86])
     if not done:
         raise ValueError(f"a picture of {picture.shape} cannot be encoded as JPEG")
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
 
 
-def contact_sheet(
-    thumbnails: Sequence[tuple[np.ndarray, str, str]], *, columns: int = 8
-) -> np.ndarray:
+def contact_sheet(thumbnails: Sequence[tuple[np.ndarray, str, str]], *, columns: int = 8) -> np.ndarray:
     """Thumbnails with two lines below each, (H, W, 3) uint8 on white."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -204,9 +194,7 @@ class Pages:
             "cards": self.cards,
             "failures": self.failures,
             "scale": ", ".join(_scale_colours()),
-            "pages": [
-                (_page_name(n), n == number) for n in range(1, count + 1) if count > 1
-            ],
+            "pages": [(_page_name(n), n == number) for n in range(1, count + 1) if count > 1],
         }
         path = self.folder / _page_name(number)
         write_atomically(path, render(TEMPLATE, page))
@@ -224,15 +212,11 @@ def _page_name(number: int) -> str:
 
 
 def _scale_colours() -> list[str]:
-    table = _colour_table()[::32].round().astype(int).tolist() + [
-        _colour_table()[-1].round().astype(int).tolist()
-    ]
+    table = _colour_table()[::32].round().astype(int).tolist() + [_colour_table()[-1].round().astype(int).tolist()]
     return ["#{:02x}{:02x}{:02x}".format(*colour) for colour in table]
 
 
-def _card(
-    shown: Explained, name: str, joint: np.ndarray, thumbnail: str
-) -> dict[str, Any]:
+def _card(shown: Explained, name: str, joint: np.ndarray, thumbnail: str) -> dict[str, Any]:
     sources = [("picture", _with_face(shown.picture, shown.face, SOURCE), "")]
     if shown.crop is not None:
         sources.append(("the face, 1.3 times its box", _fitted(shown.crop, SOURCE), ""))

@@ -46,15 +46,11 @@ LARGE, SMALL = (300, 240), (150, 128)  # points, one panel; the page scales them
 FLIPS = "Share of pictures whose verdict differs from that on the clean picture."
 CHANGE = "Mean absolute difference between the score and that of the clean picture."
 
-Panel = tuple[
-    str, Callable[[Any, Mapping[str, str]], None]
-]  # (title, draw(axes, colours))
+Panel = tuple[str, Callable[[Any, Mapping[str, str]], None]]  # (title, draw(axes, colours))
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
-def write_report(
-    results: Mapping[str, Any], out: Path, *, thumbnails: bool = True
-) -> Path:
+def write_report(results: Mapping[str, Any], out: Path, *, thumbnails: bool = True) -> Path:
     """`report.html` and `figures/*.png` under `out` from the results of `measure.measure`; returns the page's path.
 
     thumbnails: show the worst errors as pictures; without, the page can be passed on where the pictures cannot.
@@ -91,9 +87,7 @@ def _tiles(results: Mapping[str, Any]) -> list[dict[str, str]]:
     for row in results["rows"]:
         if (row["who"], row["scope"]) == (who, "all"):
             unit = "" if row["unit"] == "picture" else " per video"
-            note = (
-                f"95 % {row['auc_low']:.3f} to {row['auc_high']:.3f}. {row['protocol']}"
-            )
+            note = f"95 % {row['auc_low']:.3f} to {row['auc_high']:.3f}. {row['protocol']}"
             label = f"AUC {row['condition']}{unit}, {who}"
             tiles.append({"label": label, "value": f"{row['auc']:.3f}", "note": note})
     return tiles
@@ -104,9 +98,7 @@ def _verdicts(results: Mapping[str, Any]) -> list[str]:
     sentences = []
     tests = [c for c in results["comparisons"] if c["method"] == "bootstrap"]
     for condition in dict.fromkeys(c["condition"] for c in tests):
-        best = max(
-            (c for c in tests if c["condition"] == condition), key=lambda c: c["auc_b"]
-        )
+        best = max((c for c in tests if c["condition"] == condition), key=lambda c: c["auc_b"])
         interval = f"{best['difference']:+.3f} AUC, {best['low']:+.3f} to {best['high']:+.3f}, paired bootstrap"
         if best["low"] > 0:
             found = "is better than"
@@ -114,9 +106,7 @@ def _verdicts(results: Mapping[str, Any]) -> list[str]:
             found = "is worse than"
         else:
             found = "cannot be told apart from"
-        sentences.append(
-            f"{condition.capitalize()}: the ensemble {found} its best member, {best['b']} ({interval})."
-        )
+        sentences.append(f"{condition.capitalize()}: the ensemble {found} its best member, {best['b']} ({interval}).")
     return sentences
 
 
@@ -186,9 +176,7 @@ def _p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _curves_section(
-    results: Mapping[str, Any], figures: Figures
-) -> dict[str, Any] | None:
+def _curves_section(results: Mapping[str, Any], figures: Figures) -> dict[str, Any] | None:
     rocs, histograms = [], []
     scorers: list[str] = []
     for condition, data in results["figures"].items():
@@ -201,9 +189,7 @@ def _curves_section(
     blocks: list[dict[str, Any]] = []
     if rocs:
         blocks.append({"figures": figures.group("roc", rocs, LARGE)})
-    legend = (
-        "P(fake) of real (teal) and of fake (orange) pictures, as shares of each class."
-    )
+    legend = "P(fake) of real (teal) and of fake (orange) pictures, as shares of each class."
     blocks.append(
         {
             "title": "Scores of real and fake pictures",
@@ -212,9 +198,7 @@ def _curves_section(
             "note": legend,
         }
     )
-    text = (
-        "Share of fakes found against share of reals called fake, over all thresholds."
-    )
+    text = "Share of fakes found against share of reals called fake, over all thresholds."
     return {
         "title": "Separation",
         "text": text if rocs else "",
@@ -223,25 +207,17 @@ def _curves_section(
     }
 
 
-def _calibration_section(
-    results: Mapping[str, Any], figures: Figures
-) -> dict[str, Any] | None:
+def _calibration_section(results: Mapping[str, Any], figures: Figures) -> dict[str, Any] | None:
     panels = [
         (f"{who}, {condition}", _draw_reliability(curves))
         for condition, data in results["figures"].items()
-        for who, curves in sorted(
-            data["reliability"].items(), key=lambda pair: pair[0] != ENSEMBLE
-        )
+        for who, curves in sorted(data["reliability"].items(), key=lambda pair: pair[0] != ENSEMBLE)
     ]
-    blocks: list[dict[str, Any]] = [
-        {"size": "small", "figures": figures.group("reliability", panels, SMALL)}
-    ]
+    blocks: list[dict[str, Any]] = [{"size": "small", "figures": figures.group("reliability", panels, SMALL)}]
     rows = []
     for row in results["calibration"]:
         change = [
-            {"text": f"{row[f'{name}_{when}']:.3f}"}
-            for name in ("ece", "log_loss")
-            for when in ("before", "after")
+            {"text": f"{row[f'{name}_{when}']:.3f}"} for name in ("ece", "log_loss") for when in ("before", "after")
         ]
         floor = f"{row['ece_floor']:.3f} (to {row['ece_floor_high']:.3f})"
         change.insert(2, {"text": floor})
@@ -249,9 +225,7 @@ def _calibration_section(
         rows.append({"cells": [*cells, {"text": str(row["n"])}]})
     if rows:
         head = "member,condition,ECE before,ECE after,ECE if perfect,log-loss before,log-loss after,pictures"
-        blocks.append(
-            {"table": {"style": "stack", "head": head.split(","), "rows": rows}}
-        )
+        blocks.append({"table": {"style": "stack", "head": head.split(","), "rows": rows}})
     text = (
         "Share of fakes among the pictures of each tenth of P(fake); on the diagonal a score means what it says. "
         "Dashed: before calibration, solid: after. ECE if perfect: what so few pictures show of a perfectly calibrated "
@@ -260,15 +234,9 @@ def _calibration_section(
     return {"title": "Calibration", "text": text, "blocks": blocks}
 
 
-def _robustness_section(
-    results: Mapping[str, Any], figures: Figures
-) -> dict[str, Any] | None:
+def _robustness_section(results: Mapping[str, Any], figures: Figures) -> dict[str, Any] | None:
     rows = results["robustness"]
-    families = [
-        f
-        for f in dict.fromkeys(row["family"] for row in rows)
-        if f not in ("clean", "degraded", "given")
-    ]
+    families = [f for f in dict.fromkeys(row["family"] for row in rows) if f not in ("clean", "degraded", "given")]
     if not families:
         return None
     scorers = list(dict.fromkeys(row["who"] for row in rows))
@@ -295,17 +263,13 @@ def _robustness_section(
     return {"title": "Robustness", "text": text, "legend": legend, "blocks": blocks}
 
 
-def _severity_block(
-    title: str, name: str, panels: Sequence[Panel], note: str, figures: Figures
-) -> dict[str, Any]:
+def _severity_block(title: str, name: str, panels: Sequence[Panel], note: str, figures: Figures) -> dict[str, Any]:
     drawn = figures.group(name, panels, SMALL)
     title = f"{title} against severity"
     return {"title": title, "size": "small", "figures": drawn, "note": note}
 
 
-def _strongest(
-    rows: Sequence[Mapping[str, Any]], families: Sequence[str]
-) -> dict[str, Any]:
+def _strongest(rows: Sequence[Mapping[str, Any]], families: Sequence[str]) -> dict[str, Any]:
     """AUC of everyone, and change and flips of the leading scorer, at each family's last level."""
     scorers = sorted(dict.fromkeys(r["who"] for r in rows), key=lambda w: w != ENSEMBLE)
     lead = scorers[0]
@@ -314,12 +278,8 @@ def _strongest(
         of_family = [row for row in rows if row["family"] == family]
         level = of_family[-1]["level"]
         at = {row["who"]: row for row in of_family if row["level"] == level}
-        told = {"jpeg_quality": "quality", "noise_sigma": "sigma"}.get(
-            family, "strength"
-        )
-        cells: list[dict[str, Any]] = [
-            {"text": _spoken(family), "sub": f"{told} {level:g}"}
-        ]
+        told = {"jpeg_quality": "quality", "noise_sigma": "sigma"}.get(family, "strength")
+        cells: list[dict[str, Any]] = [{"text": _spoken(family), "sub": f"{told} {level:g}"}]
         for who in scorers:
             interval = f"{at[who]['auc_low']:.2f} to {at[who]['auc_high']:.2f}"
             cells.append({"text": f"{at[who]['auc']:.3f}", "sub": interval})
@@ -364,9 +324,7 @@ def _sources_section(results: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"title": "By source", "text": text, "blocks": [block]}
 
 
-def _agreement_section(
-    results: Mapping[str, Any], figures: Figures
-) -> dict[str, Any] | None:
+def _agreement_section(results: Mapping[str, Any], figures: Figures) -> dict[str, Any] | None:
     panels = [
         (f"{condition}", _draw_matrix(**data["agreement"]))
         for condition, data in results["figures"].items()
@@ -379,9 +337,7 @@ def _agreement_section(
     return {"title": "Agreement between members", "text": text, "blocks": blocks}
 
 
-def _errors_section(
-    results: Mapping[str, Any], thumbnails: bool
-) -> dict[str, Any] | None:
+def _errors_section(results: Mapping[str, Any], thumbnails: bool) -> dict[str, Any] | None:
     blocks = []
     for condition, worst in results["worst"].items():
         for kind, name in (
@@ -527,9 +483,7 @@ def _disagreement_section(
     }
 
 
-def _gallery(
-    title: str, text: str, rows: Sequence[Mapping[str, Any]], members: Sequence[str]
-) -> dict[str, Any] | None:
+def _gallery(title: str, text: str, rows: Sequence[Mapping[str, Any]], members: Sequence[str]) -> dict[str, Any] | None:
     if not rows:
         return None
     pictures = []
@@ -551,16 +505,9 @@ def _gallery(
 def _failures_section(failures: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if not failures:
         return None
-    rows = [
-        {"cells": [{"text": row["image"]}, {"text": str(row["error"])}]}
-        for row in failures[:SHOWN_FAILURES]
-    ]
+    rows = [{"cells": [{"text": row["image"]}, {"text": str(row["error"])}]} for row in failures[:SHOWN_FAILURES]]
     table = {"style": "", "head": ["image", "reason"], "rows": rows, "text": ["reason"]}
-    shown = (
-        f", the first {SHOWN_FAILURES} of them below"
-        if len(failures) > len(rows)
-        else ""
-    )
+    shown = f", the first {SHOWN_FAILURES} of them below" if len(failures) > len(rows) else ""
     text = f"{len(failures):,} pictures got the neutral score{shown}."
     return {"title": "Failures", "text": text, "blocks": [{"table": table}]}
 
@@ -572,9 +519,7 @@ class Figures:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
 
-    def group(
-        self, name: str, panels: Sequence[Panel], size: tuple[int, int]
-    ) -> list[dict[str, Any]]:
+    def group(self, name: str, panels: Sequence[Panel], size: tuple[int, int]) -> list[dict[str, Any]]:
         """`panels` as `{"svg": markup}` each, in their order; `NAME.png` beside the page."""
         from markupsafe import Markup
         from matplotlib.figure import Figure
@@ -713,9 +658,7 @@ def _legend(scorers: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _unit_square(axes: Any, colours: Mapping[str, str]) -> None:
-    axes.plot(
-        [0, 1], [0, 1], color=colours["muted"], linewidth=0.7, linestyle=(0, (2, 2))
-    )
+    axes.plot([0, 1], [0, 1], color=colours["muted"], linewidth=0.7, linestyle=(0, (2, 2)))
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
     axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
@@ -738,18 +681,14 @@ def _draw_roc(curves: Mapping[str, Mapping[str, list[float]]]) -> Callable[..., 
     return draw
 
 
-def _draw_histogram(
-    shares: Mapping[str, list[float]], label: str = "P(fake)"
-) -> Callable[..., None]:
+def _draw_histogram(shares: Mapping[str, list[float]], label: str = "P(fake)") -> Callable[..., None]:
     """`real` and `fake` shares, or one `share` of everything."""
 
     def draw(axes: Any, colours: Mapping[str, str]) -> None:
         for name in ("real", "fake", "share"):
             if name in shares:
                 colour = colours["accent" if name == "share" else name]
-                axes.stairs(
-                    shares[name], shares["edges"], fill=True, color=colour, alpha=0.3
-                )
+                axes.stairs(shares[name], shares["edges"], fill=True, color=colour, alpha=0.3)
                 axes.stairs(shares[name], shares["edges"], color=colour, linewidth=1.1)
         axes.set(xlim=(-0.03, 1.03), xlabel=label)
         axes.set_ylim(bottom=0)
@@ -779,9 +718,7 @@ def _draw_reliability(curves: Mapping[str, Any]) -> Callable[..., None]:
     return draw
 
 
-def _draw_severity(
-    rows: Sequence[Mapping[str, Any]], floor: float, value: str = "auc"
-) -> Callable[..., None]:
+def _draw_severity(rows: Sequence[Mapping[str, Any]], floor: float, value: str = "auc") -> Callable[..., None]:
     def draw(axes: Any, colours: Mapping[str, str]) -> None:
         family = rows[0]["family"]
         for who in dict.fromkeys(row["who"] for row in rows):
@@ -796,9 +733,7 @@ def _draw_severity(
             width = 1.8 if lead else 1.0
             axes.plot(x, y, color=colour, linewidth=width, zorder=3 if lead else 2)
         if value == "auc":
-            axes.axhline(
-                0.5, color=colours["muted"], linewidth=0.7, linestyle=(0, (1, 2))
-            )
+            axes.axhline(0.5, color=colours["muted"], linewidth=0.7, linestyle=(0, (1, 2)))
         top = 1.0 if value == "auc" else max(0.5, *(row[value] for row in rows))
         axes.set_ylim(floor, top)
         if family == "jpeg_quality":
@@ -811,9 +746,7 @@ def _draw_severity(
     return draw
 
 
-def _draw_matrix(
-    members: Sequence[str], rank_correlation: Sequence[Sequence[float | None]]
-) -> Callable[..., None]:
+def _draw_matrix(members: Sequence[str], rank_correlation: Sequence[Sequence[float | None]]) -> Callable[..., None]:
     def draw(axes: Any, colours: Mapping[str, str]) -> None:
         from matplotlib.patches import Rectangle
 
@@ -834,9 +767,7 @@ def _draw_matrix(
                     )
                 )
                 text = "–" if value is None else f"{value:.2f}"
-                axes.text(
-                    column, row, text, ha="center", va="center", color=colours["fg"]
-                )
+                axes.text(column, row, text, ha="center", va="center", color=colours["fg"])
         axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
         axes.set_xticks(range(size), members)
         axes.set_yticks(range(size), members, rotation=90, va="center")

@@ -16,9 +16,7 @@ import numpy as np
 from solution import config
 
 KINDS = ("identity", "temperature", "platt", "isotonic")  # from simple to flexible
-LEAST_SLOPE = (
-    1e-3  # of Platt scaling: keeps the order even where the logits rank backwards
-)
+LEAST_SLOPE = 1e-3  # of Platt scaling: keeps the order even where the logits rank backwards
 LARGEST_LOG_TEMPERATURE = 7.0  # temperatures within e**-7..e**7
 
 
@@ -147,9 +145,7 @@ def fit(
     )
 
 
-def split(
-    labels: np.ndarray, groups: np.ndarray, *, folds: int, seed: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def split(labels: np.ndarray, groups: np.ndarray, *, folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(train rows, held-out rows) per fold, stratified by label, a group never on both sides."""
     from sklearn.model_selection import StratifiedGroupKFold  # a second to import
 
@@ -184,16 +180,12 @@ def fit_kind(kind: str, logits: np.ndarray, labels: np.ndarray) -> Calibrator:
 def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     logits, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels)
     if logits.ndim != 1 or logits.shape != labels.shape:
-        raise ValueError(
-            f"logits {logits.shape} and labels {labels.shape} must be (N,) and equally long"
-        )
+        raise ValueError(f"logits {logits.shape} and labels {labels.shape} must be (N,) and equally long")
     if not np.isfinite(logits).all():
         wrong = int((~np.isfinite(logits)).sum())
         raise ValueError(f"{wrong} of {len(logits)} logits are not finite")
     if sorted(np.unique(labels)) != [0, 1]:
-        raise ValueError(
-            f"labels are {np.unique(labels)[:5]}; calibration needs both 0 (real) and 1 (fake)"
-        )
+        raise ValueError(f"labels are {np.unique(labels)[:5]}; calibration needs both 0 (real) and 1 (fake)")
     return logits, labels.astype(np.int64)
 
 
@@ -226,9 +218,7 @@ def _fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
         return float(np.mean(np.logaddexp(0, x) - targets * x))
 
     bound = LARGEST_LOG_TEMPERATURE
-    found = minimize_scalar(
-        loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-8}
-    )
+    found = minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-8})
     return float(np.exp(found.x))
 
 
@@ -252,9 +242,7 @@ def _fit_platt(logits: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
     return slope, float(model.intercept_[0] - slope * centre)
 
 
-def _fit_isotonic(
-    logits: np.ndarray, labels: np.ndarray
-) -> tuple[tuple[float, float], ...]:
+def _fit_isotonic(logits: np.ndarray, labels: np.ndarray) -> tuple[tuple[float, float], ...]:
     """Knots at the centres of isotonic regression's blocks, so that P(fake) rises between them instead of stepping.
 
     Block values are kept within [1 / (n + 2), 1 - 1 / (n + 2)], Laplace's estimate of what n pictures cannot rule out,
@@ -263,9 +251,7 @@ def _fit_isotonic(
     from sklearn.isotonic import IsotonicRegression
 
     if logits.min() == logits.max():
-        raise ValueError(
-            f"every logit is {logits[0]:g}: isotonic calibration needs two different ones"
-        )
+        raise ValueError(f"every logit is {logits[0]:g}: isotonic calibration needs two different ones")
     values = IsotonicRegression().fit(logits, labels).predict(logits)
     heights, block = np.unique(values, return_inverse=True)
     centres = np.bincount(block, weights=logits) / np.bincount(block)

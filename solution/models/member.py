@@ -28,17 +28,13 @@ class Member(nn.Module):
     @property
     def adapter(self) -> str | None:
         """The name of this member's adapter on its tower; None when the tower is frozen or trained whole."""
-        return (
-            self.config.name if self.config.adapter.kind in ("lora", "effort") else None
-        )
+        return self.config.name if self.config.adapter.kind in ("lora", "effort") else None
 
     def forward(self, images: torch.Tensor) -> MemberOutput:
         """Score pictures (B, 3, H, W) of this member's view."""
         raise NotImplementedError
 
-    def loss(
-        self, output: MemberOutput, batch: Batch
-    ) -> tuple[torch.Tensor, dict[str, float | str]]:
+    def loss(self, output: MemberOutput, batch: Batch) -> tuple[torch.Tensor, dict[str, float | str]]:
         """The scalar training loss, and its parts for the log: numbers, or a word on what was skipped."""
         raise NotImplementedError
 
@@ -53,11 +49,7 @@ class Member(nn.Module):
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters outside the towers, by name."""
-        return {
-            n: p
-            for n, p in self.named_parameters()
-            if not n.startswith(("tower.", "clip."))
-        }
+        return {n: p for n, p in self.named_parameters() if not n.startswith(("tower.", "clip."))}
 
     def trained_tower_keys(self) -> list[str]:
         """Stable keys of the tower that this member changes in place and therefore stores: all, or none."""
@@ -69,16 +61,9 @@ class Member(nn.Module):
         `own.*`: heads, queries, buffers; `adapter.*`: LoRA or Effort; `tower.*`: what it trained of the tower itself.
         """
         own = self.state_dict(keep_vars=True)
-        state = {
-            f"own.{n}": t
-            for n, t in own.items()
-            if not n.startswith(("tower.", "clip."))
-        }
+        state = {f"own.{n}": t for n, t in own.items() if not n.startswith(("tower.", "clip."))}
         if self.adapter is not None:
-            state |= {
-                f"adapter.{n}": t
-                for n, t in adapter_state(self.tower, self.adapter).items()
-            }
+            state |= {f"adapter.{n}": t for n, t in adapter_state(self.tower, self.adapter).items()}
         keys = self.trained_tower_keys()
         if keys:
             tower = tower_state(self.tower)

@@ -102,9 +102,7 @@ class MergedLinear(nn.Module):
     def __init__(self, base: nn.Linear, weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self.base = base
-        self.lora_A = nn.ParameterDict(
-            {n: nn.Parameter(w, requires_grad=False) for n, w in weights.items()}
-        )
+        self.lora_A = nn.ParameterDict({n: nn.Parameter(w, requires_grad=False) for n, w in weights.items()})
         self.active: str | None = None
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -132,16 +130,11 @@ def merge_adapters(members: Mapping[str, Member], dtype: torch.dtype) -> bool:
     complete = True
     for tower in towers_of(members.values()):
         users = [m for m in members.values() if m.tower is tower]
-        plain = any(m.adapter is None for m in users) or len(users) < _uses(
-            tower, members
-        )
+        plain = any(m.adapter is None for m in users) or len(users) < _uses(tower, members)
         names = [m.adapter for m in users if m.adapter is not None]
         if not names:
             continue
-        projections = [
-            (path, tower.get_submodule(path))
-            for path in tower.projection_names().values()
-        ]
+        projections = [(path, tower.get_submodule(path)) for path in tower.projection_names().values()]
         projections = [(p, m) for p, m in projections if _adapters(m)]
         copies = 0 if len(names) == 1 and not plain else len(names)
         if _base(projections[0][1]).weight.dtype != torch.float32:
@@ -179,11 +172,7 @@ def _base(module: nn.Module) -> nn.Linear:
 @torch.no_grad()
 def _merged(module: nn.Module, names: list[str], *, keep_plain: bool) -> nn.Module:
     base = _base(module)
-    weights = {
-        name: base.weight + _delta(module, name)
-        for name in names
-        if name in _adapters(module)
-    }
+    weights = {name: base.weight + _delta(module, name) for name in names if name in _adapters(module)}
     if keep_plain:
         return MergedLinear(base, weights)
     (base.weight.data,) = weights.values()
@@ -255,9 +244,7 @@ class Packed(NamedTuple):
     scale2: torch.Tensor | None
 
 
-def packed_block(
-    x: torch.Tensor, w: Packed, heads: int, eps: float, activation: str
-) -> torch.Tensor:
+def packed_block(x: torch.Tensor, w: Packed, heads: int, eps: float, activation: str) -> torch.Tensor:
     """One pre-norm block on tokens x (B, N, D) in float32; products in the type of the matrices, the sum in float32.
 
     activation: `gelu`, `quick_gelu`, or `silu` for a gated MLP. A function of tensors alone, so that compiling it once
@@ -265,12 +252,8 @@ def packed_block(
     """
     dtype, width = w.qkv.dtype, x.shape[-1:]
     h = F.layer_norm(x, width, w.norm1, w.norm1_bias, eps).to(dtype)
-    q, k, v = (
-        F.linear(h, w.qkv, w.qkv_bias).unflatten(-1, (3, heads, -1)).unbind(dim=2)
-    )  # (B, N, heads, d)
-    attended = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    )
+    q, k, v = F.linear(h, w.qkv, w.qkv_bias).unflatten(-1, (3, heads, -1)).unbind(dim=2)  # (B, N, heads, d)
+    attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     x = _add(x, w.scale1, F.linear(merge_heads(attended), w.o, w.o_bias))
     h = F.layer_norm(x, width, w.norm2, w.norm2_bias, eps).to(dtype)
     h = F.linear(h, w.up, w.up_bias)
@@ -308,10 +291,7 @@ class PackedTower(Tower):
         self.eps, self.activation = blocks[0].norm1.eps, _activation(blocks[0].mlp)
         names = {n for b in blocks for role in "qkvo" for n in _merged_names(b, role)}
         shared = [_pack_mlp(block) for block in blocks]
-        self.packed = {
-            name: [_pack(b, name, mlp) for b, mlp in zip(blocks, shared)]
-            for name in [None, *sorted(names)]
-        }
+        self.packed = {name: [_pack(b, name, mlp) for b, mlp in zip(blocks, shared)] for name in [None, *sorted(names)]}
 
     def compile(self, **options) -> None:
         """Compile the one block that all blocks are, for the first shapes that come; options: those of torch.compile."""
@@ -421,9 +401,7 @@ def _joined(parameters: list[nn.Parameter]) -> torch.Tensor:
     if len(parameters) == 1:
         return parameters[0].data
     joined = torch.cat([p.data for p in parameters])
-    for parameter, part in zip(
-        parameters, joined.split([len(p) for p in parameters]), strict=True
-    ):
+    for parameter, part in zip(parameters, joined.split([len(p) for p in parameters]), strict=True):
         parameter.data = part
     return joined
 
@@ -474,8 +452,6 @@ def _activation(mlp: nn.Module) -> str:
     if "QuickGELU" in kinds:
         return "quick_gelu"
     exact = {"GELU", "GELUActivation"} & kinds
-    if not exact or any(
-        getattr(m, "approximate", "none") != "none" for m in mlp.modules()
-    ):
+    if not exact or any(getattr(m, "approximate", "none") != "none" for m in mlp.modules()):
         raise WeightsError(f"an MLP of {sorted(kinds)}: fastpath knows no packed form")
     return "gelu"

@@ -58,9 +58,7 @@ class QueryPool(nn.Module):
     In both forms the values are the tokens themselves, unprojected: what is gathered is where the attention lies.
     """
 
-    def __init__(
-        self, width: int, queries: int, *, heads: int, std: float, key_width: int = 0
-    ):
+    def __init__(self, width: int, queries: int, *, heads: int, std: float, key_width: int = 0):
         super().__init__()
         self.heads, self.key_width = heads, key_width
         if not key_width:
@@ -109,9 +107,7 @@ class QueryPool(nn.Module):
             return torch.einsum("bpd,hkd->bhkp", wide, directions)
 
 
-def read_gathered(
-    gathered: torch.Tensor, readout: str, keep: torch.Tensor | None = None
-) -> torch.Tensor:
+def read_gathered(gathered: torch.Tensor, readout: str, keep: torch.Tensor | None = None) -> torch.Tensor:
     """What a linear head reads of gathered tokens (B, K, D): their mean (B, D), or for `each` all of them / K (B, K D).
 
     keep: (K,) or (B, K), False for a query that is left out; the others make up for it. None: all are kept.
@@ -199,9 +195,7 @@ class Prototypes(nn.Module):
         return numbers
 
 
-def class_sums(
-    unit: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor
-) -> torch.Tensor:
+def class_sums(unit: torch.Tensor, labels: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
     """Sums over the patches of each class that add up over batches and ranks: (2, 3 + D) float32.
 
     Columns: patches n, sum |z|^2, sum delta^2, sum z. unit: (B, P, D). labels: (B,). prototypes: (2, D), for delta.
@@ -213,9 +207,7 @@ def class_sums(
     return torch.stack([per_image[labels == kind].sum(dim=0) for kind in (0, 1)])
 
 
-def signal_to_noise(
-    sums: torch.Tensor, prototypes: torch.Tensor | None
-) -> dict[str, float]:
+def signal_to_noise(sums: torch.Tensor, prototypes: torch.Tensor | None) -> dict[str, float]:
     """The signal-to-noise ratios of a batch, from its `class_sums` and from prototypes of earlier batches (2, D).
 
     snr_ema: ||mu_r - mu_f|| / sigma (paper) with the prototypes of other images; sigma is the batch's standard
@@ -312,9 +304,7 @@ def fake_likelihood_loss(
     )
     weights = weights[labels == 1].flatten()  # (fake patches,)
     ordered = torch.cat([fake, real])  # (patches, D), fake ones first
-    return _WeightedContrast.apply(
-        ordered, weights, temperature, chunk or len(fake), dtype or ordered.dtype
-    )
+    return _WeightedContrast.apply(ordered, weights, temperature, chunk or len(fake), dtype or ordered.dtype)
 
 
 class _WeightedContrast(torch.autograd.Function):
@@ -369,9 +359,7 @@ def _exponentials(unit: torch.Tensor, rows: slice, temperature: float) -> torch.
     return e.sub_(e.amax(dim=1, keepdim=True)).exp_()
 
 
-def attention_alignment_loss(
-    attention: torch.Tensor, reference: torch.Tensor
-) -> torch.Tensor:
+def attention_alignment_loss(attention: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Real-attention alignment (RAAL; paper, section 3): mean over images and queries of KL(a^Q_k || a^CLS).
 
     attention: (R, K, P), the queries' rows on real images. reference: (R, P), CLS -> patch attention; it is detached.
@@ -474,9 +462,7 @@ class Qtfp(Member):
         tokens = self.tower(images, adapter=self.adapter)
         if self.pool is None:
             if attention is not None or keep is not None:
-                raise ValueError(
-                    "qtfp.pool=cls has no queries: neither `attention` nor `keep` applies"
-                )
+                raise ValueError("qtfp.pool=cls has no queries: neither `attention` nor `keep` applies")
             pooled, looked, evidence = tokens.cls_token, None, {}
         else:
             gathered, looked = self.pool(tokens.patch_tokens, attention=attention)
@@ -491,9 +477,7 @@ class Qtfp(Member):
             query_attention=looked,
         )
 
-    def loss(
-        self, output: QtfpOutput, batch: Batch
-    ) -> tuple[torch.Tensor, dict[str, float | str]]:
+    def loss(self, output: QtfpOutput, batch: Batch) -> tuple[torch.Tensor, dict[str, float | str]]:
         """L = L_CE + flcl L_FLCL + raal L_RAAL (paper, section 3) + diversity L_diversity (ours).
 
         A batch without the pictures that a loss needs leaves it out: its part is 0 and `skipped` says why.
@@ -588,9 +572,7 @@ class Qtfp(Member):
         return self._cls_attention(output.last_input, images)
 
     @torch.no_grad()
-    def _cls_attention(
-        self, last_input: torch.Tensor, images: torch.Tensor
-    ) -> torch.Tensor:
+    def _cls_attention(self, last_input: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """CLS -> patch attention of the last block (R, P): of the tower as adapted, or of the plain one."""
         if self.config.qtfp.raal_reference == "adapted":
             heads = self.tower.cls_attention(last_input, adapter=self.adapter)
@@ -656,9 +638,7 @@ VARIANTS = {
     "queries + RAAL": replace(_OURS, raal=1.0),
     "queries + RAAL, late": replace(_OURS, raal=1.0, warmup=0.25),
     "queries + diversity": replace(_OURS, diversity=0.1),
-    "queries, everything": replace(
-        _OURS, flcl=0.14, raal=1.0, warmup=0.25, diversity=0.1
-    ),
+    "queries, everything": replace(_OURS, flcl=0.14, raal=1.0, warmup=0.25, diversity=0.1),
 }
 
 
@@ -679,9 +659,7 @@ class PlantedWorld:
         """`images` real and as many fake ones: tokens (2n, P, D), labels (2n,), forged mask (2n, P)."""
         p = self.planted
         offset = p.image_share**0.5 * self._normal(2 * images, 1, p.width)
-        noise = (1 - p.image_share) ** 0.5 * self._normal(
-            2 * images, p.patches, p.width
-        )
+        noise = (1 - p.image_share) ** 0.5 * self._normal(2 * images, p.patches, p.width)
         labels = torch.arange(2).repeat_interleave(images)
         order = torch.rand((2 * images, p.patches), generator=self.generator).argsort(1)
         forged = (order < round(self.fraction * p.patches)) & (labels[:, None] == 1)
@@ -759,9 +737,7 @@ def _study_loss(
     return loss, tokens
 
 
-def study_run(
-    planted: Planted, variant: Variant, fraction: float, seed: int
-) -> dict[str, float]:
+def study_run(planted: Planted, variant: Variant, fraction: float, seed: int) -> dict[str, float]:
     """Train one variant of the study on fresh images of its world; what it does on images it has not seen.
 
     auc: of the images. uniform: the same with uniform attention in place of the queries'. attention, w: inside a fake, AUC
@@ -886,10 +862,7 @@ def _report_study(seeds: int) -> None:
     settings = {f"{f:.0%}": (planted, f) for f in FRACTIONS}
     settings["no signal"] = (Planted(snr=0.0), 0.25)
     _print_row("forged share of patches", list(settings))
-    found = {
-        column: [study_snr(p, f, seed) for seed in range(seeds)]
-        for column, (p, f) in settings.items()
-    }
+    found = {column: [study_snr(p, f, seed) for seed in range(seeds)] for column, (p, f) in settings.items()}
     rows = {
         "patch": "forged patches, held out",
         "snr_held_out": "images, held out",
@@ -908,11 +881,7 @@ def _report_study(seeds: int) -> None:
 def _spread(values: list[float]) -> str:
     """`mean +- standard deviation`; a single value alone."""
     mean = statistics.fmean(values)
-    return (
-        f"{mean:.3f} +- {statistics.stdev(values):.3f}"
-        if len(values) > 1
-        else f"{mean:.3f}"
-    )
+    return f"{mean:.3f} +- {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
 def _print_row(title: str, cells: list[str]) -> None:
@@ -938,9 +907,7 @@ def _peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def measure_steps(
-    member: Qtfp, sizes: tuple[int, ...], *, device: str, repeats: int
-) -> Iterator[StepCost]:
+def measure_steps(member: Qtfp, sizes: tuple[int, ...], *, device: str, repeats: int) -> Iterator[StepCost]:
     """Train `member` for 1 + `repeats` steps on noise at each batch size (rising; half real, half fake).
 
     The first step fills the prototypes, so that FLCL takes part in the others. On a GPU under bf16.
@@ -949,9 +916,7 @@ def measure_steps(
     trained = [p for p in member.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=member.config.optim.lr)
     for size in sizes:
-        images = torch.randint(
-            0, 256, (size, 3, side, side), dtype=torch.uint8, device=device
-        )
+        images = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, device=device)
         batch = Batch(images, torch.arange(size, device=device) % 2)
         fastest = float("inf")
         for _ in range(1 + repeats):
@@ -1021,9 +986,7 @@ def _print_batch_16(small: StepCost, large: StepCost) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """`--study`: the synthetic study. `--memory`: peak memory and step time at giant scale."""
-    parser = argparse.ArgumentParser(
-        prog="python -m solution.models.qtfp", description=main.__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m solution.models.qtfp", description=main.__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--study", action="store_true")
     action.add_argument("--memory", action="store_true")

@@ -52,9 +52,7 @@ class Stream(Member):
         pooled = self.tower(images, adapter=self.adapter).cls_token  # (B, D)
         return MemberOutput(two_class_logit(self.head(pooled)), pooled)
 
-    def loss(
-        self, output: MemberOutput, batch: Batch
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, output: MemberOutput, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
         loss = focal_loss(
             as_two_class(output.logit),
             batch.labels,
@@ -85,10 +83,6 @@ class Fusion(Stream):
     def forward(self, images: torch.Tensor) -> MemberOutput:
         texture = self.tower(images, adapter=self.adapter).cls_token  # (B, D)
         with torch.no_grad():
-            semantics = self.clip(
-                images
-            ).cls_token  # (B, D_clip), post-LayerNorm, before the projection
-        pooled = torch.cat(
-            [texture, semantics.to(texture.dtype)], dim=1
-        )  # (B, D + D_clip)
+            semantics = self.clip(images).cls_token  # (B, D_clip), post-LayerNorm, before the projection
+        pooled = torch.cat([texture, semantics.to(texture.dtype)], dim=1)  # (B, D + D_clip)
         return MemberOutput(two_class_logit(self.head(pooled)), pooled)

@@ -215,20 +215,14 @@ def to_stable(state: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Te
         stem, _, kind = name.rpartition(".")
         if name.startswith("blocks.") and stem.endswith("attn.qkv"):
             parts = dict(zip("qkv", tensor.chunk(3)))
-            result |= {
-                f"{stem[:-3]}{role}.{kind}": part for role, part in parts.items()
-            }
+            result |= {f"{stem[:-3]}{role}.{kind}": part for role, part in parts.items()}
         elif stem.endswith("mlp.gate_up"):
             gate, up = tensor.chunk(2)
             result |= {f"{stem[:-7]}gate.{kind}": gate, f"{stem[:-7]}up.{kind}": up}
         elif name == "proj.T":
             result["proj"] = tensor.T
         elif name in ("cls", "position"):
-            result[name] = (
-                tensor.reshape(-1)
-                if name == "cls"
-                else tensor.reshape(-1, tensor.shape[-1])
-            )
+            result[name] = tensor.reshape(-1) if name == "cls" else tensor.reshape(-1, tensor.shape[-1])
         else:
             result[name] = tensor
     return result
@@ -277,9 +271,7 @@ def merge_heads(x: torch.Tensor) -> torch.Tensor:
 def run_block(block: Block, x: torch.Tensor, heads: int) -> torch.Tensor:
     """One pre-norm block on tokens x (B, N, D) with fused attention; the same shape."""
     h = block.norm1(x)
-    q, k, v = (
-        split_heads(project(h), heads) for project in (block.q, block.k, block.v)
-    )  # (B, heads, N, d)
+    q, k, v = (split_heads(project(h), heads) for project in (block.q, block.k, block.v))  # (B, heads, N, d)
     return finish_block(block, x, F.scaled_dot_product_attention(q, k, v))
 
 
@@ -299,9 +291,7 @@ class SplitAttention(nn.Module):
         for role in ROLES:
             setattr(self, role, nn.Linear(width, width, device=device, dtype=dtype))
         with torch.no_grad():
-            for role, weight, bias in zip(
-                "qkv", packed.in_proj_weight.chunk(3), packed.in_proj_bias.chunk(3)
-            ):
+            for role, weight, bias in zip("qkv", packed.in_proj_weight.chunk(3), packed.in_proj_bias.chunk(3)):
                 getattr(self, role).weight.copy_(weight)
                 getattr(self, role).bias.copy_(bias)
             self.o.weight.copy_(packed.out_proj.weight)
@@ -338,12 +328,8 @@ class Tower(nn.Module):
         mean, std = _STATISTICS[config.statistics]
         # Built outside any meta-device context: buffers are no weights and no file fills them.
         with torch.device("cpu"):
-            self.register_buffer(
-                "mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False
-            )
-            self.register_buffer(
-                "std", torch.tensor(std).view(1, 3, 1, 1), persistent=False
-            )
+            self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+            self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     # -- geometry
     @property
@@ -397,32 +383,22 @@ class Tower(nn.Module):
         patch = self.config.arch.patch
         height, width = images.shape[-2:]
         if height % patch or width % patch:
-            raise ValueError(
-                f"tower {self.config.name}: {height}x{width} px is no multiple of its patch {patch}"
-            )
+            raise ValueError(f"tower {self.config.name}: {height}x{width} px is no multiple of its patch {patch}")
         pixels = self.normalize(images).to(next(self.model.parameters()).dtype)
         grid = (height // patch, width // patch)
         if self.config.kind == "dinov2":
             return self.model.embeddings(pixels), grid
         if grid != self.model.visual.grid_size:
             side = self.config.arch.image_side
-            raise ValueError(
-                f"tower {self.config.name} takes {side}x{side} px, found {height}x{width}"
-            )
+            raise ValueError(f"tower {self.config.name} takes {side}x{side} px, found {height}x{width}")
         visual = self.model.visual
         x = visual.conv1(pixels).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = torch.cat(
-            [visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1
-        )  # (B, 1 + N, D)
+        x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)  # (B, 1 + N, D)
         return visual.ln_pre(x + visual.positional_embedding.to(x.dtype)), grid
 
     def final_norm(self, x: torch.Tensor) -> torch.Tensor:
         """The tower's last LayerNorm."""
-        return (
-            self.model.layernorm(x)
-            if self.config.kind == "dinov2"
-            else self.model.visual.ln_post(x)
-        )
+        return self.model.layernorm(x) if self.config.kind == "dinov2" else self.model.visual.ln_post(x)
 
     def forward(
         self,
@@ -450,9 +426,7 @@ class Tower(nn.Module):
         x = self.final_norm(x)
         return TowerOutput(x[:, 0], x[:, 1:], last, grid, hidden)
 
-    def cls_attention(
-        self, last_input: torch.Tensor, *, adapter: str | None = None
-    ) -> torch.Tensor:
+    def cls_attention(self, last_input: torch.Tensor, *, adapter: str | None = None) -> torch.Tensor:
         """The last block's CLS -> token attention per head: (B, 1 + N, D) -> (B, heads, 1 + N), rows summing to one.
 
         Computed from that block's query and key projections alone; the tower's own forward stays fused.
@@ -603,10 +577,7 @@ class EffortLinear(nn.Module):
             u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
             u, s, vh = u[:, -rank:], s[-rank:], vh[-rank:]
         else:
-            u, s, vh = (
-                weight.new_zeros(shape)
-                for shape in ((out, rank), (rank,), (rank, inside))
-            )
+            u, s, vh = (weight.new_zeros(shape) for shape in ((out, rank), (rank,), (rank, inside)))
         factors = nn.ParameterDict(
             {
                 "u": nn.Parameter(u.clone()),
@@ -627,9 +598,7 @@ class EffortLinear(nn.Module):
         return y + (trained - F.linear(F.linear(x, f["v0"]) * f["s0"], f["u0"]))
 
 
-def add_adapter(
-    tower: Tower, name: str, config: AdapterConfig, *, decompose: bool = True
-) -> None:
+def add_adapter(tower: Tower, name: str, config: AdapterConfig, *, decompose: bool = True) -> None:
     """Give `tower` the adapter `name`; what trains afterwards is that alone (`full`: the tower, `norm`: its LayerNorms).
 
     decompose: False skips Effort's decomposition when its factors are about to be loaded from a file.
@@ -642,11 +611,7 @@ def add_adapter(
                 parameter.requires_grad_(True)
     if config.kind in ("none", "norm", "full"):
         return
-    chosen = {
-        key: path
-        for key, path in tower.projection_names().items()
-        if key[1] in config.projections
-    }
+    chosen = {key: path for key, path in tower.projection_names().items() if key[1] in config.projections}
     if config.kind == "lora":
         _add_lora(tower, name, config, sorted(chosen.values()))
     else:
@@ -663,10 +628,7 @@ def add_adapter(
 
 def is_norm(key: str) -> bool:
     """Whether a stable key names a LayerNorm's weight or bias in the image part of a tower."""
-    return (
-        re.fullmatch(r"(blocks\.\d+\.norm[12]|norm|norm_pre)\.(weight|bias)", key)
-        is not None
-    )
+    return re.fullmatch(r"(blocks\.\d+\.norm[12]|norm|norm_pre)\.(weight|bias)", key) is not None
 
 
 def _add_lora(tower: Tower, name: str, config: AdapterConfig, paths: list[str]) -> None:
@@ -680,14 +642,10 @@ def _add_lora(tower: Tower, name: str, config: AdapterConfig, paths: list[str]) 
         bias="none",
         target_modules=paths,
     )
-    with (
-        warnings.catch_warnings()
-    ):  # several adapters on one tower is what is wanted here
+    with warnings.catch_warnings():  # several adapters on one tower is what is wanted here
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(lora, tower, adapter_name=name)
-    for (
-        parameter
-    ) in frozen:  # peft touches requires_grad of other adapters; they stay as they were
+    for parameter in frozen:  # peft touches requires_grad of other adapters; they stay as they were
         parameter.requires_grad_(False)
 
 
@@ -698,10 +656,7 @@ def adapter_state(tower: Tower, name: str) -> dict[str, torch.Tensor]:
         for role in ROLES:
             module, stem = getattr(block, role), f"blocks.{index}.attn.{role}"
             if isinstance(module, EffortLinear) and name in module.factors:
-                state |= {
-                    f"{stem}.effort_{key}": value
-                    for key, value in module.factors[name].items()
-                }
+                state |= {f"{stem}.effort_{key}": value for key, value in module.factors[name].items()}
             elif _is_lora(module) and name in module.lora_A:
                 state[f"{stem}.lora_A"] = module.lora_A[name].weight
                 state[f"{stem}.lora_B"] = module.lora_B[name].weight
@@ -735,14 +690,10 @@ def tower_state(tower: Tower) -> dict[str, torch.Tensor]:
 def tower_parameters(tower: Tower) -> dict[str, nn.Parameter]:
     """The tower's own parameters as the library holds them, by stable key."""
     names = {k: stable_name(k, _layout(tower)) for k in _library_names(tower)}
-    return {
-        names[k]: p for k, p in _library_names(tower).items() if names[k] is not None
-    }
+    return {names[k]: p for k, p in _library_names(tower).items() if names[k] is not None}
 
 
-def load_state(
-    target: dict[str, torch.Tensor], state: dict[str, torch.Tensor], what: str
-) -> None:
+def load_state(target: dict[str, torch.Tensor], state: dict[str, torch.Tensor], what: str) -> None:
     """Copy `state` into the parameters `target`, both under stable keys, strictly.
 
     Raises:
@@ -765,9 +716,7 @@ def load_state(
             parameter.copy_(state[key])
 
 
-def dinov2_as_clip(
-    state: dict[str, torch.Tensor], arch: ClipArch
-) -> dict[str, torch.Tensor]:
+def dinov2_as_clip(state: dict[str, torch.Tensor], arch: ClipArch) -> dict[str, torch.Tensor]:
     """A DINOv2 tower's stable state as the image part of a CLIP with `arch`: the same function of the pixels.
 
     open_clip's patch projection has no bias, so it moves into the positions of the patches; the position grid is
@@ -787,6 +736,4 @@ def dinov2_as_clip(
 def count_parameters(module: nn.Module) -> tuple[int, int]:
     """(trainable, total) parameters, each tensor once."""
     parameters = list(module.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(
-        p.numel() for p in parameters
-    )
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)

@@ -78,9 +78,7 @@ class ClipPass(NamedTuple):
 
 
 @torch.no_grad()
-def clip_pass(
-    tower: Tower, images: torch.Tensor, keep: tuple[int, ...], branch: int = 0
-) -> ClipPass:
+def clip_pass(tower: Tower, images: torch.Tensor, keep: tuple[int, ...], branch: int = 0) -> ClipPass:
     """The plain tower on pictures (B, 3, side, side), with every block's keys and values and the patches in `keep`.
 
     branch: the block (1-based) after which all tokens are kept; 0: none.
@@ -100,14 +98,10 @@ def clip_pass(
     return ClipPass(x[:, 0], x[:, 1:], start, hidden, keys, values, kept)
 
 
-def _block_with_keys(
-    block: Block, x: torch.Tensor, heads: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _block_with_keys(block: Block, x: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One block on x (B, 1 + N, D): its output, and the patches' keys and values (B, heads, N, d)."""
     h = block.norm1(x)
-    q, k, v = (
-        split_heads(project(h), heads) for project in (block.q, block.k, block.v)
-    )  # (B, heads, 1 + N, d)
+    q, k, v = (split_heads(project(h), heads) for project in (block.q, block.k, block.v))  # (B, heads, 1 + N, d)
     x = finish_block(block, x, F.scaled_dot_product_attention(q, k, v))
     return x, k[:, :, 1:], v[:, :, 1:]
 
@@ -130,9 +124,7 @@ class PatchAdapter(nn.Module):
         return patches + (self.share * self.up(inner)).to(patches.dtype), inner
 
 
-def adapted_pass(
-    tower: Tower, seen: ClipPass, adapter: PatchAdapter, after: int
-) -> ClipPass:
+def adapted_pass(tower: Tower, seen: ClipPass, adapter: PatchAdapter, after: int) -> ClipPass:
     """The blocks after number `after` once more, on the patches that the adapter changed there.
 
     seen: the plain pass, with its `branch` after that block. Gradients reach the adapter through the frozen blocks.
@@ -143,11 +135,7 @@ def adapted_pass(
     slim = tower.checkpointing and torch.is_grad_enabled()
     for block in list(tower.blocks())[after:]:
         given = (block, x, tower.heads)
-        x, k, v = (
-            checkpoint(_block_with_keys, *given, use_reentrant=False)
-            if slim
-            else _block_with_keys(*given)
-        )
+        x, k, v = checkpoint(_block_with_keys, *given, use_reentrant=False) if slim else _block_with_keys(*given)
         keys, values = [*keys, k], [*values, v]
     patches = tower.final_norm(x)[:, 1:]
     return seen._replace(patch_tokens=patches, keys=keys, values=values, adapted=inner)
@@ -170,11 +158,7 @@ def run_copies(tower: Tower, seen: ClipPass, bias: torch.Tensor) -> torch.Tensor
     slim = tower.checkpointing and torch.is_grad_enabled()
     for block, keys, values in zip(tower.blocks(), seen.keys, seen.values):
         given = (block, x, keys, values, bias, tower.heads)
-        x = (
-            checkpoint(_copy_block, *given, use_reentrant=False)
-            if slim
-            else _copy_block(*given)
-        )
+        x = checkpoint(_copy_block, *given, use_reentrant=False) if slim else _copy_block(*given)
     return tower.final_norm(x)
 
 
@@ -188,9 +172,7 @@ def _copy_block(
 ) -> torch.Tensor:
     """One block on copies x (B, Q, D) against the patches' keys and values (B, heads, N, d)."""
     h = block.norm1(x)
-    q, k, v = (
-        split_heads(project(h), heads) for project in (block.q, block.k, block.v)
-    )  # (B, heads, Q, d)
+    q, k, v = (split_heads(project(h), heads) for project in (block.q, block.k, block.v))  # (B, heads, Q, d)
     q = q * q.shape[-1] ** -0.5
     to_patches = q @ keys.transpose(-1, -2) + bias.to(q.dtype)  # (B, heads, Q, N)
     to_itself = (q * k).sum(-1, keepdim=True)  # (B, heads, Q, 1)
@@ -211,25 +193,16 @@ def prompt_tokens() -> tuple[tuple[tuple[int, ...], ...], int, int]:
 
     tokenizer = SimpleTokenizer()
     (word,) = tokenizer.encode(PLACEHOLDER)
-    sentences = tuple(
-        (tokenizer.sot_token_id, *tokenizer.encode(text), tokenizer.eot_token_id)
-        for text in PROMPTS
-    )
+    sentences = tuple((tokenizer.sot_token_id, *tokenizer.encode(text), tokenizer.eot_token_id) for text in PROMPTS)
     places = {tuple(i for i, t in enumerate(s) if t == word) for s in sentences}
-    if (
-        len(places) != 1
-        or len(next(iter(places))) != 1
-        or len(sentences[0]) != len(sentences[1])
-    ):
+    if len(places) != 1 or len(next(iter(places))) != 1 or len(sentences[0]) != len(sentences[1]):
         raise ValueError(
             f"the placeholder {PLACEHOLDER!r} must be one token at one and the same place of {PROMPTS}, found {places}"
         )
     return sentences, next(iter(places))[0], tokenizer.vocab_size
 
 
-def prompt_embeddings(
-    tower: Tower, tokens: torch.Tensor, place: int, identity: torch.Tensor
-) -> torch.Tensor:
+def prompt_embeddings(tower: Tower, tokens: torch.Tensor, place: int, identity: torch.Tensor) -> torch.Tensor:
     """The text tower's input: identity (B, W) in place of token `place` of both sentences (2, L) -> (B, 2, L, W)."""
     words = tower.model.token_embedding(tokens)  # (2, L, W)
     at_place = torch.arange(tokens.shape[1], device=tokens.device) == place  # (L,)
@@ -237,9 +210,7 @@ def prompt_embeddings(
     return torch.where(at_place[:, None], identity, words[None])
 
 
-def encode_prompts(
-    tower: Tower, embeddings: torch.Tensor, tokens: torch.Tensor
-) -> torch.Tensor:
+def encode_prompts(tower: Tower, embeddings: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Sentences (B, 2, L, W) through the text tower as one batch of 2B rows -> (B, 2, E), unit norm.
 
     The causal mask is on. What follows the end token cannot reach it under that mask, so the sentences are not padded
@@ -289,26 +260,19 @@ class ForgePerceiver(nn.Module):
         self.middle = range(first, min(first + 3, config.blocks + 1))
         width = config.width
         self.patch_embed = PatchEmbed(config.input_side, config.patch, 3, width)
-        self.position = nn.Parameter(
-            torch.empty(1, self.patch_embed.num_patches, width)
-        )
+        self.position = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, width))
         self.queries = nn.Parameter(torch.empty(1, config.queries, width))
         self.query_position = nn.Parameter(torch.empty(1, config.queries, width))
         for parameter in (self.position, self.queries, self.query_position):
             nn.init.normal_(parameter, std=0.02)
-        self.blocks = nn.ModuleList(
-            TimmBlock(width, config.heads, qkv_bias=True) for _ in range(config.blocks)
-        )
+        self.blocks = nn.ModuleList(TimmBlock(width, config.heads, qkv_bias=True) for _ in range(config.blocks))
         self.blocks.apply(init_weights_vit_timm)
         self.fusions = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(clip_width), nn.Linear(clip_width, width))
-            for _ in config.fusion_after
+            nn.Sequential(nn.LayerNorm(clip_width), nn.Linear(clip_width, width)) for _ in config.fusion_after
         )
         self.norm = LayerNorm(width)
 
-    def forward(
-        self, pixels: torch.Tensor, clip_patches: list[torch.Tensor]
-    ) -> PerceiverOutput:
+    def forward(self, pixels: torch.Tensor, clip_patches: list[torch.Tensor]) -> PerceiverOutput:
         """pixels (B, 3, S, S), normalised; clip_patches: one (B, N, D_clip) per fusion."""
         x = self.patch_embed(pixels)  # (B, N, D)
         queries = self.queries.shape[1]
@@ -363,9 +327,7 @@ class MaskDecoder(nn.Module):
         self.bias_scale = nn.Parameter(torch.tensor(config.bias_scale))
         self.bias_shift = nn.Parameter(torch.zeros(()))
 
-    def forward(
-        self, queries: torch.Tensor, patches: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, queries: torch.Tensor, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """queries (B, Q, D), patches (B, N, D) -> maps (B, Q, N) and biases (B, heads, Q, N)."""
         q = self.on_queries(queries)  # (B, Q, C)
         maps = q @ self.on_patches(patches).transpose(1, 2)
@@ -432,9 +394,7 @@ def _localization_head(queries: int) -> nn.Sequential:
     )
 
 
-def mix_scores(
-    global_logits: torch.Tensor, local_logits: torch.Tensor, alpha: float
-) -> torch.Tensor:
+def mix_scores(global_logits: torch.Tensor, local_logits: torch.Tensor, alpha: float) -> torch.Tensor:
     """The logit (B,) of alpha p_global + (1 - alpha) p_local, the paper's score, from two-class logits (B, 2).
 
     The mixture is of probabilities; both its logarithm and its complement's are taken in the log domain, so that
@@ -480,9 +440,7 @@ class Vlaforge(Member):
             else nn.Linear(arch.embed_dim, arch.text_width, bias=False)
         )
         self.adapter_of_patches = (
-            PatchAdapter(tower.width, settings.adapter_width, settings.adapter_share)
-            if settings.adapter
-            else None
+            PatchAdapter(tower.width, settings.adapter_width, settings.adapter_share) if settings.adapter else None
         )
         self.local_mix = nn.Conv2d(settings.queries, settings.queries, 1)
         self.local_head = nn.Linear(settings.queries, 2)
@@ -549,11 +507,7 @@ class Vlaforge(Member):
         The channel enters as it is. After a softmax it dies in training: both sides of the cosine are learned and most
         of most masks is empty, so the map losses push it to 0 on every patch, and the score is one constant.
         """
-        channel = (
-            vla_logits
-            if self.config.vlaforge.vla_channel == "raw"
-            else vla_logits.softmax(dim=1)
-        )[:, 1:]
+        channel = (vla_logits if self.config.vlaforge.vla_channel == "raw" else vla_logits.softmax(dim=1))[:, 1:]
         mixed = self.local_mix(maps * channel.to(maps.dtype)).mean(dim=(2, 3))  # (B, Q)
         return self.local_head(mixed)
 
@@ -566,9 +520,7 @@ class Vlaforge(Member):
         With a patch adapter, the blocks after it run a second time.
         """
         settings, side = self.config.vlaforge, self.tower.config.arch.image_side
-        small = F.interpolate(
-            images, (side, side), mode="bilinear", align_corners=False
-        )
+        small = F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
         if self.adapter_of_patches is None:
             return clip_pass(self.tower, small, settings.fusion_layers)
         after = settings.adapter_after
@@ -604,15 +556,11 @@ class Vlaforge(Member):
 
     def sentences(self, classes: torch.Tensor) -> torch.Tensor:
         """F_real and F_fake (B, 2, E) of pictures whose class embeddings are (B, E)."""
-        words = prompt_embeddings(
-            self.tower, self.tokens, self.place, self.to_words(classes)
-        )
+        words = prompt_embeddings(self.tower, self.tokens, self.place, self.to_words(classes))
         return encode_prompts(self.tower, words, self.tokens)
 
     # -- losses
-    def loss(
-        self, output: VlaforgeOutput, batch: Batch
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, output: VlaforgeOutput, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
         """The weighted sum of the losses whose weight is not 0 (`vlaforge.w_*`), and each unweighted.
 
         Raises:
@@ -670,9 +618,7 @@ class Vlaforge(Member):
             return within + picture_contrast(x[real], x[fake], forged[fake], tau)
 
         return {
-            "localization": lambda: localization_loss(
-                enlarged(output.localization)[:, 0], masks, each
-            ),
+            "localization": lambda: localization_loss(enlarged(output.localization)[:, 0], masks, each),
             "dice": lambda: dice_loss(
                 enlarged(output.vla_logits).softmax(dim=1)[:, 1],
                 masks,
@@ -738,16 +684,12 @@ def mask_weights(labels: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     return shares[0] + shares[1]
 
 
-def localization_loss(
-    maps: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def localization_loss(maps: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """L_loc: mean squared error of maps (B, H, W) to masks (B, H, W), pictures weighted by `weights` (B,)."""
     return ((maps - masks).square().mean(dim=(1, 2)) * weights).sum()
 
 
-def dice_loss(
-    maps: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor, smooth: float
-) -> torch.Tensor:
+def dice_loss(maps: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor, smooth: float) -> torch.Tensor:
     """L_VLA: 1 - (2 sum(p m) + smooth) / (sum(p) + sum(m) + smooth), pictures weighted by `weights` (B,).
 
     maps, masks: (B, H, W). smooth: in pixels; the member uses the area of one patch, the finest thing its map can
@@ -758,9 +700,7 @@ def dice_loss(
     return ((1 - (2 * both + smooth) / (size + smooth)) * weights).sum()
 
 
-def focal_map_loss(
-    logits: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def focal_map_loss(logits: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Focal loss (gamma 2) per pixel, its mean over each picture weighted by `weights` (B,).
 
     logits: (B, 2, H, W), real before fake. masks: (B, H, W), taken as forged above 0.5.
@@ -782,9 +722,7 @@ def orthogonality_loss(bias: torch.Tensor) -> torch.Tensor:
     return (others / (f.shape[2] * (f.shape[2] - 1))).mean()
 
 
-def patch_contrast(
-    embeddings: torch.Tensor, forged: torch.Tensor, temperature: float
-) -> torch.Tensor:
+def patch_contrast(embeddings: torch.Tensor, forged: torch.Tensor, temperature: float) -> torch.Tensor:
     """Forged against unforged patches within each fake picture (the published code; not in the paper).
 
     -log(P / (P + M)) for the forged and for the unforged, P the sum of exp(cosine / temperature) over pairs of one
@@ -801,9 +739,7 @@ def patch_contrast(
     return _against(forged_pairs, mixed) + _against(unforged_pairs, mixed)
 
 
-def picture_contrast(
-    real: torch.Tensor, fake: torch.Tensor, forged: torch.Tensor, temperature: float
-) -> torch.Tensor:
+def picture_contrast(real: torch.Tensor, fake: torch.Tensor, forged: torch.Tensor, temperature: float) -> torch.Tensor:
     """Patches of a real picture against the forged patches of a fake one, pictures paired in order.
 
     real: (R, N, E). fake: (F, N, E). forged: (F, N) bool. The first min(R, F) of each are used; 0 without a pair.

@@ -110,8 +110,7 @@ class Ensemble:
         self.limit = self.batch_size
         self.looks = dict.fromkeys(self.members, 0)
         by_member = {
-            name: View(c.view, c.face if c.view.source == "face" else None)
-            for name, c in self.configs.items()
+            name: View(c.view, c.face if c.view.source == "face" else None) for name, c in self.configs.items()
         }
         self.views = tuple(dict.fromkeys(by_member.values()))
         self.view_of = {name: self.views.index(v) for name, v in by_member.items()}
@@ -197,9 +196,7 @@ class Ensemble:
                 rows.append(member(views[self.view_of[name]]).logit.float()[:count])
             return torch.stack(rows)
 
-    def finish(
-        self, launched: torch.Tensor, views: Sequence[torch.Tensor]
-    ) -> np.ndarray:
+    def finish(self, launched: torch.Tensor, views: Sequence[torch.Tensor]) -> np.ndarray:
         """`launch`'s result on the host, (members, n) float64, doubtful levels looked at again in float32.
 
         Raises:
@@ -209,9 +206,7 @@ class Ensemble:
         for row, name in enumerate(self.members):
             again = np.flatnonzero(self._doubtful(name, logits[row]))
             if len(again) and name in self.exact:
-                seen = views[self.view_of[name]][
-                    torch.from_numpy(again).to(self.device)
-                ]
+                seen = views[self.view_of[name]][torch.from_numpy(again).to(self.device)]
                 logits[row, again] = self._look_again(name, seen)
                 self.looks[name] += len(again)
             if not np.isfinite(logits[row]).all():
@@ -227,10 +222,7 @@ class Ensemble:
         if name not in self.margins:
             return wrong
         margin, sure = self.margins[name], np.where(wrong, 0.0, logits)
-        low, high = (
-            levels(self.calibrators[name].apply(sure + shift), self.vote.step)
-            for shift in (-margin, margin)
-        )
+        low, high = (levels(self.calibrators[name].apply(sure + shift), self.vote.step) for shift in (-margin, margin))
         return wrong | (low != high)
 
     def _look_again(self, name: str, views: torch.Tensor) -> np.ndarray:
@@ -270,9 +262,7 @@ def load_ensemble(
         precision = "float32"
     elif precision == "auto":
         precision = fastpath.pick_precision(place)
-    chosen = [
-        bundle.configs[n] for n in members or bundle.configs if n in bundle.configs
-    ]
+    chosen = [bundle.configs[n] for n in members or bundle.configs if n in bundle.configs]
     early = narrow_early(chosen, place, precision)
     loaded = load_members(bundle, members, device=place, matrices=early)
     ensemble = Ensemble(
@@ -290,9 +280,7 @@ def load_ensemble(
     return make_fast(ensemble, second_look=second_look and not early)
 
 
-def narrow_early(
-    configs: Iterable[MemberConfig], device: torch.device, precision: str
-) -> dict[str, torch.dtype]:
+def narrow_early(configs: Iterable[MemberConfig], device: torch.device, precision: str) -> dict[str, torch.dtype]:
     """The towers that take half precision as they are read: large ones, on CPU, where memory is short.
 
     Not those with Effort: what it trains has to be merged in float32 first.
@@ -427,18 +415,12 @@ class Reader(Dataset):
                 continue
             boxes = self._locate(pictures, video=item.kind == "video")
             for place, (view, face) in enumerate(self.views):
-                for picture, box in zip(
-                    pictures, boxes.get(face, [None] * len(pictures))
-                ):
-                    cut[place].append(
-                        make_view(picture, view, box, face or FaceConfig())
-                    )
+                for picture, box in zip(pictures, boxes.get(face, [None] * len(pictures))):
+                    cut[place].append(make_view(picture, view, box, face or FaceConfig()))
             shown = next(iter(boxes.values()), [None] * len(pictures))
             rows.append(row._replace(frames=numbers, faces=[_brief(b) for b in shown]))
         views = [
-            torch.from_numpy(np.stack(c))
-            if c
-            else torch.empty(0, v.view.side, v.view.side, 3, dtype=torch.uint8)
+            torch.from_numpy(np.stack(c)) if c else torch.empty(0, v.view.side, v.view.side, 3, dtype=torch.uint8)
             for c, v in zip(cut, self.views)
         ]
         return Prepared(rows, views)
@@ -452,34 +434,23 @@ class Reader(Dataset):
             numbers, pictures = [], [decode_image(item.path)]
         if self.degradation is not None:
             names = [f"{item.name}#{n}" for n in numbers] or [item.name]
-            pictures = [
-                degraded_picture(p, name, self.degradation, self.seed)
-                for p, name in zip(pictures, names)
-            ]
+            pictures = [degraded_picture(p, name, self.degradation, self.seed) for p, name in zip(pictures, names)]
         return numbers, pictures
 
-    def _locate(
-        self, pictures: list[np.ndarray], *, video: bool
-    ) -> dict[FaceConfig, list[FaceBox | None]]:
+    def _locate(self, pictures: list[np.ndarray], *, video: bool) -> dict[FaceConfig, list[FaceBox | None]]:
         """By face configuration, the chosen face of every picture; of a video, one person's."""
         size = pictures[0].shape[:2]
         seen = [locate_once(self.locators, picture) for picture in pictures]
         found = {}
         for config in self.locators:
             faces = [of_picture[config] for of_picture in seen]
-            found[config] = (
-                choose_track(faces, *size, config)
-                if video
-                else [choose_face(faces[0], *size, config)]
-            )
+            found[config] = choose_track(faces, *size, config) if video else [choose_face(faces[0], *size, config)]
         return found
 
 
 def _brief(face: FaceBox | None) -> list[float] | None:
     """Box in hundredths of a pixel and score: what the journal and the sidecar keep of a face."""
-    return (
-        None if face is None else [*(round(v, 2) for v in face[:4]), round(face[4], 5)]
-    )
+    return None if face is None else [*(round(v, 2) for v in face[:4]), round(face[4], 5)]
 
 
 def _worker(_: int) -> None:
@@ -565,10 +536,7 @@ def stream(
     )
     before: tuple[Prepared, list[torch.Tensor], torch.Tensor | None] | None = None
     for prepared in loader:
-        views = [
-            view.to(ensemble.device, non_blocking=True).permute(0, 3, 1, 2)
-            for view in prepared.views
-        ]
+        views = [view.to(ensemble.device, non_blocking=True).permute(0, 3, 1, 2) for view in prepared.views]
         launched = ensemble.launch(views) if len(views[0]) else None
         if before is not None:
             yield _finished(ensemble, *before)
@@ -620,10 +588,7 @@ def score_pictures(
     from tqdm import tqdm
 
     size = batch_size or ensemble.batch_size
-    listed = [
-        (i, Input(item.name, item.path, _kind(item.path)))
-        for i, item in enumerate(items)
-    ]
+    listed = [(i, Input(item.name, item.path, _kind(item.path))) for i, item in enumerate(items)]
     batches = [listed[i : i + size] for i in range(0, len(listed), size)]
     reader = Reader(ensemble.views, degradation=degradation, seed=seed)
     logits = {name: np.empty(len(listed)) for name in ensemble.members}
@@ -662,9 +627,7 @@ def judge(
     start = 0
     for row in rows:
         if row.error:
-            result.append(
-                SidecarRow(row.name, "failed", row.error, None, {}, {}, NEUTRAL)
-            )
+            result.append(SidecarRow(row.name, "failed", row.error, None, {}, {}, NEUTRAL))
             continue
         stop = start + len(row.faces)
         of_frames = [
@@ -678,9 +641,7 @@ def judge(
                 float(scores[k]),
                 number,
             )
-            for k, face, number in zip(
-                range(start, stop), row.faces, row.frames or [None]
-            )
+            for k, face, number in zip(range(start, stop), row.faces, row.frames or [None])
         ]
         if row.frames:
             whole = _of_video(row, of_frames, vote, calibrators, video_mean)
@@ -692,10 +653,7 @@ def judge(
 
 def _joined(rows: Sequence[Scored], names: Iterable[str]) -> dict[str, np.ndarray]:
     """Logits (frames,) of every scored frame, by member."""
-    return {
-        name: np.concatenate([row.logits[name] for row in rows if not row.error])
-        for name in names
-    }
+    return {name: np.concatenate([row.logits[name] for row in rows if not row.error]) for name in names}
 
 
 def _vote(
@@ -722,10 +680,7 @@ def _of_video(
         p, grid, scores = _vote(means, vote, calibrators)
         score = float(scores[0])
     else:
-        p = {
-            name: np.array([np.mean([f.p_fake[name] for f in frames])])
-            for name in row.logits
-        }
+        p = {name: np.array([np.mean([f.p_fake[name] for f in frames])]) for name in row.logits}
         grid = {name: levels(values, vote.step) for name, values in p.items()}
         score = float(np.mean([f.score for f in frames]))
     return SidecarRow(
@@ -749,10 +704,7 @@ class RayScorer:
 
     def __call__(self, given: dict[str, np.ndarray]) -> dict[str, list[str]]:
         (text,) = given["batch"]
-        batch = [
-            (index, Input(name, Path(path), kind))
-            for index, name, path, kind in json.loads(str(text))
-        ]
+        batch = [(index, Input(name, Path(path), kind)) for index, name, path, kind in json.loads(str(text))]
         (rows,) = stream(self.ensemble, [batch], self.reader, workers=0)
         return {"rows": [json.dumps(rows)]}
 
@@ -775,17 +727,12 @@ def ray_stream(
     try:
         import ray
     except ModuleNotFoundError:
-        raise ScoringError(
-            "--engine ray needs Ray: pip install 'ray[data]' (or leave --engine out)"
-        ) from None
+        raise ScoringError("--engine ray needs Ray: pip install 'ray[data]' (or leave --engine out)") from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     total = ray.cluster_resources().get("GPU" if gpu else "CPU", 1)
-    listed = [
-        {"batch": json.dumps([(i, x.name, str(x.path), x.kind) for i, x in batch])}
-        for batch in batches
-    ]
+    listed = [{"batch": json.dumps([(i, x.name, str(x.path), x.kind) for i, x in batch])} for batch in batches]
     if not listed:
         return
     scored = ray.data.from_items(listed).map_batches(

@@ -76,15 +76,11 @@ def ensure_writable(path: Path | str) -> None:
                 raise SubmissionError(f"{path} is there and is not a regular file")
             open(path, "ab").close()
         if not folder.is_dir():
-            raise SubmissionError(
-                f"{path} cannot be written: there is no folder {folder}; create it first"
-            )
+            raise SubmissionError(f"{path} cannot be written: there is no folder {folder}; create it first")
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
-        raise SubmissionError(
-            f"{path} cannot be written: {error.strerror or error}"
-        ) from None
+        raise SubmissionError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def score_format(path: Path | str) -> str:
@@ -95,9 +91,7 @@ def score_format(path: Path | str) -> str:
     """
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
-        raise SubmissionError(
-            f"{path}: suffix {suffix!r}; scores are written as {', '.join(FORMATS)}"
-        )
+        raise SubmissionError(f"{path}: suffix {suffix!r}; scores are written as {', '.join(FORMATS)}")
     return suffix
 
 
@@ -112,9 +106,7 @@ def run_path(out: Path | str) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------- scores
-def write_scores(
-    rows: Iterable[tuple[str, float]], out: Path | str, decimals: int = 6
-) -> None:
+def write_scores(rows: Iterable[tuple[str, float]], out: Path | str, decimals: int = 6) -> None:
     """Write (name, P(fake)) rows to `out`: `.csv` in the order given, `.txt` and `.zip` in name order.
 
     The same rows give the same bytes, the zip's too.
@@ -136,19 +128,13 @@ def write_scores(
     write_atomically(out, text if kind == ".txt" else _zipped(text))
 
 
-def _checked(
-    rows: Iterable[tuple[str, float]], out: Path | str
-) -> Iterator[tuple[str, float]]:
+def _checked(rows: Iterable[tuple[str, float]], out: Path | str) -> Iterator[tuple[str, float]]:
     seen = set()
     for name, p in rows:
         if name in seen:
-            raise SubmissionError(
-                f"{out}: {name!r} comes twice; every picture has one row"
-            )
+            raise SubmissionError(f"{out}: {name!r} comes twice; every picture has one row")
         if not 0 <= p <= 1:  # NaN too
-            raise SubmissionError(
-                f"{out}: the score of {name!r} is {p}; expected 0 to 1"
-            )
+            raise SubmissionError(f"{out}: the score of {name!r} is {p}; expected 0 to 1")
         if "\r" in name:
             raise SubmissionError(f"{out}: {name!r} holds a carriage return")
         seen.add(name)
@@ -178,9 +164,7 @@ def read_scores(path: Path | str) -> dict[str, float]:
         except ValueError:
             value = math.nan
         if not 0 <= value <= 1:
-            raise SubmissionError(
-                f"{path}, {where}: expected a number from 0 to 1, found {text!r}"
-            )
+            raise SubmissionError(f"{path}, {where}: expected a number from 0 to 1, found {text!r}")
         if name in scores:
             raise SubmissionError(f"{path}, {where}: {name!r} comes twice")
         scores[name] = value
@@ -199,15 +183,11 @@ def _read_rows(path: Path) -> Iterator[tuple[str, str, str]]:
     reader = csv.reader(io.StringIO(_decoded(path, _read(path)), newline=""))
     header = next(reader, [])
     if header != ["image", "score"]:
-        raise SubmissionError(
-            f"{path}: expected the header image,score, found {','.join(header)!r}"
-        )
+        raise SubmissionError(f"{path}: expected the header image,score, found {','.join(header)!r}")
     for row in reader:
         where = f"line {reader.line_num}"
         if len(row) != 2:
-            raise SubmissionError(
-                f"{path}, {where}: expected two columns, found {len(row)}"
-            )
+            raise SubmissionError(f"{path}, {where}: expected two columns, found {len(row)}")
         yield where, row[0], row[1]
 
 
@@ -230,9 +210,7 @@ def _unzipped(path: Path, content: bytes) -> str:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             names = archive.namelist()
             if names != [MEMBER_NAME]:
-                raise SubmissionError(
-                    f"{path}: expected exactly one member {MEMBER_NAME}, found {names}"
-                )
+                raise SubmissionError(f"{path}: expected exactly one member {MEMBER_NAME}, found {names}")
             return _decoded(path, archive.read(MEMBER_NAME))
     except zipfile.BadZipFile as error:
         raise SubmissionError(f"{path}: not a sound zip ({error})") from None
@@ -248,9 +226,7 @@ def check_submission(path: Path | str, expected_count: int | None = None) -> Sum
     if not values:
         raise SubmissionError(f"{path}: no scores in it")
     if expected_count is not None and len(values) != expected_count:
-        raise SubmissionError(
-            f"{path}: {len(values)} scores; expected {expected_count}"
-        )
+        raise SubmissionError(f"{path}: {len(values)} scores; expected {expected_count}")
     return Summary(len(values), min(values), max(values), len(set(values)))
 
 
@@ -270,10 +246,7 @@ def order_warning(names: Iterable[str]) -> str | None:
 
 def _numeric(name: str) -> list[tuple[str, int]]:
     """A sort key that differs from name order only in taking a run of digits for its number."""
-    return [
-        ("0", int(run)) if run[0] in "0123456789" else (run, 0)
-        for run in re.findall("[0-9]+|[^0-9]", name)
-    ]
+    return [("0", int(run)) if run[0] in "0123456789" else (run, 0) for run in re.findall("[0-9]+|[^0-9]", name)]
 
 
 # ---------------------------------------------------------------------------------------------------- sidecar
@@ -311,19 +284,14 @@ def write_sidecar(
         for row in rows:
             if row.status not in STATUSES:
                 raise SubmissionError(
-                    f"{out}: {row.image!r} has status {row.status!r}; "
-                    f"expected one of {', '.join(STATUSES)}"
+                    f"{out}: {row.image!r} has status {row.status!r}; expected one of {', '.join(STATUSES)}"
                 )
             if row.frame is not None and not frames:
-                raise SubmissionError(
-                    f"{out}: {row.image!r} has frames; pass frames=True"
-                )
+                raise SubmissionError(f"{out}: {row.image!r} has frames; pass frames=True")
             writer.writerow(_cells(row, members, decimals, frames))
 
 
-def _cells(
-    row: SidecarRow, members: Sequence[str], decimals: int, frames: bool
-) -> Iterator[Any]:
+def _cells(row: SidecarRow, members: Sequence[str], decimals: int, frames: bool) -> Iterator[Any]:
     yield row.image
     if frames:
         yield "" if row.frame is None else row.frame
@@ -362,9 +330,7 @@ def merge(parts: Sequence[Path], out: Path) -> int:
         read_scores(part)  # every value is sound
         for where, name, text in _read_rows(_named(part)):
             if name in scores:
-                raise SubmissionError(
-                    f"{part}, {where}: {name!r} is in another part too"
-                )
+                raise SubmissionError(f"{part}, {where}: {name!r} is in another part too")
             scores[name] = text
     decimals = max((len(t.partition(".")[2]) for t in scores.values()), default=6)
     sidecars = [members_path(part) for part in parts]
@@ -374,17 +340,13 @@ def merge(parts: Sequence[Path], out: Path) -> int:
     if any(runs.values()):
         record = {"merged": runs}
         write_atomically(run_path(out), json.dumps(record, indent=1) + "\n")
-    write_scores(
-        ((name, float(scores[name])) for name in sorted(scores)), out, decimals
-    )
+    write_scores(((name, float(scores[name])) for name in sorted(scores)), out, decimals)
     return failed
 
 
 def _named(part: Path) -> Path:
     if score_format(part) != ".csv":
-        raise SubmissionError(
-            f"{part}: parts are joined by name; expected a .csv, which has names"
-        )
+        raise SubmissionError(f"{part}: parts are joined by name; expected a .csv, which has names")
     return part
 
 
@@ -402,15 +364,10 @@ def _read_run(part: Path) -> dict[str, Any]:
 
 
 def _check_shards(runs: Mapping[str, Mapping[str, Any]]) -> None:
-    weights = {
-        json.dumps(run["weights"], sort_keys=True)
-        for run in runs.values()
-        if "weights" in run
-    }
+    weights = {json.dumps(run["weights"], sort_keys=True) for run in runs.values() if "weights" in run}
     if len(weights) > 1:
         raise SubmissionError(
-            f"the parts {', '.join(runs)} were scored with different weights; "
-            "score them again with the same"
+            f"the parts {', '.join(runs)} were scored with different weights; score them again with the same"
         )
     shards = {part: run.get("shard") for part, run in runs.items()}
     if not any(shards.values()):
@@ -420,22 +377,16 @@ def _check_shards(runs: Mapping[str, Mapping[str, Any]]) -> None:
     for part, shard in shards.items():
         match = re.fullmatch(r"([0-9]+)/([0-9]+)", str(shard))
         if match is None:
-            raise SubmissionError(
-                f'{run_path(part)}: expected "shard": "i/n" as in the other parts, found {shard!r}'
-            )
+            raise SubmissionError(f'{run_path(part)}: expected "shard": "i/n" as in the other parts, found {shard!r}')
         index, count = int(match[1]), int(match[2])
         if total and count != total:
-            raise SubmissionError(
-                f"{part} is shard {shard}, another part is one of {total}"
-            )
+            raise SubmissionError(f"{part} is shard {shard}, another part is one of {total}")
         if index in found:
             raise SubmissionError(f"{part} and {found[index]} are both shard {shard}")
         found[index], total = part, count
     missing = [f"{i}/{total}" for i in range(1, total + 1) if i not in found]
     if missing:
-        raise SubmissionError(
-            f"shard {', '.join(missing)} is missing; name all {total} parts"
-        )
+        raise SubmissionError(f"shard {', '.join(missing)} is missing; name all {total} parts")
 
 
 def _merge_sidecars(paths: Sequence[Path], out: Path) -> int:
@@ -446,9 +397,7 @@ def _merge_sidecars(paths: Sequence[Path], out: Path) -> int:
         reader = csv.DictReader(io.StringIO(_decoded(path, _read(path)), newline=""))
         columns = list(reader.fieldnames or ())
         if header and not set(columns) ^ set(header) <= {"frame"}:
-            raise SubmissionError(
-                f"{path}: columns {','.join(columns)}; expected {','.join(header)}"
-            )
+            raise SubmissionError(f"{path}: columns {','.join(columns)}; expected {','.join(header)}")
         header = max(header, columns, key=len)
         rows += list(reader)
     rows.sort(key=lambda row: row["image"])  # stable: frames keep their order
@@ -466,9 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     joining = commands.add_parser("merge", help="join the parts of a sharded run")
     joining.add_argument("parts", nargs="+", type=Path, metavar="PART.csv")
-    joining.add_argument(
-        "--out", type=Path, required=True, help=f"{', '.join(FORMATS)}"
-    )
+    joining.add_argument("--out", type=Path, required=True, help=f"{', '.join(FORMATS)}")
     checking = commands.add_parser("check", help="read a submission as the judges do")
     checking.add_argument("file", type=Path)
     checking.add_argument("--count", type=int, help="how many scores are expected")
@@ -486,9 +433,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SubmissionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(
-        f"{given.file}: {found.count} scores, {found.lowest:g} to {found.highest:g}, {found.distinct} distinct"
-    )
+    print(f"{given.file}: {found.count} scores, {found.lowest:g} to {found.highest:g}, {found.distinct} distinct")
     return 0
 
 

@@ -163,15 +163,11 @@ class Journal:
                 offset += len(line)
         self._read_to[rank] = offset
 
-    def _note(
-        self, row: Scored, rank: int, offset: int, check: bool, places: _Places
-    ) -> None:
+    def _note(self, row: Scored, rank: int, offset: int, check: bool, places: _Places) -> None:
         index = places.of(row)
         if index is None:
             return
-        usable = not check or (
-            not row.error and (row.size, row.mtime) == stamp(self.inputs[index].path)
-        )
+        usable = not check or (not row.error and (row.size, row.mtime) == stamp(self.inputs[index].path))
         if usable:
             self._file[index], self._offset[index] = rank, offset
 

@@ -67,9 +67,7 @@ def combine(p_by_member: Mapping[str, np.ndarray], vote: VoteConfig) -> np.ndarr
         return np.minimum(mean, 1.0)
     decimals = round(-math.log10(vote.step))
     if not math.isclose(vote.step, 10.0**-decimals):
-        raise ValueError(
-            f"vote.step is {vote.step}: a rounded mean (`levels_rounded`) needs 1, 0.1, 0.01, ..."
-        )
+        raise ValueError(f"vote.step is {vote.step}: a rounded mean (`levels_rounded`) needs 1, 0.1, 0.01, ...")
     return np.round(mean, decimals)
 
 
@@ -108,9 +106,7 @@ def search_weights(
     groups = np.zeros(len(labels)) if groups is None else np.asarray(groups)
     parts = [groups == group for group in np.unique(groups)]
     candidates = [
-        weights
-        for weights in itertools.product(range(max_vote + 1), repeat=len(names))
-        if math.gcd(*weights) == 1
+        weights for weights in itertools.product(range(max_vote + 1), repeat=len(names)) if math.gcd(*weights) == 1
     ]
     # Simplest first, so that a later one must be better by more than rounding noise.
     candidates.sort(key=lambda w: (sum(map(bool, w)), sum(w), [-v for v in w]))
@@ -119,18 +115,14 @@ def search_weights(
         votes = np.asarray(weights) @ steps
         area = float(np.mean([metrics.auc(labels[r], votes[r]) for r in parts]))
         voters = sum(map(bool, weights))
-        objective = (
-            area - penalty * (voters - 1) - penalty / 10 * (sum(weights) - voters)
-        )
+        objective = area - penalty * (voters - 1) - penalty / 10 * (sum(weights) - voters)
         if objective > best[0] + TOLERANCE:
             best = objective, area, weights
     objective, area, weights = best
     return VoteSearch(dict(zip(names, weights)), area, objective, len(candidates))
 
 
-def threshold_at_false_alarm(
-    labels: np.ndarray, scores: np.ndarray, rate: float
-) -> float:
+def threshold_at_false_alarm(labels: np.ndarray, scores: np.ndarray, rate: float) -> float:
     """The lowest threshold (fake at or above) that calls at most `rate` of the real pictures fake.
 
     It lies halfway between two scores that occur, so that rounding noise decides nothing. If already the highest score
@@ -182,9 +174,7 @@ def _probability(p: np.ndarray, name: str) -> np.ndarray:
     p = np.asarray(p, dtype=np.float64)
     if not (np.greater_equal(p, 0) & np.less_equal(p, 1)).all():
         wrong = p[~(np.greater_equal(p, 0) & np.less_equal(p, 1))]
-        raise ValueError(
-            f"{name}: {wrong.size} of {p.size} values are not in [0, 1] (the first is {wrong.flat[0]})"
-        )
+        raise ValueError(f"{name}: {wrong.size} of {p.size} values are not in [0, 1] (the first is {wrong.flat[0]})")
     return p
 
 

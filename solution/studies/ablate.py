@@ -76,9 +76,7 @@ STUDIES = {
 
 
 # ------------------------------------------------------------------------------------------------ runs
-def train_command(
-    study: Study, variant: str, seed: int, out: Path, given: Sequence[str]
-) -> list[str]:
+def train_command(study: Study, variant: str, seed: int, out: Path, given: Sequence[str]) -> list[str]:
     """The `solution.train` call of one run."""
     settings = [*study.shared, *study.variants[variant], f"train.seed={seed}"]
     sets = [word for setting in settings for word in ("--set", setting)]
@@ -151,21 +149,13 @@ def compare(folder: Path, study: Study, draws: int = 2000) -> list[dict[str, Any
                 "high": interval.high,
             }
             if shared and variant != reference:
-                pair = [
-                    np.stack([runs[v][s][index] for s in shared])
-                    for v in (variant, reference)
-                ]
-                test = metrics.paired_auc_test(
-                    labels, *pair, method="bootstrap", draws=draws
-                )
+                pair = [np.stack([runs[v][s][index] for s in shared]) for v in (variant, reference)]
+                test = metrics.paired_auc_test(labels, *pair, method="bootstrap", draws=draws)
                 told["difference"] = {
                     "value": test.difference,
                     "low": test.low,
                     "high": test.high,
-                    "by_seed": [
-                        metrics.auc(labels, a) - metrics.auc(labels, b)
-                        for a, b in zip(*pair)
-                    ],
+                    "by_seed": [metrics.auc(labels, a) - metrics.auc(labels, b) for a, b in zip(*pair)],
                     "paired_seeds": shared,
                 }
             row[condition] = told
@@ -188,9 +178,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             spread = f" ({each})" if len(told["auc"]) > 1 else ""
             cells.append(f"{_plain(told['mean'])}{spread}")
             d = told.get("difference")
-            cells.append(
-                f"{d['value']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})" if d else ""
-            )
+            cells.append(f"{d['value']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})" if d else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -204,23 +192,17 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 usage, 130 interrupted and resumable, or that of the training that failed."""
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m solution.studies.ablate", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m solution.studies.ablate", description=__doc__.splitlines()[0])
     parser.add_argument("--study", required=True, choices=list(STUDIES))
     parser.add_argument("--out", required=True, type=Path, help="folder of all runs")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--variants", default="", help="comma-separated; default: all")
-    parser.add_argument(
-        "--table", action="store_true", help="train nothing; compare what is there"
-    )
+    parser.add_argument("--table", action="store_true", help="train nothing; compare what is there")
     args = parser.parse_args(argv[:split])
     study, given = STUDIES[args.study], argv[split + 1 :]
     variants = args.variants.split(",") if args.variants else list(study.variants)
     if unknown := set(variants) - set(study.variants):
-        parser.error(
-            f"--variants {', '.join(sorted(unknown))}: {args.study} has {', '.join(study.variants)}"
-        )
+        parser.error(f"--variants {', '.join(sorted(unknown))}: {args.study} has {', '.join(study.variants)}")
     folder = args.out / args.study
     for seed in [] if args.table else [int(s) for s in args.seeds.split(",")]:
         for variant in variants:

@@ -76,9 +76,7 @@ def conditions(strengths: Sequence[float], seed: int) -> list[Condition]:
     found = [CLEAN]
     ops = tuple(op for op in OPS if op != "distractor")
     for s in strengths:
-        config = DegradationConfig(
-            global_p=1.0, op_p=1.0, cycle_p=1.0, strength=s, ops=ops
-        )
+        config = DegradationConfig(global_p=1.0, op_p=1.0, cycle_p=1.0, strength=s, ops=ops)
         text = f"every op but the distractor, strength {s:g}"
         found.append(Condition(f"strength {s:g}", "drift", text, s, seed, config))
     return found
@@ -97,9 +95,7 @@ class Seen(NamedTuple):
     face: np.ndarray
 
 
-def see(
-    picture: np.ndarray, views: Sequence[View], locators: Mapping[FaceConfig, Any]
-) -> Seen:
+def see(picture: np.ndarray, views: Sequence[View], locators: Mapping[FaceConfig, Any]) -> Seen:
     """Cut every view of a picture (H, W, 3), faces located in it as submission does; no locators: no faces."""
     size = picture.shape[:2]
     found = locate_once(locators, picture)
@@ -148,9 +144,7 @@ def _worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _batches(
-    data: _Pictures, size: int, workers: int
-) -> Iterator[tuple[slice, list[Seen]]]:
+def _batches(data: _Pictures, size: int, workers: int) -> Iterator[tuple[slice, list[Seen]]]:
     loader = DataLoader(
         data,
         batch_size=size,
@@ -312,9 +306,7 @@ class Measurement:
     def _store(self, name: str, quantity: str, rows: slice, values) -> None:
         values = values.cpu().numpy()
         shape = (len(self.items), *values.shape[1:])
-        array = self.arrays.setdefault(
-            f"{name}|{quantity}", np.full(shape, np.nan, values.dtype)
-        )
+        array = self.arrays.setdefault(f"{name}|{quantity}", np.full(shape, np.nan, values.dtype))
         array[rows] = values
 
     def _put(self, name: str, quantity: str, row: int, value: float) -> None:
@@ -375,9 +367,7 @@ def _read(path: Path) -> Arrays:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise EvaluationError(
-            f"{path}: not a file of measurements ({error}); delete it and run again"
-        ) from None
+        raise EvaluationError(f"{path}: not a file of measurements ({error}); delete it and run again") from None
 
 
 # ------------------------------------------------------------------------------------------------ likeness
@@ -431,10 +421,7 @@ def likeness(features: Mapping[str, np.ndarray], seed: int) -> list[dict[str, An
 
     def table(keep: np.ndarray) -> dict[str, float]:
         kept = {name: gram[np.ix_(keep, keep)] for name, gram in grams.items()}
-        pairs = {
-            (a, b): _aligned(kept[a], kept[b])
-            for a, b in itertools.combinations(names, 2)
-        }
+        pairs = {(a, b): _aligned(kept[a], kept[b]) for a, b in itertools.combinations(names, 2)}
         found = {f"{a} & {b}": value for (a, b), value in pairs.items()}
         for name in names:
             found[name] = float(np.mean([v for p, v in pairs.items() if name in p]))
@@ -535,10 +522,7 @@ def _quantities(
 
 def _scores(arrays: Arrays, ensemble: Ensemble) -> Arrays:
     """P(fake) (N,) of every member, and the vote."""
-    p = {
-        name: ensemble.calibrators[name].apply(arrays[f"{name}|logit"])
-        for name in ensemble.members
-    }
+    p = {name: ensemble.calibrators[name].apply(arrays[f"{name}|logit"]) for name in ensemble.members}
     known = {name: x for name, x in p.items() if name in ensemble.vote.weights}
     return {**p, ENSEMBLE: combine(known, ensemble.vote)}
 

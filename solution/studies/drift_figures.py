@@ -107,19 +107,12 @@ def _curves(results: Mapping[str, Any], colours: Mapping[str, Any]) -> Any:
     for axes in grid[len(present) :]:
         axes.set_axis_off()
     people = sorted({who for q in present for who in _of(rows, q)}, key=_place)
-    handles = [
-        Line2D([], [], color=_colour(who, colours), linewidth=2, label=who)
-        for who in people
-    ]
+    handles = [Line2D([], [], color=_colour(who, colours), linewidth=2, label=who) for who in people]
     if any(q.startswith("outside") for q in present):
-        dashes = Line2D(
-            [], [], color=colours["muted"], linewidth=1, linestyle=(0, (2, 2))
-        )
+        dashes = Line2D([], [], color=colours["muted"], linewidth=1, linestyle=(0, (2, 2)))
         dashes.set_label("an even map")
         handles.append(dashes)
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False
-    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 
 

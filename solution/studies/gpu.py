@@ -94,9 +94,7 @@ class LeftOut(Exception):
 # ------------------------------------------------------------------------------------------------ entry
 def add_gpu(stages: argparse._SubParsersAction) -> None:
     """`gpu`: every claim about speed on a GPU, within a budget of seconds."""
-    parser = stages.add_parser(
-        "gpu", help="every claim about speed on a GPU, within a budget of seconds"
-    )
+    parser = stages.add_parser("gpu", help="every claim about speed on a GPU, within a budget of seconds")
     add = parser.add_argument
     add("--budget", type=float, default=360, help="seconds for everything")
     add("--out", type=Path, required=True, help="folder of gpu.json")
@@ -180,9 +178,7 @@ class Bench:
         """
         least = 0.0 if self.device.type == "cpu" else seconds
         if self.left() <= least:
-            raise LeftOut(
-                f"{what}: {max(0.0, self.left()):.0f} s left, {least:.0f} needed"
-            )
+            raise LeftOut(f"{what}: {max(0.0, self.left()):.0f} s left, {least:.0f} needed")
 
     def run(self, name: str) -> None:
         """One stage: its result, the reason it was skipped, or its error, into `found` and the file."""
@@ -237,10 +233,7 @@ def seconds_of(bench: Bench, call: Callable[[], Any], *, repeats: int = 0) -> fl
         call()
         mark.record()
     torch.cuda.synchronize()
-    return (
-        float(np.median([a.elapsed_time(b) for a, b in itertools.pairwise(marks)]))
-        / 1e3
-    )
+    return float(np.median([a.elapsed_time(b) for a, b in itertools.pairwise(marks)])) / 1e3
 
 
 def peak_reset(bench: Bench) -> None:
@@ -266,10 +259,7 @@ def pictures(bench: Bench, count: int, side: int, seed: int = 0):
     import torch.nn.functional as F
 
     drawn = torch.Generator(bench.device).manual_seed(seed)
-    coarse, fine = (
-        torch.rand(count, 3, size, size, generator=drawn, device=bench.device)
-        for size in (8, side)
-    )
+    coarse, fine = (torch.rand(count, 3, size, size, generator=drawn, device=bench.device) for size in (8, side))
     grown = F.interpolate(coarse, (side, side), mode="bicubic", align_corners=False)
     return (255 * (0.8 * grown + 0.2 * fine)).clamp(0, 255).to(torch.uint8)
 
@@ -405,9 +395,7 @@ def stage_card(bench: Bench, entry: dict) -> None:
     bench.rates["tf32"] = matrix_rate(bench, side, torch.float32)
     torch.set_float32_matmul_precision(before)
     entry["matrix_tflops"] = {k: v / 1e12 for k, v in bench.rates.items()}
-    source = torch.randint(
-        0, 255, (bench.sizes.copy,), dtype=torch.uint8, device=bench.device
-    )
+    source = torch.randint(0, 255, (bench.sizes.copy,), dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
     spent = seconds_of(bench, lambda: target.copy_(source), repeats=9)
     entry["copy_tb_per_s"] = 2 * bench.sizes.copy / spent / 1e12
@@ -417,10 +405,7 @@ def matrix_rate(bench: Bench, side: int, dtype: Any) -> float:
     """FLOP/s of a square matrix product of random numbers, several input sets in turn."""
     import torch
 
-    sets = [
-        [torch.randn(side, side, device=bench.device).to(dtype) for _ in range(2)]
-        for _ in range(2)
-    ]
+    sets = [[torch.randn(side, side, device=bench.device).to(dtype) for _ in range(2)] for _ in range(2)]
     turns = iter(range(1 << 30))
 
     def call():
@@ -534,9 +519,7 @@ def ours(bench: Bench, entry: dict, kind: str, *, search: bool) -> None:
     time_streams(bench, entry, members, kind, "compiled")
 
 
-def time_streams(
-    bench: Bench, entry: dict, members: Mapping[str, Any], kind: str, way: str
-) -> None:
+def time_streams(bench: Bench, entry: dict, members: Mapping[str, Any], kind: str, way: str) -> None:
     """Pictures/s of each stream and of all at the batch, peak memory, against the straightforward way; logits."""
     peak_reset(bench)
     each, found = {}, {}
@@ -578,9 +561,7 @@ def stage_parity(bench: Bench, entry: dict) -> None:
         entry[way] = {}
         for name, logits in found.items():
             middle, scale = np.median(exact[name]), 2 / exact[name].std()
-            ours_p, true_p = (
-                1 / (1 + np.exp(-(z - middle) * scale)) for z in (logits, exact[name])
-            )
+            ours_p, true_p = (1 / (1 + np.exp(-(z - middle) * scale)) for z in (logits, exact[name]))
             rms = float(np.sqrt(np.mean((logits - exact[name]) ** 2)))
             entry[way][name] = departure(ours_p, true_p) | {"logit_rms": rms}
 
@@ -612,9 +593,7 @@ def stage_kernels(bench: Bench, entry: dict) -> None:
     call()
     entry["eager_kernels"] = kernels_of(bench, call)
     bench.need(25, "kernels of the compiled tower")
-    compile_towers(
-        members, **({"backend": "eager"} if bench.device.type == "cpu" else {})
-    )
+    compile_towers(members, **({"backend": "eager"} if bench.device.type == "cpu" else {}))
     call()
     entry["compiled_kernels"] = kernels_of(bench, call)
     del members
@@ -640,8 +619,7 @@ def block_products(bench: Bench, entry: dict) -> None:
     entry["products"], work, total = {}, 0.0, 0.0
     for name, (inside, out) in shapes.items():
         given = [
-            torch.randn(*size, device=bench.device).half() * 0.05
-            for size in ((rows, inside), (out, inside), (out,))
+            torch.randn(*size, device=bench.device).half() * 0.05 for size in ((rows, inside), (out, inside), (out,))
         ]
         spent = seconds_of(bench, functools.partial(F.linear, *given), repeats=11)
         flops = 2 * rows * inside * out
@@ -680,9 +658,7 @@ def attention_rates(bench: Bench, entry: dict) -> None:
             continue
         with sdpa_kernel(backend) if backend else contextlib.nullcontext():
             try:
-                spent = seconds_of(
-                    bench, lambda: F.scaled_dot_product_attention(q, k, v), repeats=11
-                )
+                spent = seconds_of(bench, lambda: F.scaled_dot_product_attention(q, k, v), repeats=11)
             except RuntimeError as error:
                 entry["attention"][name] = {"refused": str(error).splitlines()[0]}
                 continue
@@ -784,11 +760,7 @@ def draw_files(bench: Bench) -> list:
     folder = bench.folder / "pictures"
     if not folder.exists():
         folder.mkdir()
-        photos = (
-            [decode_image(p) for p in sorted(PHOTOS.glob("*"))]
-            if PHOTOS.is_dir()
-            else []
-        )
+        photos = [decode_image(p) for p in sorted(PHOTOS.glob("*"))] if PHOTOS.is_dir() else []
         rng = np.random.default_rng(0)
         kinds = min(bench.sizes.files, 96)
         for index in range(kinds):
@@ -796,9 +768,7 @@ def draw_files(bench: Bench) -> list:
             if photos and index % 2:
                 picture = photos[int(rng.integers(len(photos)))]
                 height = max(32, round(side * picture.shape[0] / picture.shape[1]))
-                picture = cv2.resize(
-                    picture, (side, height), interpolation=cv2.INTER_AREA
-                )
+                picture = cv2.resize(picture, (side, height), interpolation=cv2.INTER_AREA)
             else:
                 picture = drawn_face(side, index)
             noisy = picture + rng.normal(0, 4, picture.shape)
@@ -807,9 +777,7 @@ def draw_files(bench: Bench) -> list:
             path = folder / f"{index:05d}.jpg"
             cv2.imwrite(str(path), picture[:, :, ::-1].copy(), quality)
         for index in range(kinds, bench.sizes.files):
-            shutil.copyfile(
-                folder / f"{index % kinds:05d}.jpg", folder / f"{index:05d}.jpg"
-            )
+            shutil.copyfile(folder / f"{index % kinds:05d}.jpg", folder / f"{index:05d}.jpg")
     return [Input(path.name, path, "image") for path in sorted(folder.iterdir())]
 
 
@@ -878,16 +846,12 @@ def both(bench: Bench, ensemble: Any, batches: list) -> float:
     """Pictures/s of files to logits, as submit.py does it."""
     from solution.scoring import ensemble as predict
 
-    rows = predict.stream(
-        ensemble, batches, predict.Reader(ensemble.views), workers=bench.workers
-    )
+    rows = predict.stream(ensemble, batches, predict.Reader(ensemble.views), workers=bench.workers)
     skip = min(bench.workers, max(1, len(batches) // 4))
     return steady_rate((len(done) for done in rows), skip)
 
 
-def pipeline(
-    bench: Bench, entry: dict, ensemble: Any, inputs: list, count: int
-) -> None:
+def pipeline(bench: Bench, entry: dict, ensemble: Any, inputs: list, count: int) -> None:
     """Loader alone, towers alone and both; which of them starves the other, and second looks."""
     batches = batches_of(inputs, count, ensemble.batch_size)
     entry["ensemble"], entry["pictures"] = ensemble.describe(), count
@@ -953,9 +917,7 @@ def stage_pipeline_giant(bench: Bench, entry: dict) -> None:
     calibrators = {}
     for name, exact in bench.logits["float32"].items():
         slope = 2 / max(float(exact.std()), 1e-9)
-        calibrators[name] = Calibrator(
-            "platt", (slope, -slope * float(np.median(exact)))
-        )
+        calibrators[name] = Calibrator("platt", (slope, -slope * float(np.median(exact))))
 
     def ensemble(names, members, kind, batch):
         return predict.Ensemble(
@@ -973,9 +935,7 @@ def stage_pipeline_giant(bench: Bench, entry: dict) -> None:
         bench.need(20, name)
         made = ensemble(STREAMS, copy.deepcopy(bench.exact), "float16", bench.batch)
         predict.make_fast(made, second_look=looks)
-        pipeline(
-            bench, entry.setdefault(name, {}), made, inputs, bench.sizes.giant_files
-        )
+        pipeline(bench, entry.setdefault(name, {}), made, inputs, bench.sizes.giant_files)
         del made
     spent = 0.0
     for name in STREAMS:
@@ -1034,9 +994,7 @@ def stage_compact_parity(bench: Bench, entry: dict) -> None:
         if way == "float32":
             exact = p
             continue
-        entry[way] = {
-            n: departure(v, exact[n], ensemble.vote.step) for n, v in p.items()
-        }
+        entry[way] = {n: departure(v, exact[n], ensemble.vote.step) for n, v in p.items()}
         pairs = [(v, exact[n]) for n, v in p.items()]
         joined = (np.concatenate(part) for part in zip(*pairs))
         entry[way]["all"] = departure(*joined, ensemble.vote.step)
@@ -1059,9 +1017,7 @@ def stage_training(bench: Bench, entry: dict) -> None:
         bench.need(10, "a LoRA step")
         members["global"].tower.checkpointing = slim
         name = "lora, checkpointing" if slim else "lora"
-        entry[name] = train_rate(
-            bench, members["global"], batch, configs["global"].view.side
-        )
+        entry[name] = train_rate(bench, members["global"], batch, configs["global"].view.side)
     del members
     configs, members = build(bench, ["global"], preset_name=bench.sizes.whole_preset)
     for side in bench.sizes.sides:
@@ -1106,9 +1062,7 @@ def training_batch(bench: Bench, batch: int, side: int):
     return Batch(images=images, labels=torch.arange(batch) % 2)
 
 
-def step_seconds(
-    bench: Bench, member: Any, optimizer: Any, data: Any, reads: str
-) -> float:
+def step_seconds(bench: Bench, member: Any, optimizer: Any, data: Any, reads: str) -> float:
     """Wall seconds a training step; reads: of loss and gradient norm, `once` (late), `at once`, or `never`."""
     import torch
     from torch import nn
@@ -1157,20 +1111,14 @@ def stage_training_loader(bench: Bench, entry: dict) -> None:
     """Pictures/s of the training loader alone (decoding, augmentation, the engine), beside the steps' rates."""
     from solution.data.training import Item, Sample, TrainingViews, training_loader
 
-    items = [
-        Item(given.name, given.path, index % 2)
-        for index, given in enumerate(draw_files(bench))
-    ]
+    items = [Item(given.name, given.path, index % 2) for index, given in enumerate(draw_files(bench))]
     batch, entry["workers"] = min(32, bench.sizes.whole), bench.workers
     for name in dict.fromkeys((bench.sizes.whole_preset, bench.sizes.preset)):
         bench.need(12, f"the loader of {name}")
         config = config_of(bench, name, "global")
         config = replace(config, degradation=engine(config.degradation))
         plan = [
-            [
-                Sample(0, b * batch + i, (b * batch + i) % len(items), False)
-                for i in range(batch)
-            ]
+            [Sample(0, b * batch + i, (b * batch + i) % len(items), False) for i in range(batch)]
             for b in range(bench.sizes.loader_batches)
         ]
         views = TrainingViews(items, config, {}, 0)
@@ -1179,9 +1127,7 @@ def stage_training_loader(bench: Bench, entry: dict) -> None:
     steps = bench.found["stages"].get("training", {})
     for name, step in steps.items():
         if isinstance(step, dict):
-            preset_name = (
-                bench.sizes.whole_preset if "whole" in name else bench.sizes.preset
-            )
+            preset_name = bench.sizes.whole_preset if "whole" in name else bench.sizes.preset
             faster = entry[preset_name] > step["pictures_per_s"]
             entry[f"{name} is bound by"] = "the step" if faster else "the loader"
 

@@ -76,9 +76,7 @@ def blends(
 
 
 @torch.inference_mode()
-def maps_of(
-    member: Vlaforge, views: Sequence[np.ndarray]
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def maps_of(member: Vlaforge, views: Sequence[np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits (B,) and the evidence maps at the views' size, each (B, side, side) in [0, 1]."""
     images = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
     output = member(images.to(member.tower.mean.device))
@@ -86,9 +84,7 @@ def maps_of(
         name: F.interpolate(m, images.shape[-2:], mode="bilinear", align_corners=False)
         for name, m in output.evidence.items()
     }
-    return output.logit.cpu().numpy(), {
-        n: m[:, 0].cpu().numpy() for n, m in maps.items()
-    }
+    return output.logit.cpu().numpy(), {n: m[:, 0].cpu().numpy() for n, m in maps.items()}
 
 
 def compare(map_: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
@@ -104,9 +100,7 @@ def compare(map_: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
     return overlap, metrics.auc(true.ravel().astype(int), map_.ravel())
 
 
-def measure(
-    member: Vlaforge, faces: Iterator[Blend], out: Path, *, batch: int, pictures: int
-) -> dict[str, float]:
+def measure(member: Vlaforge, faces: Iterator[Blend], out: Path, *, batch: int, pictures: int) -> dict[str, float]:
     """Compare every map with its mask, draw the first `pictures`, and return the figures by name."""
     overlaps, aucs, false, fakes, reals = [], [], [], [], []
     pending: list[Blend] = []
@@ -183,9 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         degradation = DegradationConfig(global_p=1.0) if args.degraded else None
         faces = blends(chosen, member.config, args.seed, degradation)
-        figures = measure(
-            member, faces, args.out, batch=args.batch, pictures=args.pictures
-        )
+        figures = measure(member, faces, args.out, batch=args.batch, pictures=args.pictures)
     except (ManifestError, OSError) as error:
         print(f"localize: {error}", file=sys.stderr)
         return 2

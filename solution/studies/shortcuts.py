@@ -69,9 +69,7 @@ def traces(item: Item, side: int) -> dict[str, float]:
     return dict(zip(FILE + VIEW, map(float, values)))
 
 
-def auc_within(
-    labels: np.ndarray, scores: np.ndarray, strata: np.ndarray
-) -> float | None:
+def auc_within(labels: np.ndarray, scores: np.ndarray, strata: np.ndarray) -> float | None:
     """AUC over the pairs (real, fake) of one stratum, all strata together; None without such a pair."""
     right = pairs = 0.0
     for stratum in np.unique(strata):
@@ -92,9 +90,7 @@ def read_ensemble(path: Path) -> dict[str, float]:
         wanted = {"condition", "image", "ensemble"}
         if not wanted <= set(rows.fieldnames or ()):
             raise ManifestError(f"{path}: expected columns {', '.join(sorted(wanted))}")
-        return {
-            r["image"]: float(r["ensemble"]) for r in rows if r["condition"] == "clean"
-        }
+        return {r["image"]: float(r["ensemble"]) for r in rows if r["condition"] == "clean"}
 
 
 def report(
@@ -135,9 +131,7 @@ def report(
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 usage, 3 an unreadable picture."""
-    parser = argparse.ArgumentParser(
-        prog="python -m solution.studies.shortcuts", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m solution.studies.shortcuts", description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, type=Path, help="manifest")
     parser.add_argument("--split", default="val")
     parser.add_argument("--side", type=int, default=112, help="px of the member's view")

@@ -155,8 +155,7 @@ def _preparation(ensemble, inputs) -> list:
         _line("faces", len(pictures) / (time.perf_counter() - begun), "one core")
     begun = time.perf_counter()
     cut = [
-        [make_view(p, view, face, own or config) for p, face in zip(pictures, faces)]
-        for view, own in ensemble.views
+        [make_view(p, view, face, own or config) for p, face in zip(pictures, faces)] for view, own in ensemble.views
     ]
     spent = time.perf_counter() - begun
     _line("views", len(pictures) / spent, f"{len(cut)} distinct, one core")
@@ -316,9 +315,7 @@ def materialize(module, device) -> None:
                 part._parameters[name] = made[id(value)]
         for name, value in part._buffers.items():
             if value is not None:
-                filled = (
-                    torch.ones_like(value, device=device) if value.is_meta else value
-                )
+                filled = torch.ones_like(value, device=device) if value.is_meta else value
                 part._buffers[name] = filled.to(device)
 
 
@@ -410,9 +407,7 @@ def peak_memory(device) -> float:
 # ------------------------------------------------------------------------------------------------ parity
 def add_parity(stages: argparse._SubParsersAction) -> None:
     """`parity`: what the default precision changes against float32."""
-    parser = stages.add_parser(
-        "parity", help="low precision against float32, member by member"
-    )
+    parser = stages.add_parser("parity", help="low precision against float32, member by member")
     add = parser.add_argument
     add("--weights", default="compact", help="bundle (default: compact)")
     add("--data", type=Path, required=True, help="manifest with labels")
@@ -464,9 +459,7 @@ def run_parity(args: argparse.Namespace) -> int:
     return 0 if worst else 1
 
 
-def compared(
-    p: np.ndarray, exact: np.ndarray, labels: np.ndarray, step: float
-) -> tuple[bool, str]:
+def compared(p: np.ndarray, exact: np.ndarray, labels: np.ndarray, step: float) -> tuple[bool, str]:
     """Whether P(fake) (N,) keeps to `exact` (N,) within the bounds of `run_parity`, and its line."""
     from solution.evaluation.metrics import auc
     from solution.scoring.vote import levels
