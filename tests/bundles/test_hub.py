@@ -25,7 +25,7 @@ from solution.config import MemberConfig, TowerConfig, VoteConfig, preset
 from solution.models.towers import build_tower
 from solution.weights import WeightsError, load_members, open_bundle
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMMIT, OLDER = "a" * 40, "b" * 40
 
 

@@ -24,7 +24,7 @@ from solution.config import OptimConfig, override, preset
 from solution.data.training import read_manifest
 from solution.train import Run, World, parameter_groups, phases, rate_factor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STILL = [
     "augment.flip_p=0",
     "augment.rotate_p=0",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from skimage import data as photos
-from tiny_bundle import make_bundle, make_pictures
+from tiny import make_bundle, make_pictures
 
 from solution import explain
 from solution.bundles.members import build_member, random_towers

@@ -20,13 +20,13 @@ import cv2
 import pytest
 from make_smoke_data import write
 from skimage import data as photos
-from tiny_bundle import make_bundle
+from tiny import make_bundle
 
 import submit
 from solution import train
 from solution.studies import ablate
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
     path for name in ("README.md", "weights/README.md", "weights/RESULTS.md") if (path := ROOT / name).is_file()
 ]

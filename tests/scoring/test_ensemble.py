@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from tiny_bundle import make_bundle, make_pictures
+from tiny import make_bundle, make_pictures
 
 from solution.bundles import bundle as bundle_room
 from solution.bundles.bundle import load_members
