@@ -353,7 +353,7 @@ def test_a_clip_repository_gives_whichever_file_it_has(server, packed, tmp_path)
 
 # ------------------------------------------------------------------------------------------------ the published entry
 def test_ntire26_is_imported_on_first_use_and_kept(server, tmp_path, monkeypatch):
-    from test_ntire26_import import write_published
+    from test_ntire26 import write_published
 
     files = write_published(tmp_path / "files")
     server.add("lpmkhoa/hcmusaqua-ntire26-weights", files)
