@@ -198,7 +198,7 @@ def test_the_environment_alone_makes_it_offline(server, packed):
 
 def test_a_broken_connection_is_resumed_where_it_stopped(server, packed):
     server.add("tests/own", packed.own)
-    name = "towers/tiny-dinov2.safetensors"
+    name = "towers/tiny-global.safetensors"
     server.breaks[name] = 2
     assert open_bundle("hf:tests/own").folder.is_dir()
     ranges = [where for method, path, where in server.log if path == name]
@@ -209,7 +209,7 @@ def test_a_broken_connection_is_resumed_where_it_stopped(server, packed):
 
 def test_after_an_interruption_only_what_is_missing_is_fetched(server, packed):
     server.add("tests/own", packed.own)
-    name = "towers/tiny-dinov2.safetensors"
+    name = "towers/tiny-global.safetensors"
     server.breaks[name] = 10**9
     with pytest.raises(WeightsError, match="could not be fetched") as caught:
         open_bundle("hf:tests/own")
