@@ -27,7 +27,14 @@ from solution.studies import ablate
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
-    path for name in ("README.md", "weights/README.md", "weights/RESULTS.md") if (path := ROOT / name).is_file()
+    ROOT / name
+    for name in (
+        "README.md",
+        "solution/README.md",
+        "solution/studies/README.md",
+        "weights/README.md",
+        "weights/RESULTS.md",
+    )
 ]
 
 
@@ -193,21 +200,21 @@ def test_what_evaluates_runs_and_so_does_what_reads_its_scores(place, tmp_path):
         assert (out / "evaluation.json").is_file() and (out / "report.html").is_file()
         seen |= options
     assert {"--data", "--degraded", "--robustness", "--preds", "--labels"} <= seen
-    for words in commands_of("shortcuts"):
-        assert run("shortcuts", substituted(words, place, tmp_path)) == 0, words
+    for words in commands_of("studies.shortcuts"):
+        assert run("studies.shortcuts", substituted(words, place, tmp_path)) == 0, words
 
 
 def test_what_localises_runs(place, tmp_path):
-    for words in commands_of("localize"):
+    for words in commands_of("studies.localize"):
         made = substituted(words, place, tmp_path, "localizing")
-        assert run("localize", [*made, "--count", "2", "--pictures", "1"]) == 0, words
+        assert run("studies.localize", [*made, "--count", "2", "--pictures", "1"]) == 0, words
         out = Path(made[made.index("--out") + 1])
         assert (out / "localization.json").is_file()
         assert len(list(out.glob("*.png"))) == 1
 
 
 def test_what_ablates_runs(place, tmp_path, monkeypatch, capsys):
-    for number, words in enumerate(commands_of("ablate")):
+    for number, words in enumerate(commands_of("studies.ablate")):
         name = words[words.index("--study") + 1]
         study = ablate.STUDIES[name]
         tower = preset("tiny", study.member).tower.name
@@ -219,5 +226,5 @@ def test_what_ablates_runs(place, tmp_path, monkeypatch, capsys):
         first, other, *_ = study.variants
         few = ["--seeds", "0", "--variants", f"{first},{other}"]
         more = ["--workers", "0", "--quiet"]
-        assert run("ablate", [*made[:split], *few, *made[split:], *more]) == 0, words
+        assert run("studies.ablate", [*made[:split], *few, *made[split:], *more]) == 0, words
         assert f"| {other} | 0 |" in capsys.readouterr().out
