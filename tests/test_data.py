@@ -45,8 +45,9 @@ def test_csv_manifest_reports_every_dropped_row(tmp_path):
         ("a.png", "0", "s", "train", "", ""),
         ("gone.png", "1", "s", "train", "", ""),
         ("c.mp4", "1", "s", "train", "", ""),
-        ("b.png", "1", "s", "val", "", ""),
+        ("d.png", "1", "s", "val", "", ""),
     ]
+    save(tmp_path / "d.png")
     items, report = read_manifest(manifest(tmp_path, rows), split="train")
     assert [(i.name, i.label, i.mask, i.video) for i in items] == [
         ("a.png", 0, "", ""),
