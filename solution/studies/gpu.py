@@ -808,6 +808,7 @@ def loader_only(bench: Bench, views: Sequence, batches: list) -> float:
     """Pictures/s of the scoring loader alone: decoding, faces, views, by its workers."""
     from torch.utils.data import DataLoader
 
+    from solution.data.views import quiet_worker
     from solution.scoring import ensemble as predict
 
     loader = DataLoader(
@@ -815,7 +816,7 @@ def loader_only(bench: Bench, views: Sequence, batches: list) -> float:
         sampler=batches,
         batch_size=None,
         num_workers=bench.workers,
-        worker_init_fn=predict._worker,
+        worker_init_fn=quiet_worker,
         pin_memory=bench.device.type == "cuda",
         prefetch_factor=2,
     )
