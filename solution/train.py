@@ -33,6 +33,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from solution.bundles.bundle import tower_weights
 from solution.bundles.members import (
     build_member,
     fill_tower,
@@ -86,7 +87,6 @@ from solution.models.towers import (
     tower_parameters,
 )
 from solution.records import Batch, MemberOutput
-from solution.weights import tower_weights
 
 
 class TrainingError(RuntimeError):

@@ -897,7 +897,7 @@ def need_bundle(bench: Bench) -> None:
     Raises:
         LeftOut: it is not.
     """
-    from solution.weights import COMPACT
+    from solution.bundles.store import COMPACT
 
     folder = COMPACT if bench.weights == "compact" else Path(bench.weights)
     if not folder.is_dir():
