@@ -35,6 +35,7 @@ _TURN = {  # EXIF orientation -> what makes the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ERRORS_ONLY = 2  # of OpenCV's log levels
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -398,9 +399,11 @@ def _seek_pays(keyframes: list[int], position: int, index: int) -> bool:
 def _quiet() -> Iterator[None]:
     """No messages of OpenCV and FFmpeg on stderr: what goes wrong is raised."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once, at the first video
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+    # OpenCV 4.12 has these two at its top, 4.14 there alone.
+    logging = getattr(cv2.utils, "logging", cv2)
+    level = logging.getLogLevel()
+    logging.setLogLevel(_ERRORS_ONLY)
     try:
         yield
     finally:
-        cv2.utils.logging.setLogLevel(level)
+        logging.setLogLevel(level)
