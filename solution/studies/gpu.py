@@ -1031,7 +1031,7 @@ def train_rate(bench: Bench, member: Any, batch: int, side: int) -> dict[str, An
 
     pictures_per_s: once a step, as train.py does. reads_at_once: each as soon as it is asked for. without_reads: never.
     """
-    from solution.train import make_optimizer, phases
+    from solution.models.optimization import make_optimizer, phases
 
     member.train()
     optimizer = make_optimizer(member, phases(member.config)[-1])
@@ -1067,8 +1067,8 @@ def step_seconds(bench: Bench, member: Any, optimizer: Any, data: Any, reads: st
     import torch
     from torch import nn
 
+    from solution.models.optimization import phases
     from solution.models.streams import as_two_class, focal_loss
-    from solution.train import phases
 
     limit = phases(member.config)[-1].optim.clip_norm
     trained = [p for group in optimizer.param_groups for p in group["params"]]
