@@ -4,8 +4,8 @@
 
 The pictures of every split, and beside them self-blended fakes of its real ones, go clean and degraded through every
 member as it is and under each intervention. Leaves in DIR `mechanisms.json`, the same as tables (`mechanisms.md`, also
-printed) and a figure a set. `BUNDLE/claims.json`, a JSON list of `MEMBER/MECHANISM` in the table's words (ENSEMBLE counts
-as a member), says what the bundle's card claims: exit code 1 when something claimed is dead or was not measured.
+printed) and a figure a set. `BUNDLE/claims.json`, a JSON list of `MEMBER/MECHANISM` in the table's words (`ensemble`
+counts as a member), says what the bundle's card claims: exit code 1 when something claimed is dead or not measured.
 
 Logits are (N,) float64, positive = fake, by member and mechanism; the member as it is goes by `BUILT`.
 """
@@ -170,7 +170,7 @@ def scores_at_mean(
     for changed in SCORES:
         logits = {name: torch.from_numpy(told[name]) for name in SCORES}
         mean = logits[changed].sigmoid().mean()
-        logits[changed] = mean.logit().expand(len(told[changed]))
+        logits[changed] = mean.logit(eps=1e-12).expand(len(told[changed]))
         both = (as_two_class(logits[name]) for name in SCORES)
         found[f"{changed} at its mean"] = _numpy(mix_scores(*both, alpha))
     return found
@@ -188,9 +188,8 @@ def _probe_qtfp(member: Qtfp, given: Given) -> Probed:
         "CLS attention": member.cls_attention(output, given.images)[:, None],
         "attention of another picture": looked[given.other],
     }
-    if (
-        member.config.qtfp.heads > 1
-    ):  # what the others share: one attention for all heads
+    # The others give all heads one attention, and so change more than where it lies.
+    if member.config.qtfp.heads > 1:
         attentions["attention averaged over heads"] = looked
     for name, attention in attentions.items():
         logits[name] = regathered(member, output, attention=attention)
@@ -247,8 +246,8 @@ def _probe_vlaforge(member: Vlaforge, given: Given) -> Probed:
     def known_as(cls_token: torch.Tensor) -> torch.Tensor:
         return compared(maps, member.read(seen._replace(cls_token=cls_token))[1])
 
-    order = torch.Generator().manual_seed(given.seed)
-    order = torch.randperm(bias.shape[-1], generator=order).to(bias.device)
+    draw = torch.Generator().manual_seed(given.seed)
+    order = torch.randperm(bias.shape[-1], generator=draw).to(bias.device)
     logits = {
         BUILT: mix_scores(*scores, alpha),
         "bias zeroed": directed(torch.zeros_like(bias)),
@@ -268,13 +267,21 @@ def _probe_vlaforge(member: Vlaforge, given: Given) -> Probed:
         logits["patch adapter off"] = _without_patch_adapter(member, given.images)
     told = {name: two_class_logit(score) for name, score in zip(SCORES, scores)}
     if given.masks is not None:
-        forged = forged_patches(given.masks, maps)
-        # What ranks as their softmax and sigmoid, where those have run into 0 or 1.
-        apart = (vla[:, 1] - vla[:, 0]).flatten(1)
-        told["inside: VLA map"] = auc_inside(apart, forged)
-        localized = member.localize(maps).flatten(1)
-        told["inside: localisation"] = auc_inside(localized, forged)
+        told |= _vlaforge_inside(member, given.masks, maps, vla)
     return Probed(logits, told)
+
+
+def _vlaforge_inside(
+    member: Vlaforge, masks: torch.Tensor, maps: torch.Tensor, vla: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What ranks patches as M_VLA and M_loc do, also where softmax and sigmoid have run into 0 or 1."""
+    forged = forged_patches(masks, maps)
+    apart = (vla[:, 1] - vla[:, 0]).flatten(1)
+    localized = member.localize(maps).flatten(1)
+    return {
+        "inside: VLA map": auc_inside(apart, forged),
+        "inside: localisation": auc_inside(localized, forged),
+    }
 
 
 def _without_patch_adapter(member: Vlaforge, images: torch.Tensor) -> torch.Tensor:
@@ -306,7 +313,7 @@ def auc_inside(scores: torch.Tensor, forged: torch.Tensor) -> torch.Tensor:
 
 
 def _numpy(x: torch.Tensor) -> np.ndarray:
-    return x.double().cpu().numpy()
+    return x.cpu().double().numpy()
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -333,7 +340,8 @@ class Pool:
     def __post_init__(self) -> None:
         if len(self.items) < 2:
             raise EvaluationError(
-                f"{self.name}: {len(self.items)} pictures, at least 2 are needed; raise --limit or choose another --split"
+                f"{self.name}: {len(self.items)} pictures, at least 2 are needed; "
+                "raise --limit or choose another --split"
             )
 
     def chunks(self, size: int) -> Iterator[tuple[Item, ...]]:
@@ -518,8 +526,9 @@ class Scores(NamedTuple):
 def compare(labels: np.ndarray, before: Scores, after: Scores, draws: Draws) -> Numbers:
     """A score with and without a mechanism on the same pictures (N,).
 
-    change: mean |change of P(fake)| with its interval; shift: its mean with the sign. auc: before, after, and after - before (`mean`, `low`, `high`,
-    paired bootstrap within each class); None of one class. sd: of P(fake) before calibration, without the mechanism.
+    change: mean |change of P(fake)|, its interval; shift: its mean with the sign. auc: before, after, and after less
+    before (`mean`, `low`, `high`; paired bootstrap within each class); None of one class. sd: of P(fake) before
+    calibration, without the mechanism.
     """
     found: Numbers = {
         "n_real": int(np.sum(labels == 0)),
@@ -543,8 +552,8 @@ def compare(labels: np.ndarray, before: Scores, after: Scores, draws: Draws) -> 
 
 
 def word_of(conditions: Mapping[str, Numbers]) -> str:
-    """`acts and helps`: without it the AUC is lower, by an interval that excludes 0, under some condition; `acts`: P(fake)
-    changes by `LEAST_CHANGE` on average under some; else `dead`.
+    """`acts and helps`: without it the AUC is lower under some condition, its interval below 0; `acts`: P(fake)
+    changes by `LEAST_CHANGE` or more on average under some; else `dead`.
     """
     told = list(conditions.values())
     if any(t["auc"] is not None and t["auc"]["high"] < 0 for t in told):
@@ -653,7 +662,7 @@ def _quantities(
 
 
 def measured_word(quantity: str, conditions: Mapping[str, Numbers]) -> str:
-    """`differ` or `alike` (queries), `finds` or `blind` (maps), `different` or `same features` (halves); else nothing."""
+    """`differ` or `alike` (queries), `finds` or `blind` (maps), `different` or `same features` (halves); else ''."""
     told = list(conditions.values())
     if quantity.startswith("correlation"):
         return "alike" if any(t["mean"] >= ALIKE for t in told) else "differ"
@@ -1009,7 +1018,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 done, 1 something claimed is dead, 2 usage, 3 environment, weights or an unreadable picture, 130 interrupted."""
+    """0 done, 1 a claim is dead, 2 usage, 3 environment, weights or an unreadable picture, 130 interrupted."""
     args = parse(argv)
     try:
         return run(args)
