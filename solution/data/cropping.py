@@ -18,8 +18,9 @@ import numpy as np
 
 from solution.config import FaceConfig
 from solution.data.faces import FaceLocator, choose_face, choose_track
-from solution.data.images import UnreadableInput, decode_image, sample_frames
+from solution.data.images import UnreadableInput, decode_image
 from solution.data.layouts import WHOLE, Entry
+from solution.data.videos import middle_places, sample_frames
 from solution.io import atomic_file
 from solution.records import FaceBox
 
@@ -133,8 +134,7 @@ class Cropper:
         if entry.kind == "picture":
             return [(-1, decode_image(self.root / entry.files[0]))]
         names = sorted(entry.files, key=_frame_order)
-        count = min(self.settings.frames, len(names))
-        chosen = [names[int((i + 0.5) * len(names) / count)] for i in range(count)]
+        chosen = [names[place] for place in middle_places(len(names), self.settings.frames)]
         frames, reason = [], None
         for place, name in enumerate(chosen):
             try:
