@@ -41,8 +41,8 @@ from solution.data.images import (
     resize_image,
 )
 from solution.data.manifest import Item, ManifestError, read_manifest
-from solution.evaluate import limit_items
 from solution.evaluation import maps
+from solution.evaluation.conditions import limit_items
 from solution.evaluation.measure import EvaluationError, Pictures
 from solution.evaluation.pages import Explained, Map, MemberView, Pages
 from solution.io import write_atomically
