@@ -30,6 +30,7 @@ from solution.config import VoteConfig
 from solution.evaluation import report
 from solution.evaluation.conditions import degraded_conditions, limit_frames, limit_items, sweep_conditions
 from solution.evaluation.measure import (
+    CLEAN,
     ENSEMBLE,
     Condition,
     EvaluationError,
