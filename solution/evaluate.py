@@ -660,7 +660,7 @@ def _frames_of(item: Any, frames: int, folder: Path) -> list[Any]:
     """An item per sampled frame, written once as PNG and found again by a later run."""
     import cv2
 
-    from solution.data.images import sample_frames
+    from solution.data.videos import sample_frames
 
     known = f"{item.name}, {os.path.getsize(item.path)} bytes, {frames} frames"
     folder = folder / hashlib.sha256(known.encode()).hexdigest()[:16]

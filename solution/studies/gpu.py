@@ -808,6 +808,7 @@ def loader_only(bench: Bench, views: Sequence, batches: list) -> float:
     """Pictures/s of the scoring loader alone: decoding, faces, views, by its workers."""
     from torch.utils.data import DataLoader
 
+    from solution.data.views import quiet_worker
     from solution.scoring import ensemble as predict
 
     loader = DataLoader(
@@ -815,7 +816,7 @@ def loader_only(bench: Bench, views: Sequence, batches: list) -> float:
         sampler=batches,
         batch_size=None,
         num_workers=bench.workers,
-        worker_init_fn=predict._worker,
+        worker_init_fn=quiet_worker,
         pin_memory=bench.device.type == "cuda",
         prefetch_factor=2,
     )
@@ -897,7 +898,7 @@ def need_bundle(bench: Bench) -> None:
     Raises:
         LeftOut: it is not.
     """
-    from solution.weights import COMPACT
+    from solution.bundles.store import COMPACT
 
     folder = COMPACT if bench.weights == "compact" else Path(bench.weights)
     if not folder.is_dir():
@@ -962,7 +963,7 @@ def engine(config: Any) -> Any:
 def stage_compact_parity(bench: Bench, entry: dict) -> None:
     """The trained bundle on the bundled photographs, degraded many ways: default and plain half against float32."""
     from solution.config import DegradationConfig
-    from solution.data.training import Item
+    from solution.data.manifest import Item
     from solution.scoring import ensemble as predict
 
     need_bundle(bench)
@@ -1031,7 +1032,7 @@ def train_rate(bench: Bench, member: Any, batch: int, side: int) -> dict[str, An
 
     pictures_per_s: once a step, as train.py does. reads_at_once: each as soon as it is asked for. without_reads: never.
     """
-    from solution.train import make_optimizer, phases
+    from solution.models.optimization import make_optimizer, phases
 
     member.train()
     optimizer = make_optimizer(member, phases(member.config)[-1])
@@ -1067,8 +1068,8 @@ def step_seconds(bench: Bench, member: Any, optimizer: Any, data: Any, reads: st
     import torch
     from torch import nn
 
+    from solution.models.optimization import phases
     from solution.models.streams import as_two_class, focal_loss
-    from solution.train import phases
 
     limit = phases(member.config)[-1].optim.clip_norm
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -1109,7 +1110,9 @@ def step_seconds(bench: Bench, member: Any, optimizer: Any, data: Any, reads: st
 
 def stage_training_loader(bench: Bench, entry: dict) -> None:
     """Pictures/s of the training loader alone (decoding, augmentation, the engine), beside the steps' rates."""
-    from solution.data.training import Item, Sample, TrainingViews, training_loader
+    from solution.data.epochs import Sample
+    from solution.data.manifest import Item
+    from solution.data.training import TrainingViews, training_loader
 
     items = [Item(given.name, given.path, index % 2) for index, given in enumerate(draw_files(bench))]
     batch, entry["workers"] = min(32, bench.sizes.whole), bench.workers

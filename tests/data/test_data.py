@@ -17,20 +17,11 @@ from solution.config import (
     SamplingConfig,
     preset,
 )
+from solution.data.epochs import Sample, plan_epoch
 from solution.data.images import UnreadableInput
-from solution.data.training import (
-    Augmentation,
-    ManifestError,
-    TrainingViews,
-    ValidationViews,
-    collate,
-    degraded_picture,
-    known_masks,
-    plan_epoch,
-    read_manifest,
-    select,
-    training_loader,
-)
+from solution.data.manifest import ManifestError, known_masks, read_manifest, select
+from solution.data.training import Augmentation, TrainingViews, ValidationViews, collate, training_loader
+from solution.data.views import degraded_picture
 
 
 def save(path, seed=0):
@@ -54,8 +45,9 @@ def test_csv_manifest_reports_every_dropped_row(tmp_path):
         ("a.png", "0", "s", "train", "", ""),
         ("gone.png", "1", "s", "train", "", ""),
         ("c.mp4", "1", "s", "train", "", ""),
-        ("b.png", "1", "s", "val", "", ""),
+        ("d.png", "1", "s", "val", "", ""),
     ]
+    save(tmp_path / "d.png")
     items, report = read_manifest(manifest(tmp_path, rows), split="train")
     assert [(i.name, i.label, i.mask, i.video) for i in items] == [
         ("a.png", 0, "", ""),
@@ -295,8 +287,6 @@ def test_an_unreadable_picture_stops_or_is_dropped_by_policy(tmp_path):
     items, _ = read_manifest(write(tmp_path), split="train")
     items[0].path.write_bytes(b"no picture")
     config = preset("tiny", "global")
-    from solution.data.training import Sample
-
     bad, good = Sample(0, 0, 0, False), Sample(0, 1, 3, False)
     with pytest.raises(UnreadableInput, match=items[0].path.name):
         TrainingViews(items, config, {}, 0)[bad]

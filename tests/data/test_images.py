@@ -16,7 +16,7 @@ from odd_files import make_odd_files
 from PIL import Image, ImageFile
 from skimage import data
 
-from solution.data import images
+from solution.data import videos
 from solution.data.images import (
     Input,
     InputError,
@@ -25,8 +25,8 @@ from solution.data.images import (
     decode_image,
     find_inputs,
     resize_image,
-    sample_frames,
 )
+from solution.data.videos import sample_frames
 
 
 def small_face() -> np.ndarray:
@@ -310,7 +310,7 @@ def test_masks_are_resized_too():
 
 # ---------------------------------------------------------------------------------------------------- video
 def write_video(path: Path, frames: int, codec: str) -> Path:
-    with images._quiet():  # FFmpeg takes its log level at its first use
+    with videos._quiet():  # FFmpeg takes its log level at its first use
         writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 25.0, (160, 48))
     assert writer.isOpened(), f"this OpenCV cannot write {codec}"
     for number in range(frames):
@@ -335,16 +335,16 @@ def test_the_frames_are_those_whose_numbers_they_bear(tmp_path, name, codec, cou
 
 def test_seeking_happens_and_changes_nothing(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", 240, "mp4v")
-    jumps, pays = [], images._seek_pays
+    jumps, pays = [], videos._seek_pays
 
     def watch(*given):
         jumps.append(pays(*given))
         return jumps[-1]
 
-    monkeypatch.setattr(images, "_seek_pays", watch)
+    monkeypatch.setattr(videos, "_seek_pays", watch)
     sought = sample_frames(path, 4)
     assert jumps.count(True) >= 3
-    monkeypatch.setattr(images, "_seek_pays", lambda *given: False)
+    monkeypatch.setattr(videos, "_seek_pays", lambda *given: False)
     walked = sample_frames(path, 4)
     for (a, first), (b, second) in zip(sought, walked, strict=True):
         assert a == b and np.array_equal(first, second)
@@ -352,7 +352,7 @@ def test_seeking_happens_and_changes_nothing(tmp_path, monkeypatch):
 
 def test_a_seek_that_lands_elsewhere_is_noticed(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", 240, "mp4v")
-    reads, read, scan = [], images._read_frames, images._scan
+    reads, read, scan = [], videos._read_frames, videos._scan
 
     def shifted(*given):
         clip = scan(*given)
@@ -362,8 +362,8 @@ def test_a_seek_that_lands_elsewhere_is_noticed(tmp_path, monkeypatch):
         reads.append(seek)
         return read(*given, seek=seek)
 
-    monkeypatch.setattr(images, "_scan", shifted)
-    monkeypatch.setattr(images, "_read_frames", watch)
+    monkeypatch.setattr(videos, "_scan", shifted)
+    monkeypatch.setattr(videos, "_read_frames", watch)
     assert [read_code(f) for _, f in sample_frames(path, 4)] == [30, 90, 150, 210]
     assert reads == [True, False]
 

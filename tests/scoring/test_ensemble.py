@@ -20,9 +20,11 @@ from solution.config import (
     VoteConfig,
     preset,
 )
+from solution.data import views
 from solution.data.faces import FaceLocator, make_view
 from solution.data.images import UnreadableInput, decode_image, find_inputs
-from solution.data.training import Item, ValidationViews
+from solution.data.manifest import Item
+from solution.data.training import ValidationViews
 from solution.models import merging as fastpath
 from solution.models.calibration import Calibrator
 from solution.models.towers import WeightsError
@@ -94,8 +96,8 @@ def test_members_share_their_tower_and_views(exact):
 
 def test_each_picture_is_decoded_and_searched_once(exact, pictures, monkeypatch):
     decoded, searched = [], []
-    real = predict.decode_image
-    monkeypatch.setattr(predict, "decode_image", lambda path: decoded.append(path) or real(path))
+    real = views.decode_image
+    monkeypatch.setattr(views, "decode_image", lambda path: decoded.append(path) or real(path))
     monkeypatch.setattr(FaceLocator, "locate", lambda self, image: searched.append(1) or [])
     items = items_of(pictures)
     scores(exact, items)

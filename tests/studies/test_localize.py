@@ -23,7 +23,7 @@ from solution.config import (
     ViewConfig,
     VoteConfig,
 )
-from solution.data.training import read_manifest
+from solution.data.manifest import read_manifest
 from solution.models.towers import build_tower, tower_state
 from solution.studies import localize
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from solution.config import override, preset
-from solution.data.training import Item, ManifestError
+from solution.data.manifest import Item, ManifestError
 from solution.evaluation import metrics
 from solution.studies import ablate, shortcuts
 
