@@ -61,13 +61,13 @@ from solution.data.training import (
     TrainingViews,
     ValidationViews,
     draw_items,
-    known_masks,
     locate_faces,
     manifest_splits,
     plan_epoch,
     read_manifest,
     select,
     stable_seed,
+    tell_masks,
     training_loader,
     validation_loader,
 )
@@ -946,8 +946,7 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
             file=sys.stderr,
         )
         if config.name == "vlaforge":
-            known, fakes = known_masks(items, config.sampling)
-            print(f"masks: {known} of {fakes} fakes", file=sys.stderr)
+            print(tell_masks(items, config.sampling), file=sys.stderr)
     return Run(
         member,
         items,

@@ -35,6 +35,7 @@ _TURN = {  # EXIF orientation -> what makes the picture upright
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag
+_DIMMEST_MASK = 16  # of 255; below it the values of a mask are numbers of classes
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -239,6 +240,29 @@ def decode_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
             raise UnreadableInput(path, f"too large: {error}") from None
         except Exception as error:  # Pillow's plugins raise anything on damaged files
             raise UnreadableInput(path, f"damaged picture ({type(error).__name__}: {error})") from error
+
+
+def decode_mask(path: Path | str) -> np.ndarray:
+    """The forgery mask at `path` as (H, W) float32 in [0, 1], 1 where forged.
+
+    Grey from 0 to 255, or 0 and 1, or black and one other colour, which marks what is forged.
+
+    Raises:
+        UnreadableInput: see `decode_image`; several colours, or grey values that say classes rather than how forged.
+    """
+    image = decode_image(path)
+    grey = image[:, :, 0]
+    if (image != grey[:, :, None]).any():
+        lit = image.reshape(-1, 3)[image.any(axis=2).ravel()]
+        if (lit != lit[0]).any():
+            raise UnreadableInput(
+                path, "a mask of several colours; expected grey, 0 for what is real to 255 for forged"
+            )
+        return image.any(axis=2).astype(np.float32)
+    highest = int(grey.max())
+    if 1 < highest < _DIMMEST_MASK:
+        raise UnreadableInput(path, f"a mask with values up to {highest}; expected 0 to 255, or 0 and 1")
+    return grey.astype(np.float32) / (1 if highest == 1 else 255)
 
 
 def open_regular(path: Path | str) -> BinaryIO:

@@ -469,13 +469,6 @@ def _mask_beside(frame: Path) -> str:
     return str(mask) if mask.is_file() else ""
 
 
-def known_masks(items: Sequence[Item], sampling: SamplingConfig) -> tuple[int, int]:
-    """How many fake pictures have a forgery mask, and how many fakes there are; a real one needs none."""
-    fakes = [item for item in items if item.label]
-    whole = set(sampling.fully_generated)
-    return sum(bool(i.mask) or i.generator in whole for i in fakes), len(fakes)
-
-
 def select(items: Sequence[Item], sampling: SamplingConfig, seed: int) -> tuple[list[Item], DropReport]:
     """`items` after the frame cap per video and the per-source caps and drop rates, a fixed draw of `seed`."""
     rng = np.random.default_rng([seed, 101])
