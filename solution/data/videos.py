@@ -18,6 +18,8 @@ import numpy as np
 
 from solution.data.images import UnreadableInput, open_regular
 
+_ERRORS_ONLY = 2  # of OpenCV's log levels
+
 
 class _Clip(NamedTuple):
     """What a pass over the packets tells, without decoding any: 5 to 15 ms for a ten-second clip."""
@@ -131,9 +133,11 @@ def _seek_pays(keyframes: list[int], position: int, index: int) -> bool:
 def _quiet() -> Iterator[None]:
     """No messages of OpenCV and FFmpeg on stderr: what goes wrong is raised."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once, at the first video
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+    # OpenCV 4.12 has these two at its top, 4.14 there alone.
+    logging = getattr(cv2.utils, "logging", cv2)
+    level = logging.getLogLevel()
+    logging.setLogLevel(_ERRORS_ONLY)
     try:
         yield
     finally:
-        cv2.utils.logging.setLogLevel(level)
+        logging.setLogLevel(level)

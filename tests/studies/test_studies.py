@@ -16,7 +16,7 @@ from solution.data.manifest import Item, ManifestError
 from solution.evaluation import metrics
 from solution.studies import ablate, shortcuts
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_run(folder, variant, seed, labels, logits, member="qtfp"):

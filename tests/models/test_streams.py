@@ -1,21 +1,15 @@
 """The three streams: sizes, losses by hand, gradients where they belong, batches of one."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
+from tiny import make_member
 
 from solution.bundles.members import build_member, random_towers
 from solution.config import AdapterConfig, preset
 from solution.models.streams import as_two_class, focal_loss, two_class_logit
 from solution.records import Batch
-
-
-def tiny(name, seed=0, **changes):
-    config = replace(preset("tiny", name), **changes)
-    torch.manual_seed(seed)
-    return build_member(config, random_towers([config]))
 
 
 def batch(member, count=4, seed=1):
@@ -47,7 +41,7 @@ def test_a_logit_is_the_softmax_of_two_classes():
 
 @pytest.mark.parametrize("name", ["global", "face", "fusion"])
 def test_a_score_alone_equals_the_score_in_a_batch(name):
-    member = tiny(name).eval()
+    member = make_member(name).eval()
     images = batch(member).images
     with torch.no_grad():
         together = member(images).logit
@@ -59,7 +53,7 @@ def test_a_score_alone_equals_the_score_in_a_batch(name):
 @pytest.mark.parametrize("name", ["global", "face", "fusion"])
 def test_gradients_reach_what_trains_and_nothing_else(name):
     adapter = AdapterConfig("lora", rank=2, dropout=0.0)
-    member = tiny(name, adapter=adapter).train()
+    member = make_member(name, adapter=adapter).train()
     for key, tensor in member.stored_state().items():
         if key.endswith("lora_B"):
             torch.nn.init.normal_(tensor, std=0.1)
@@ -74,14 +68,14 @@ def test_gradients_reach_what_trains_and_nothing_else(name):
 
 
 def test_a_whole_tower_trains_when_asked():
-    member = tiny("global")
+    member = make_member("global")
     still = {n for n, p in member.tower.named_parameters() if not p.requires_grad}
     assert still == {"model.embeddings.mask_token"}  # the one weight no forward uses
     assert len(member.trained_tower_keys()) > 30
 
 
 def test_fusion_keeps_clip_still():
-    member = tiny("fusion").train()
+    member = make_member("fusion").train()
     assert not member.clip.training and member.tower.training
     assert not any(p.requires_grad for p in member.clip.parameters())
     data = batch(member)

@@ -16,16 +16,16 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from tiny import pack_member
 
 from solution import weights
 from solution.bundles import bundle, hub
-from solution.bundles.members import build_member, random_towers, save_member
 from solution.bundles.ntire26 import FILES, import_ntire26
-from solution.config import MemberConfig, TowerConfig, VoteConfig, preset
+from solution.config import MemberConfig, TowerConfig, preset
 from solution.models.towers import build_tower
 from solution.weights import WeightsError, load_members, open_bundle
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMMIT, OLDER = "a" * 40, "b" * 40
 
 
@@ -138,7 +138,7 @@ def packed(tmp_path_factory):
     """A bundle with a tower of its own and one with a public tower (tests/tower), and that tower's repository."""
     folder = tmp_path_factory.mktemp("packed")
     torch.manual_seed(0)
-    own = make_bundle(folder / "own", preset("tiny", "global"))
+    own = pack_member(folder / "own", preset("tiny", "global"))
     config = preset("tiny", "face")
     arch = config.tower.arch
     tower = TowerConfig("public", "dinov2", arch, source="tests/tower", revision="main")
@@ -148,17 +148,11 @@ def packed(tmp_path_factory):
     repository.mkdir()
     save_file(model.state_dict(), repository / "model.safetensors", {"format": "pt"})
     (repository / "config.json").write_text(model.config.to_json_string())
-    public = make_bundle(
+    public = pack_member(
         folder / "public",
         MemberConfig("face", config.view, tower, config.adapter),
     )
     return SimpleNamespace(own=own.folder, public=public.folder, tower=repository)
-
-
-def make_bundle(folder, config):
-    member = build_member(config, random_towers([config]))
-    save_member(member, folder / config.name)
-    return weights.write_bundle(folder, [config.name], VoteConfig({config.name: 1}), {})
 
 
 # ------------------------------------------------------------------------------------------------ downloads
@@ -204,7 +198,7 @@ def test_the_environment_alone_makes_it_offline(server, packed):
 
 def test_a_broken_connection_is_resumed_where_it_stopped(server, packed):
     server.add("tests/own", packed.own)
-    name = "towers/tiny-dinov2.safetensors"
+    name = "towers/tiny-global.safetensors"
     server.breaks[name] = 2
     assert open_bundle("hf:tests/own").folder.is_dir()
     ranges = [where for method, path, where in server.log if path == name]
@@ -215,7 +209,7 @@ def test_a_broken_connection_is_resumed_where_it_stopped(server, packed):
 
 def test_after_an_interruption_only_what_is_missing_is_fetched(server, packed):
     server.add("tests/own", packed.own)
-    name = "towers/tiny-dinov2.safetensors"
+    name = "towers/tiny-global.safetensors"
     server.breaks[name] = 10**9
     with pytest.raises(WeightsError, match="could not be fetched") as caught:
         open_bundle("hf:tests/own")
@@ -326,7 +320,7 @@ def test_the_commit_of_a_public_tower_is_recorded(server, packed, tmp_path):
     bundle.tower_weights(tower)
     config = preset("tiny", "face")
     config = MemberConfig("face", config.view, tower, config.adapter)
-    made = make_bundle(tmp_path / "made", config)
+    made = pack_member(tmp_path / "made", config)
     assert made.towers["public"].revision == COMMIT
     assert made.configs["face"].tower.revision == COMMIT
 
@@ -353,7 +347,7 @@ def test_a_clip_repository_gives_whichever_file_it_has(server, packed, tmp_path)
 
 # ------------------------------------------------------------------------------------------------ the published entry
 def test_ntire26_is_imported_on_first_use_and_kept(server, tmp_path, monkeypatch):
-    from test_ntire26_import import write_published
+    from test_ntire26 import write_published
 
     files = write_published(tmp_path / "files")
     server.add("lpmkhoa/hcmusaqua-ntire26-weights", files)
@@ -420,6 +414,6 @@ def test_what_is_pushed_can_be_pulled(server, packed, tmp_path, monkeypatch, cap
 def test_a_bundle_that_only_this_machine_can_load_is_not_pushed(tmp_path, packed):
     config = preset("tiny", "face")
     tower = TowerConfig("t", "dinov2", config.tower.arch, source=str(packed.tower))
-    made = make_bundle(tmp_path / "b", MemberConfig("face", config.view, tower, config.adapter))
+    made = pack_member(tmp_path / "b", MemberConfig("face", config.view, tower, config.adapter))
     with pytest.raises(WeightsError, match="only this machine has"):
         weights.push(made, "me/mine")

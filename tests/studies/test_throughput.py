@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from make_smoke_data import write
-from tiny_bundle import make_bundle
+from tiny import make_bundle
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,7 +1,7 @@
 """Import of the published checkpoints: the authors' numbers, every key, strange towers, code in a pickle, memory.
 
 Files with the published layout are written here from random weights (`write_published`), tiny, or of the true size for
-the memory check:  python -m pytest tests/test_ntire26_import.py -m slow -s
+the memory check:  python -m pytest tests/bundles/test_ntire26.py -m slow -s
 """
 
 import json
@@ -20,7 +20,7 @@ from solution import weights
 from solution.bundles.bundle import load_members, read_bundle
 from solution.bundles.ntire26 import FILES, import_ntire26
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Miniature twins of the three published files, made with the authors' model classes and random weights, and what those
 # classes say of three random pictures each (`p_fake`).
 REFERENCE = ROOT / "tests" / "fixtures" / "reference"
@@ -402,7 +402,7 @@ def test_memory_of_a_giant_import(request, tmp_path):
     if shutil.disk_usage(tmp_path).free < 25e9:
         pytest.skip("needs 25 GB of free disk")
     make = (
-        "import sys, pathlib, test_ntire26_import as t; "
+        "import sys, pathlib, test_ntire26 as t; "
         "t.write_published(pathlib.Path(sys.argv[1]), width=1536, layers=40, heads=24, clip=(1024, 24, 16), rank=32, "
         "members=['global', 'fusion'])"
     )
@@ -412,7 +412,7 @@ def test_memory_of_a_giant_import(request, tmp_path):
     )
     folder = tmp_path / "files"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), "."])}
-    options = {"cwd": ROOT / "tests", "env": environment}
+    options = {"cwd": ROOT / "tests" / "bundles", "env": environment}
     try:
         subprocess.run([sys.executable, "-c", make, str(folder)], check=True, **options)
         (folder / FILES["face"]).symlink_to(folder / FILES["global"])

@@ -385,14 +385,13 @@ def with_old_names(build):
     def renamed(arch):
         model = build(arch)
         for layer in model.encoder.layer:
-            new, old = layer.attention, nn.Module()
+            q, k, v, o = (backbones._find(layer, role)[1] for role in "qkvo")
+            old = nn.Module()
             old.attention, old.output = nn.Module(), nn.Module()
-            names = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
-            for now, then in names.items():
-                setattr(old.attention, then, getattr(new, now))
-            old.output.dense = new.o_proj
+            old.attention.query, old.attention.key, old.attention.value = q, k, v
+            old.output.dense = o
             layer.attention = old
-            if arch.swiglu:
+            if arch.swiglu and not hasattr(layer.mlp, "weights_in"):
                 layer.mlp = OldSwiGLU(layer.mlp)
         return model
 

@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import CLIP as ARCH
+from tiny import VLAFORGE as SETTINGS
 from torch import nn
 
 from solution.config import (
@@ -34,30 +36,6 @@ from solution.models.vlaforge import (
     run_copies,
 )
 from solution.records import Batch
-
-ARCH = ClipArch(
-    width=32,
-    layers=3,
-    heads=4,
-    patch=14,
-    image_side=56,
-    embed_dim=24,
-    text_width=16,
-    text_layers=2,
-    text_heads=2,
-)
-SETTINGS = VlaforgeConfig(
-    width=24,
-    blocks=4,
-    input_side=64,
-    queries=8,
-    decoder_hidden=16,
-    decoder_out=12,
-    fusion_layers=(1, 2, 3),
-    vla_scale=10.0,
-    adapter_after=2,
-    adapter_width=20,
-)
 
 
 def tiny(seed: int = 0, arch: ClipArch = ARCH, settings: VlaforgeConfig = SETTINGS) -> Vlaforge:

@@ -16,19 +16,25 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import pytest
 from make_smoke_data import write
-from skimage import data as photos
-from tiny_bundle import make_bundle
+from tiny import make_bundle, make_faces
 
 import submit
 from solution import train
+from solution.config import preset
 from solution.studies import ablate
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
-    path for name in ("README.md", "weights/README.md", "weights/RESULTS.md") if (path := ROOT / name).is_file()
+    ROOT / name
+    for name in (
+        "README.md",
+        "solution/README.md",
+        "solution/studies/README.md",
+        "weights/README.md",
+        "weights/RESULTS.md",
+    )
 ]
 
 
@@ -114,10 +120,7 @@ def place(tmp_path_factory):
     manifest = write(folder / "data", train=8, val=6)
     with manifest.open("a", newline="") as file:
         rows = csv.writer(file)
-        for index in range(2):  # faces that the detector finds
-            picture = photos.astronaut()[: 400 - 20 * index, 40 : 440 + 10 * index]
-            cv2.imwrite(str(folder / f"data/{index}.png"), picture[:, :, ::-1])
-            rows.writerow([f"{index}.png", 0, "photograph", "val"])
+        rows.writerows([name, 0, "photograph", "val"] for name in make_faces(folder / "data", 2))
     with manifest.open(newline="") as file:
         pictures = [row for row in csv.DictReader(file) if row["split"] == "val"]
     scores = [f"{p['path']},{0.1 + 0.1 * i}" for i, p in enumerate(pictures)]
@@ -129,16 +132,16 @@ def place(tmp_path_factory):
     return folder
 
 
-def substituted(words, place, out, weights="compact"):
-    """The command's own words, with tiny data and weights, and results under `out`."""
-    tower = place / "compact/towers/tiny-global.safetensors"
+def substituted(words, place, out, weights="compact", tower="tiny-global"):
+    """The command's own words, with tiny data and weights, and results under `out`; tower: what a member needs."""
+    file = place / "compact/towers/tiny-global.safetensors"
     given = {
         "--data": place / "data/manifest.csv",
         "--weights": place / weights,
         "--preds": place / "preds.csv",
         "--labels": place / "labels.csv",
         "--preset": "tiny",
-        "--tower": f"tiny-global={tower}",
+        "--tower": f"{tower}={file}",
     }
     made, before = [], ""
     for word in words:
@@ -186,32 +189,36 @@ def test_the_shipped_weights_compute_here_what_they_should(capsys):
 
 def test_what_evaluates_runs_and_so_does_what_reads_its_scores(place, tmp_path):
     seen = set()
-    for words in commands_of("evaluate"):
-        sizes = ["--draws", "20", "--limit", "8", "--device", "cpu", "--workers", "0"]
+    sizes = ["--draws", "10", "--limit", "6", "--device", "cpu", "--workers", "0"]
+    for words in sorted(commands_of("evaluate"), key=len, reverse=True):
+        options = {x for x in words if x.startswith("--")}
+        if options <= seen and "--preds" not in options:
+            continue  # nothing that an earlier one has not shown
         made = substituted(words, place, tmp_path)
         assert run("evaluate", [*made, *sizes, "--quiet"]) == 0, words
         out = Path(made[made.index("--out") + 1])
         assert (out / "evaluation.json").is_file() and (out / "report.html").is_file()
-        seen |= {x for x in words if x.startswith("--")}
+        seen |= options
     assert {"--data", "--degraded", "--robustness", "--preds", "--labels"} <= seen
-    for words in commands_of("shortcuts"):
-        assert run("shortcuts", substituted(words, place, tmp_path)) == 0, words
+    for words in commands_of("studies.shortcuts"):
+        assert run("studies.shortcuts", substituted(words, place, tmp_path)) == 0, words
 
 
 def test_what_localises_runs(place, tmp_path):
-    for words in commands_of("localize"):
+    for words in commands_of("studies.localize"):
         made = substituted(words, place, tmp_path, "localizing")
-        assert run("localize", [*made, "--count", "2", "--pictures", "1"]) == 0, words
+        assert run("studies.localize", [*made, "--count", "2", "--pictures", "1"]) == 0, words
         out = Path(made[made.index("--out") + 1])
         assert (out / "localization.json").is_file()
         assert len(list(out.glob("*.png"))) == 1
 
 
 def test_what_ablates_runs(place, tmp_path, monkeypatch, capsys):
-    for number, words in enumerate(commands_of("ablate")):
-        made = substituted(words, place, tmp_path / str(number))
-        name = made[made.index("--study") + 1]
+    for number, words in enumerate(commands_of("studies.ablate")):
+        name = words[words.index("--study") + 1]
         study = ablate.STUDIES[name]
+        tower = preset("tiny", study.member).tower.name
+        made = substituted(words, place, tmp_path / str(number), tower=tower)
         # In this process; that a training of its own is started and ends is shown in test_studies.
         monkeypatch.setattr(ablate, "run_to_its_end", lambda c: train.main(c[3:]))
         monkeypatch.setitem(ablate.STUDIES, name, replace(study, shared=ablate._short(2)))
@@ -219,5 +226,5 @@ def test_what_ablates_runs(place, tmp_path, monkeypatch, capsys):
         first, other, *_ = study.variants
         few = ["--seeds", "0", "--variants", f"{first},{other}"]
         more = ["--workers", "0", "--quiet"]
-        assert run("ablate", [*made[:split], *few, *made[split:], *more]) == 0, words
+        assert run("studies.ablate", [*made[:split], *few, *made[split:], *more]) == 0, words
         assert f"| {other} | 0 |" in capsys.readouterr().out

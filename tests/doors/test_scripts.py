@@ -14,7 +14,7 @@ import submit
 from solution import assemble, config, train, weights
 from solution.config import override
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "2"}
 
 

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from tiny_bundle import make_bundle, make_pictures
+from tiny import make_bundle, make_pictures
 
 from solution.bundles import bundle as bundle_room
 from solution.bundles.bundle import load_members
@@ -66,7 +66,7 @@ def test_a_logit_is_the_members_own_on_the_view_cut_by_hand(bundle, exact, pictu
         views = torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2).contiguous()
         with torch.no_grad():
             expected = member(views).logit
-        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("size", [1, 4, 21])

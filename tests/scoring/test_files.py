@@ -331,7 +331,7 @@ def test_the_module_runs_and_stays_light():
         "heavy = {'torch', 'numpy', 'pandas', 'cv2', 'PIL'} & set(sys.modules)\n"
         "sys.exit(repr(heavy) if heavy else s.main(['check', 'gone.csv']))"
     )
-    folder = Path(__file__).resolve().parents[1]
+    folder = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code],
         check=False,

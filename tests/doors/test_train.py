@@ -24,7 +24,7 @@ from solution.config import OptimConfig, override, preset
 from solution.data.training import read_manifest
 from solution.train import Run, World, parameter_groups, phases, rate_factor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STILL = [
     "augment.flip_p=0",
     "augment.rotate_p=0",
@@ -124,7 +124,8 @@ def test_accumulation_equals_the_big_batch(tmp_path):
     assert_same(weights(big), weights(small))
     before = weights(big)
     assert big.run()["total"] == small.run()["total"] == 2
-    assert_same(weights(big), weights(small), atol=2e-5, rtol=0)
+    # A tenth of one step: where a gradient is nearly 0, Adam steps by the last digits of a sum.
+    assert_same(weights(big), weights(small), atol=1e-4, rtol=0)
     assert any(not torch.equal(before[k], weights(big)[k]) for k in before)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_bundle import make_bundle
+from tiny import make_bundle
 
 from solution import benchmark
 from solution.bundles.members import build_member, random_towers

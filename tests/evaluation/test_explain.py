@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from skimage import data as photos
-from tiny_bundle import make_bundle, make_pictures
+from tiny import make_bundle, make_member, make_pictures
 
 from solution import explain
 from solution.bundles.members import build_member, random_towers
@@ -35,14 +35,7 @@ from solution.studies import drift, drift_figures
 
 
 def tiny(name, seed=0):
-    torch.manual_seed(seed)
-    config = preset("tiny", name)
-    member = build_member(config, random_towers([config])).eval()
-    with torch.no_grad():
-        for key, value in member.stored_state().items():
-            if key.endswith("lora_B"):
-                value.normal_(std=0.2)
-    return member
+    return make_member(name, seed, adapted=True).eval()
 
 
 def noise(member, count, seed=1):

@@ -19,7 +19,7 @@ import torch
 from make_clip import CLIP
 from odd_files import make_odd_files
 from skimage import data
-from tiny_bundle import make_bundle, make_pictures
+from tiny import make_bundle, make_pictures
 
 import submit
 from solution import weights
@@ -28,7 +28,7 @@ from solution.models import merging as fastpath
 from solution.scoring import ensemble as predict
 from solution.scoring.files import main as submission_main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = ROOT / "tests" / "photos"
 
 

@@ -9,20 +9,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from skimage import data as pictures
+from tiny import CLIP, VLAFORGE, make_faces
 
 from solution.bundles.bundle import load_members, write_bundle
 from solution.bundles.members import build_member, dump_tower, fill_tower, save_member
 from solution.config import (
     AdapterConfig,
-    ClipArch,
     DegradationConfig,
     Dinov2Arch,
     FaceConfig,
     MemberConfig,
     TowerConfig,
     ViewConfig,
-    VlaforgeConfig,
     VoteConfig,
 )
 from solution.data.manifest import read_manifest
@@ -32,42 +30,23 @@ from solution.studies import localize
 
 @pytest.fixture
 def manifest(tmp_path):
-    for index in range(3):
-        picture = pictures.astronaut()[: 400 - 20 * index, 40 : 440 + 10 * index]
-        cv2.imwrite(str(tmp_path / f"{index}.png"), picture[:, :, ::-1])
+    make_faces(tmp_path, 3)
     rows = ["path,label,split", "0.png,0,val", "1.png,0,val", "2.png,1,val"]
     (tmp_path / "manifest.csv").write_text("\n".join(rows) + "\n")
     return tmp_path / "manifest.csv"
 
 
 def config(source: str = "image") -> MemberConfig:
-    arch = ClipArch(
-        width=32,
-        layers=3,
-        heads=4,
-        patch=14,
-        image_side=56,
-        embed_dim=24,
+    arch = replace(
+        CLIP,
         quick_gelu=False,
         layer_scale=True,
         pre_norm=False,
         norm_eps=1e-6,
-        text_width=16,
-        text_layers=2,
-        text_heads=2,
         context=11,
         vocab=12,
     )
-    settings = VlaforgeConfig(
-        width=24,
-        blocks=4,
-        input_side=64,
-        queries=8,
-        decoder_hidden=16,
-        decoder_out=12,
-        fusion_layers=(1, 2, 3),
-        train_text=True,
-    )
+    settings = replace(VLAFORGE, train_text=True)
     return MemberConfig(
         "vlaforge",
         ViewConfig(source, 64, 64),
