@@ -54,16 +54,8 @@ from solution.config import (
 from solution.data.epochs import Sample, plan_epoch
 from solution.data.faces import FaceDetectorMissing
 from solution.data.images import UnreadableInput, decode_image, stable_seed
-from solution.data.manifest import (
-    DropReport,
-    Item,
-    ManifestError,
-    draw_items,
-    known_masks,
-    manifest_splits,
-    read_manifest,
-    select,
-)
+from solution.data.manifest import DropReport, Item, ManifestError, draw_items, manifest_splits, read_manifest, select
+from solution.data.training import tell_masks
 from solution.data.training import TrainingViews, ValidationViews, locate_faces, training_loader, validation_loader
 from solution.evaluation.metrics import auc, auc_by_source
 from solution.io import atomic_file, write_atomically
@@ -812,8 +804,7 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
             file=sys.stderr,
         )
         if config.name == "vlaforge":
-            known, fakes = known_masks(items, config.sampling)
-            print(f"masks: {known} of {fakes} fakes", file=sys.stderr)
+            print(tell_masks(items, config.sampling), file=sys.stderr)
     return Run(
         member,
         items,
