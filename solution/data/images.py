@@ -21,6 +21,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageFile
 
+from solution.errors import KitError, UsageError
+
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm"})
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow's names
@@ -40,11 +42,11 @@ _ORIENTATION = 0x0112  # the EXIF and TIFF tag
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-class InputError(ValueError):
+class InputError(UsageError):
     """Nothing to score, or a list that cannot be read: names the path, what was found and what was expected."""
 
 
-class UnreadableInput(Exception):
+class UnreadableInput(KitError):
     """One picture or video that cannot be read: `path`, and `reason` (what was found, what was expected)."""
 
     def __init__(self, path: Path | str, reason: str = "") -> None:

@@ -36,10 +36,11 @@ from solution.data.degradation import degrade, use_one_opencv_thread
 from solution.data.faces import FaceLocator, choose_face, crop_square, make_view, view_box
 from solution.data.images import IMAGE_SUFFIXES, UnreadableInput, decode_image, resize_image
 from solution.data.self_blend import face_region, self_blend
+from solution.errors import UsageError
 from solution.records import Batch, FaceBox
 
 
-class ManifestError(ValueError):
+class ManifestError(UsageError):
     """A manifest that cannot be used: names the file, the row, what was found and what was expected."""
 
 

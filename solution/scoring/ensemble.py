@@ -50,6 +50,7 @@ from solution.data.images import (
     sample_frames,
 )
 from solution.data.training import degraded_picture
+from solution.errors import KitError
 from solution.models import merging as fastpath
 from solution.models.calibration import Calibrator
 from solution.models.member import Member
@@ -71,7 +72,7 @@ SECOND_LOOK_BYTES = 1 << 31  # on CPU: no second copy, in float32, of larger tow
 COMPILE_FROM = 50_000
 
 
-class ScoringError(RuntimeError):
+class ScoringError(KitError, RuntimeError):
     """Scores that cannot be had: names the member, what was found and what to do."""
 
 
