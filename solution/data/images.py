@@ -7,22 +7,30 @@ Pictures go through Pillow: OpenCV's JPEG decoder gives the same pixels 1.4 time
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import stat
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, overload
 
 import cv2
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+from solution.errors import KitError, UsageError
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"}
+)
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm"})
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow's names
+# The brands in the first box of an AVIF and of a HEIC file.
+_AVIF, _HEIF = {b"avif", b"avis"}, {b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"}
 MAX_PIXELS = 1 << 27  # 134 M: a 108-megapixel phone picture passes, 400 MB decoded
 
 _TURN = {  # EXIF orientation -> what makes the picture upright
@@ -35,14 +43,15 @@ _TURN = {  # EXIF orientation -> what makes the picture upright
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag
+_DIMMEST_MASK = 16  # of 255; below it the values of a mask are numbers of classes
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-class InputError(ValueError):
+class InputError(UsageError):
     """Nothing to score, or a list that cannot be read: names the path, what was found and what was expected."""
 
 
-class UnreadableInput(Exception):
+class UnreadableInput(KitError):
     """One picture or video that cannot be read: `path`, and `reason` (what was found, what was expected)."""
 
     def __init__(self, path: Path | str, reason: str = "") -> None:
@@ -63,10 +72,17 @@ class Input(NamedTuple):
 
 
 class Inputs(Sequence[Input]):
-    """A read-only list of `Input` that keeps names only, so that a million of them cost about 100 MB and no more."""
+    """A read-only list of `Input` that keeps names only, so that a million of them cost about 100 MB and no more.
 
-    def __init__(self, root: Path, names: list[str], renamed: dict[str, str]) -> None:
+    passed_over: how many files of a folder are no inputs, by suffix, and under `hidden` the dot files, dot folders and
+    `__MACOSX` folders.
+    """
+
+    def __init__(
+        self, root: Path, names: list[str], renamed: dict[str, str], passed_over: Mapping[str, int] | None = None
+    ) -> None:
         self._root, self._names, self._renamed = root, names, renamed
+        self.passed_over = dict(passed_over or {})
 
     def __len__(self) -> int:
         return len(self._names)
@@ -77,7 +93,7 @@ class Inputs(Sequence[Input]):
     def __getitem__(self, index: slice) -> Inputs: ...
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return Inputs(self._root, self._names[index], self._renamed)
+            return Inputs(self._root, self._names[index], self._renamed, self.passed_over)
         name = self._names[index]
         return Input(name, self._root / self._renamed.get(name, name), _kind(name))
 
@@ -105,9 +121,12 @@ def find_inputs(source: Path) -> Inputs:
     """The pictures and videos that `source` names, sorted by name.
 
     source: a folder (walked with its sub-folders and links), a picture, a video, or a .txt file with one path a line
-        (relative to the list's folder; blank lines and lines that begin with # are skipped; what it names is taken for
-        a picture unless its suffix says video).
+        (relative to the list's folder; or one path before each NUL, as `find -print0` writes; blank lines and lines
+        that begin with # are skipped; what it names is taken for a picture unless its suffix says video). Where a line
+        as it stands names no file, blanks at its end and quotes around it are left out and `\\` is read as `/`, if that
+        names one. UTF-8, or UTF-16 with its mark.
 
+    Dot files, dot folders and `__MACOSX` in a folder are passed over (`Inputs.passed_over`).
     What a suffix of `IMAGE_SUFFIXES` or `VIDEO_SUFFIXES` promises is listed even if it turns out unreadable, an empty
     folder called x.png included. A name with control characters or bytes that are not UTF-8 is written with \\xNN.
 
@@ -123,11 +142,12 @@ def find_inputs(source: Path) -> Inputs:
             "or a .txt list of paths"
         ) from None
     if stat.S_ISDIR(mode):
-        names = list(_walk(str(source), "", frozenset()))
+        passed: Counter[str] = Counter()
+        names = list(_walk(str(source), "", frozenset(), passed))
         if not names:
             known = " ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
             raise InputError(f"{source}: no pictures or videos in it; looked for {known}")
-        return _inputs(source, names)
+        return _inputs(source, names, passed)
     if _suffix(source.name) == ".txt":
         return _inputs(source.parent, _read_list(source))
     if _suffix(source.name) in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
@@ -139,7 +159,7 @@ def find_inputs(source: Path) -> Inputs:
     )
 
 
-def _inputs(root: Path, names: list[str]) -> Inputs:
+def _inputs(root: Path, names: list[str], passed_over: Mapping[str, int] | None = None) -> Inputs:
     """Names as the file system has them -> `Inputs` whose names print and are unique."""
     taken, renamed, shown = set(names), {}, []
     for name in sorted(names):
@@ -150,11 +170,19 @@ def _inputs(root: Path, names: list[str]) -> Inputs:
             taken.add(clean)
             renamed[clean] = name
         shown.append(clean)
-    return Inputs(root, sorted(shown), renamed)
+    return Inputs(root, sorted(shown), renamed, passed_over)
 
 
-def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """POSIX names below `folder`, each with `prefix`; `above` are the folders around it, so that a link cannot loop."""
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is none of the data: a dot file or folder, or what macOS packs beside it."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]], passed: Counter[str]) -> Iterator[str]:
+    """POSIX names below `folder`, each with `prefix`; what is no input is counted in `passed`.
+
+    `above` are the folders around it, so that a link cannot loop.
+    """
     known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     try:
         here = os.stat(folder)
@@ -166,15 +194,20 @@ def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterat
             "make it readable or take it out"
         ) from None
     for entry in entries:
-        empty = True
-        if _is_folder(entry):
+        if is_hidden(entry.name):
+            passed["hidden"] += 1
+            continue
+        empty, is_folder = True, _is_folder(entry)
+        if is_folder:
             found = os.stat(entry.path)
             if (found.st_dev, found.st_ino) not in inside:
-                for name in _walk(entry.path, f"{prefix}{entry.name}/", inside):
+                for name in _walk(entry.path, f"{prefix}{entry.name}/", inside, passed):
                     empty = False
                     yield name
         if empty and _suffix(entry.name) in known:
             yield prefix + entry.name
+        elif not is_folder:
+            passed[_suffix(entry.name) or "no suffix"] += 1
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -186,12 +219,21 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _read_list(source: Path) -> list[str]:
     try:
-        text = source.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        content = source.read_bytes()
     except OSError as error:
         raise InputError(f"{source}: {error.strerror or error}") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            text = content.decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{source}: begins as UTF-16 does, but is not ({error.reason}); save it as UTF-8"
+            ) from None
+    else:
+        text = content.decode("utf-8-sig", errors="surrogateescape")
     seen: dict[str, int] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        line = line.rstrip("\r")
+    for number, line in enumerate(text.split("\0" if "\0" in text else "\n"), start=1):
+        line = _as_file(source.parent, line.strip("\n") if "\0" in text else line.rstrip("\r"))
         if not line.strip() or line.startswith("#"):
             continue
         name = PurePosixPath(line).as_posix()
@@ -204,6 +246,19 @@ def _read_list(source: Path) -> list[str]:
     if not seen:
         raise InputError(f"{source}: the list is empty; expected one path a line")
     return list(seen)
+
+
+def _as_file(folder: Path, line: str) -> str:
+    """A line of a list, without its trailing blanks and quotes and with `/` for a backslash where only so it is a file."""
+    plain = line.rstrip()
+    if plain[:1] == plain[-1:] and plain[:1] in ("'", '"') and len(plain) > 2:
+        plain = plain[1:-1]
+    if plain == line and "\\" not in line or os.path.exists(folder / line):
+        return line
+    for changed in (plain, plain.replace("\\", "/")):
+        if os.path.exists(folder / changed):
+            return changed
+    return line
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
@@ -223,7 +278,7 @@ def decode_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
         warnings.simplefilter("ignore")  # what Pillow warns of is either harmless or refused here
         ImageFile.LOAD_TRUNCATED_IMAGES = False  # a process-wide switch that some libraries leave on
         try:
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(file, formats=_formats(path, file)) as image:
                 if image.width * image.height > max_pixels:
                     raise UnreadableInput(
                         path,
@@ -239,6 +294,29 @@ def decode_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
             raise UnreadableInput(path, f"too large: {error}") from None
         except Exception as error:  # Pillow's plugins raise anything on damaged files
             raise UnreadableInput(path, f"damaged picture ({type(error).__name__}: {error})") from error
+
+
+def decode_mask(path: Path | str) -> np.ndarray:
+    """The forgery mask at `path` as (H, W) float32 in [0, 1], 1 where forged.
+
+    Grey from 0 to 255, or 0 and 1, or black and one other colour, which marks what is forged.
+
+    Raises:
+        UnreadableInput: see `decode_image`; several colours, or grey values that say classes rather than how forged.
+    """
+    image = decode_image(path)
+    grey = image[:, :, 0]
+    if (image != grey[:, :, None]).any():
+        lit = image.reshape(-1, 3)[image.any(axis=2).ravel()]
+        if (lit != lit[0]).any():
+            raise UnreadableInput(
+                path, "a mask of several colours; expected grey, 0 for what is real to 255 for forged"
+            )
+        return image.any(axis=2).astype(np.float32)
+    highest = int(grey.max())
+    if 1 < highest < _DIMMEST_MASK:
+        raise UnreadableInput(path, f"a mask with values up to {highest}; expected 0 to 255, or 0 and 1")
+    return grey.astype(np.float32) / (1 if highest == 1 else 255)
 
 
 def open_regular(path: Path | str) -> BinaryIO:
@@ -258,6 +336,25 @@ def open_regular(path: Path | str) -> BinaryIO:
         return open(path, "rb")
     except OSError as error:
         raise UnreadableInput(path, error.strerror or str(error)) from None
+
+
+def _formats(path: Path | str, file: BinaryIO) -> tuple[str, ...]:
+    """Pillow's names of the kinds that this file may be; AVIF and HEIC where it begins like one and can be read here."""
+    head = file.read(12)
+    file.seek(0)
+    brand = head[8:] if head[4:8] == b"ftyp" else b""
+    if brand in _AVIF:
+        if not features.check("avif"):
+            raise UnreadableInput(path, 'an AVIF picture; to read it: pip install "pillow>=11.3"')
+        return (*FORMATS, "AVIF")
+    if brand in _HEIF:
+        try:
+            import pillow_heif
+        except ModuleNotFoundError:
+            raise UnreadableInput(path, "a HEIC picture; to read it: pip install pillow-heif") from None
+        pillow_heif.register_heif_opener()
+        return (*FORMATS, "HEIF")
+    return FORMATS
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -22,16 +22,17 @@ from typing import Any
 import numpy as np
 
 from solution.config import ConfigError, SamplingConfig
-from solution.data.images import IMAGE_SUFFIXES, printable, stable_seed
+from solution.data.images import IMAGE_SUFFIXES, is_hidden, printable, stable_seed
 from solution.data.labels import EXPECTED, is_split, label_of, split_of
 from solution.data.videos import middle_places
+from solution.errors import UsageError
 
 # The splits that training draws from and is judged on; `unseen` has generators that training has not.
 TRAIN, HELD_OUT = "train", ("val", "unseen", "test")
 HIDDEN = "hidden or not the data set's (a dot file or folder, __MACOSX)"
 
 
-class ManifestError(ValueError):
+class ManifestError(UsageError):
     """A manifest that cannot be used: names the file, the row, what was found and what was expected."""
 
 
@@ -313,10 +314,6 @@ def _present(folder: Path, name: str) -> Path:
     return path
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
 def _csv_rows(source: Path, report: DropReport) -> Iterator[Item]:
     reader = csv.DictReader(io.StringIO(_text(source), newline=""))
     missing = {"path", "label"} - set(reader.fieldnames or ())
@@ -388,13 +385,13 @@ def _label_folders(
             report.add(f"{path.relative_to(root).as_posix()}/", "a folder whose name and sub-folders say no label")
         yield from found
     for path in folder.iterdir():
-        if path.suffix.lower() in IMAGE_SUFFIXES and not _hidden(path.name) and path.is_file():
+        if path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path.name) and path.is_file():
             report.add(printable(path.relative_to(root).as_posix()), "in no folder that says a label")
 
 
 def _subfolders(folder: Path) -> list[tuple[str, Path]]:
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    return [(name, folder / name) for name in names if not _hidden(name)]
+    return [(name, folder / name) for name in names if not is_hidden(name)]
 
 
 def _files(folder: Path, report: DropReport, root: Path, above: frozenset = frozenset()) -> Iterator[Path]:
@@ -403,7 +400,7 @@ def _files(folder: Path, report: DropReport, root: Path, above: frozenset = froz
     if here in above:
         return
     for entry in sorted(folder.iterdir()):
-        if _hidden(entry.name):
+        if is_hidden(entry.name):
             report.add(printable(entry.relative_to(root).as_posix()), HIDDEN)
         elif entry.is_dir():
             yield from _files(entry, report, root, above | {here})
@@ -467,13 +464,6 @@ def _mask_beside(frame: Path) -> str:
     parts[len(parts) - 1 - parts[::-1].index("frames")] = "masks"
     mask = Path(*parts).with_suffix(".png")
     return str(mask) if mask.is_file() else ""
-
-
-def known_masks(items: Sequence[Item], sampling: SamplingConfig) -> tuple[int, int]:
-    """How many fake pictures have a forgery mask, and how many fakes there are; a real one needs none."""
-    fakes = [item for item in items if item.label]
-    whole = set(sampling.fully_generated)
-    return sum(bool(i.mask) or i.generator in whole for i in fakes), len(fakes)
 
 
 def select(items: Sequence[Item], sampling: SamplingConfig, seed: int) -> tuple[list[Item], DropReport]:

@@ -16,28 +16,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from solution.config import AugmentConfig, DegradationConfig, MemberConfig
+from solution.config import AugmentConfig, DegradationConfig, MemberConfig, SamplingConfig
 from solution.data.degradation import degrade, use_one_opencv_thread
-
-# The doors still take these from here.
-# ruff: noqa: F401
-from solution.data.epochs import Sample, plan_epoch
+from solution.data.epochs import Sample
 from solution.data.faces import FaceLocator, crop_square, make_view, view_box
-from solution.data.images import UnreadableInput, decode_image, resize_image, stable_seed
+from solution.data.images import UnreadableInput, decode_image, decode_mask, resize_image
 from solution.data.manifest import (
-    DropReport,
     Item,
-    ManifestError,
-    draw_items,
-    known_masks,
-    manifest_splits,
-    read_manifest,
-    select,
 )
 from solution.data.self_blend import face_region, self_blend
 from solution.data.views import (
     View,
-    degraded_picture,
     find_face,
     locators_for,
     open_picture,
@@ -167,8 +156,9 @@ class TrainingViews(Dataset):
         if item.mask == "whole" or item.generator in self.config.sampling.fully_generated:
             return image, face_region(image.shape, face), True
         if item.mask:
-            mask = decode_image(Path(item.mask))[:, :, 0].astype(np.float32) / 255
-            return image, resize_image(mask, image.shape[1], image.shape[0]), True
+            mask = decode_mask(item.mask)
+            # A fake of which nothing is forged: the mask is wrong, and what is forged not known.
+            return image, resize_image(mask, image.shape[1], image.shape[0]), bool(mask.any())
         return image, np.zeros(image.shape[:2], np.float32), False
 
     def _square(
@@ -211,6 +201,35 @@ class ValidationViews(Dataset):
         picture = open_picture(item.path, item.name, self.degradation, self.seed)
         (view,) = see(picture, self.views, self.locators)
         return view
+
+
+def tell_masks(items: Sequence[Item], sampling: SamplingConfig) -> str:
+    """A line for the start: how many fakes have a forgery mask, each opened once; a real picture needs none.
+
+    Raises:
+        UnreadableInput: a mask that cannot be read, under `sampling.on_unreadable=fail`; else it is counted.
+    """
+    fakes = [item for item in items if item.label]
+    known, black, unreadable = 0, [], []
+    for item in fakes:
+        if item.mask == "whole" or item.generator in sampling.fully_generated:
+            known += 1
+        elif item.mask:
+            try:
+                some = decode_mask(item.mask).any()
+            except UnreadableInput:
+                if sampling.on_unreadable == "fail":
+                    raise
+                unreadable.append(item.name)
+                continue
+            known += bool(some)
+            black += [] if some else [item.name]
+    text = f"masks: {known} of {len(fakes)} fakes"
+    if black:
+        text += f"; {len(black)} are black, nothing forged, and count as not known (e.g. of {black[0]})"
+    if unreadable:
+        text += f"; {len(unreadable)} cannot be read, and their pictures are dropped (e.g. of {unreadable[0]})"
+    return text
 
 
 # ------------------------------------------------------------------------------------------------ loaders
@@ -261,18 +280,16 @@ def validation_loader(views: ValidationViews, *, batch: int, workers: int) -> Da
 def locate_faces(
     items: Sequence[Item], config: MemberConfig, cache: Path, *, progress: bool = True
 ) -> dict[str, FaceBox | None]:
-    """The chosen face of every item, from `cache` (JSON lines, appended as it goes) where it is known already."""
+    """The chosen face of every item, from `cache` (JSON lines, appended as it goes) where it is known already.
+
+    A line is name, size and time of the file, face: what has been replaced since is located again.
+    """
     from tqdm import tqdm
 
     use_one_opencv_thread()
-    known: dict[str, FaceBox | None] = {}
-    if cache.exists():
-        for line in cache.read_text().splitlines():
-            try:
-                name, box = json.loads(line)
-            except json.JSONDecodeError:  # the torn last line of an interrupted run is located again
-                continue
-            known[name] = None if box is None else _box(box)
+    cached = _cached_faces(cache)
+    stamps = {item.name: _stamp(item.path) for item in items}
+    known = {name: cached[name, *stamp] for name, stamp in stamps.items() if (name, *stamp) in cached}
     todo = [item for item in items if item.name not in known]
     if not todo:
         return known
@@ -287,8 +304,29 @@ def locate_faces(
                     raise
                 continue  # the loader drops it and counts it
             face = known[item.name] = find_face(image, locator)
-            file.write(json.dumps([item.name, face]) + "\n")
+            file.write(json.dumps([item.name, *stamps[item.name], face]) + "\n")
     return known
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of change in ns; -1 twice where there is no file, whose decoding then says so."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def _cached_faces(cache: Path) -> dict[tuple[str, int, int], FaceBox | None]:
+    faces = {}
+    for line in cache.read_text().splitlines() if cache.exists() else ():
+        try:
+            name, size, changed, box = json.loads(line)
+        # The torn last line of an interrupted run, and lines without size and time, are located again.
+        except ValueError:
+            continue
+        faces[name, size, changed] = None if box is None else _box(box)
+    return faces
 
 
 def _box(values: list) -> FaceBox:

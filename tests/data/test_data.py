@@ -18,9 +18,17 @@ from solution.config import (
     preset,
 )
 from solution.data.epochs import Sample, plan_epoch
-from solution.data.images import UnreadableInput
-from solution.data.manifest import ManifestError, known_masks, read_manifest, select
-from solution.data.training import Augmentation, TrainingViews, ValidationViews, collate, training_loader
+from solution.data.images import UnreadableInput, decode_mask
+from solution.data.manifest import Item, ManifestError, read_manifest, select
+from solution.data.training import (
+    Augmentation,
+    TrainingViews,
+    ValidationViews,
+    collate,
+    locate_faces,
+    tell_masks,
+    training_loader,
+)
 from solution.data.views import degraded_picture
 
 
@@ -98,7 +106,8 @@ def test_deepfakebench_masks_lie_beside_the_frames(tmp_path):
     """Mask of 000 there, of 001 not; a real frame takes none, though a file of that name exists."""
     for name in ("f/frames/1/000.png", "f/frames/1/001.png", "r/frames/2/000.jpg"):
         save(tmp_path / name)
-    save(tmp_path / "f/masks/1/000.png")
+    (tmp_path / "f/masks/1").mkdir(parents=True)
+    cv2.imwrite(str(tmp_path / "f/masks/1/000.png"), np.full((8, 8), 255, np.uint8))
     save(tmp_path / "r/masks/2/000.png")
     fake = {"v": {"label": "FF-DF", "frames": [f"f/frames/1/00{n}.png" for n in (0, 1)]}}
     real = {"w": {"label": "FF-real", "frames": ["r/frames/2/000.jpg"]}}
@@ -107,8 +116,62 @@ def test_deepfakebench_masks_lie_beside_the_frames(tmp_path):
     items, _ = read_manifest(tmp_path / "b.json", split="train")
     mask = str(tmp_path / "f" / "masks" / "1" / "000.png")
     assert [i.mask for i in items] == [mask, "", ""]
-    assert known_masks(items, SamplingConfig()) == (1, 2)
-    assert known_masks(items, SamplingConfig(fully_generated=("FF-DF",))) == (2, 2)
+    assert tell_masks(items, SamplingConfig()) == "masks: 1 of 2 fakes"
+    assert tell_masks(items, SamplingConfig(fully_generated=("FF-DF",))) == "masks: 2 of 2 fakes"
+
+
+def grey(path, *values):
+    cv2.imwrite(str(path), np.repeat(np.array(values, np.uint8), 4).reshape(len(values), 4))
+    return path
+
+
+def test_masks_of_every_usual_kind_are_scaled_and_others_refused_by_name(tmp_path):
+    expected = np.array([0, 0, 0, 0, 1, 1, 1, 1], np.float32).reshape(2, 4)
+    path = tmp_path / "m.png"
+    for values in ((0, 255), (0, 1)):
+        found = decode_mask(grey(path, *values))
+        assert found.dtype == np.float32 and np.array_equal(found, expected)
+    cv2.imwrite(str(path), expected[:, :, None] * np.array([255, 0, 0], np.uint8))  # BGR: blue
+    assert np.array_equal(decode_mask(path), expected)
+    assert decode_mask(grey(path, 0, 51, 102)).max() == np.float32(0.4)
+    with pytest.raises(UnreadableInput, match="m.png: a mask with values up to 3"):
+        decode_mask(grey(path, 0, 1, 3))
+    save(path)
+    with pytest.raises(UnreadableInput, match="m.png: a mask of several colours"):
+        decode_mask(path)
+
+
+def test_black_and_unreadable_masks_of_fakes_are_said_at_the_start(tmp_path):
+    (tmp_path / "text.png").write_text("no mask")
+    masks = ["", "whole", str(grey(tmp_path / "one.png", 0, 1)), str(grey(tmp_path / "black.png", 0, 0))]
+    items = [Item(f"{n}.png", tmp_path / f"{n}.png", 1, mask=mask) for n, mask in enumerate(masks)]
+    black = "masks: 2 of 4 fakes; 1 are black, nothing forged, and count as not known (e.g. of 3.png)"
+    assert tell_masks(items, SamplingConfig()) == black
+    items[0] = replace(items[0], mask=str(tmp_path / "text.png"))
+    with pytest.raises(UnreadableInput, match=r"text.png: not a picture"):
+        tell_masks(items, SamplingConfig())
+    told = tell_masks(items, SamplingConfig(on_unreadable="drop"))
+    assert told == f"{black}; 1 cannot be read, and their pictures are dropped (e.g. of 0.png)"
+    save(tmp_path / "3.png")
+    sample = TrainingViews([items[3]], preset("tiny", "vlaforge"), {}, 0)[Sample(0, 0, 0, False)]
+    assert sample[1] == 1 and not sample[3]  # fake, and its mask is not known
+
+
+def test_the_face_cache_knows_size_and_time_of_its_files(tmp_path):
+    save(tmp_path / "a.png"), save(tmp_path / "b.png", 1)
+    items, cache = [Item(n, tmp_path / n, 0) for n in ("a.png", "b.png")], tmp_path / "out" / "faces.jsonl"
+    config = preset("tiny", "face")
+    first = locate_faces(items, config, cache, progress=False)
+    assert set(first) == {"a.png", "b.png"} and len(cache.read_text().splitlines()) == 2
+    assert locate_faces(items, config, cache, progress=False) == first
+    assert len(cache.read_text().splitlines()) == 2
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((64, 64, 3), np.uint8))
+    again = locate_faces(items, config, cache, progress=False)
+    assert again == {"a.png": None, "b.png": first["b.png"]}
+    with cache.open("a") as file:
+        file.write('["b.png", [1, 2, 3')  # torn
+    assert locate_faces(items, config, cache, progress=False) == again
+    assert len(cache.read_text().splitlines()) == 4
 
 
 def test_rows_without_a_split_are_never_in_both(tmp_path):

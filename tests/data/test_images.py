@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from make_clip import CLIP, coded_frame, read_code
 from odd_files import make_odd_files
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 from skimage import data
 
 from solution.data import videos
@@ -71,6 +72,44 @@ def test_a_list_names_pictures_relative_to_its_folder(tmp_path):
     assert by_name[elsewhere.as_posix()].path == elsewhere
     assert by_name["clip.webm"].kind == "video"
     assert by_name["a.dat"].kind == "image"
+
+
+def test_odd_lists_are_read_where_their_files_are(tmp_path):
+    touch(tmp_path, "a.jpg", "sub/b.jpg", "c d.jpg", "e.jpg ", "sub\\f.jpg")
+    expected = ["a.jpg", "c d.jpg", "sub/b.jpg"]
+    for content in (
+        b"a.jpg\0sub/b.jpg\0c d.jpg\0",
+        "a.jpg\r\nsub/b.jpg\r\nc d.jpg\r\n".encode("utf-16"),
+        b'a.jpg  \nsub/b.jpg\t\n"c d.jpg"\n',
+        b"a.jpg\r\nsub\\b.jpg\r\nc d.jpg\r\n",
+    ):
+        (tmp_path / "list.txt").write_bytes(content)
+        found = find_inputs(tmp_path / "list.txt")
+        assert [f.name for f in found] == expected and all(f.path.is_file() for f in found)
+    (tmp_path / "list.txt").write_text("e.jpg \nsub\\f.jpg\ngone.jpg \n")  # these names are right as they stand
+    found = find_inputs(tmp_path / "list.txt")
+    assert [f.name for f in found] == ["e.jpg ", "gone.jpg ", "sub\\f.jpg"]
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfea")
+    with pytest.raises(InputError, match="begins as UTF-16 does"):
+        find_inputs(tmp_path / "list.txt")
+
+
+def test_hidden_files_are_no_inputs_and_what_is_passed_over_is_counted(tmp_path):
+    touch(
+        tmp_path,
+        "a.jpg",
+        "._a.jpg",
+        ".thumbs/a.jpg",
+        "__MACOSX/a.jpg",
+        "x/.b.png",
+        "Thumbs.db",
+        "x/notes.md",
+        "x/LICENSE",
+    )
+    found = find_inputs(tmp_path)
+    assert [f.name for f in found] == ["a.jpg"]
+    assert found.passed_over == {"hidden": 4, ".db": 1, ".md": 1, "no suffix": 1}
+    assert pickle.loads(pickle.dumps(found[:1])).passed_over == found.passed_over
 
 
 def test_a_name_listed_twice_is_refused_with_both_lines(tmp_path):
@@ -133,6 +172,27 @@ def test_a_million_inputs_cost_their_names_only():
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
+@pytest.mark.parametrize(("suffix", "kind"), [("jpe", "JPEG"), ("jfif", "JPEG"), ("gif", "GIF"), ("avif", "AVIF")])
+def test_further_suffixes_are_listed_and_read(tmp_path, suffix, kind):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    path = tmp_path / f"x.{suffix}"
+    more = {"save_all": True, "append_images": [Image.new("RGB", (20, 10), (0, 0, 255))]} if kind == "GIF" else {}
+    Image.new("RGB", (20, 10), (200, 0, 0)).save(path, kind, **more)
+    (found,) = find_inputs(tmp_path)
+    assert found.kind == "image"
+    assert np.abs(decode_image(found.path).astype(int) - (200, 0, 0)).max() < 12  # the first frame
+
+
+def test_a_heic_picture_says_what_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for name in ("a.heic", "called.jpg"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+        with pytest.raises(UnreadableInput, match="a HEIC picture; to read it: pip install pillow-heif"):
+            decode_image(tmp_path / name)
+    assert len(find_inputs(tmp_path)) == 2
+
+
 def test_forty_odd_files_each_decode_or_name_their_reason(tmp_path):
     expected = make_odd_files(tmp_path / "odd")
     found = {f.name: f.path for f in find_inputs(tmp_path / "odd")}
