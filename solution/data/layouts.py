@@ -20,11 +20,13 @@ from typing import Any
 
 from solution.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, printable
 from solution.data.labels import EXPECTED, FAKE, REAL, is_split, label_of, split_of
+from solution.errors import UsageError
 
+JOURNAL = "prepared.jsonl"  # in an output folder: what is done; such a folder is no data set
 WHOLE = "whole"  # stands for the mask of a picture that is generated from edge to edge
 
 
-class LayoutError(ValueError):
+class LayoutError(UsageError):
     """A data set that cannot be read without guessing: names what was found and what is known."""
 
 
@@ -186,6 +188,12 @@ def walk(root: Path, leave_out: Path | None = None) -> Tree:
             folders.clear()
             continue
         seen.add(real)
+        if JOURNAL in names:
+            if Path(folder) == root:
+                raise LayoutError(f"{root} is what prepare made of a data set: train on its manifest.csv")
+            tree.passed.add("output of an earlier prepare", folder)
+            folders.clear()
+            continue
         start = Path(folder).relative_to(root).as_posix()
         start = "" if start == "." else start + "/"
         hidden = {name for name in folders if name.startswith(".") or name == "__MACOSX"}
@@ -240,9 +248,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(read_text(path))
-    except ValueError as error:
-        if isinstance(error, LayoutError):
-            raise
+    except json.JSONDecodeError as error:
         raise LayoutError(f"{path}: no JSON ({error})") from None
 
 
@@ -511,7 +517,9 @@ def _beside(folder: str, video: str, units: dict) -> str | None:
 def _dfdcp(tree: Tree) -> Iterator[Entry]:
     """dataset.json: "method_A/ID/VIDEO.mp4" -> label, set, target_id, swapped_id."""
     units = {path: (kind, files) for path, kind, files in tree.units()}
-    name = next(n for n in tree.lists if n.rpartition("/")[2].lower() == "dataset.json")
+    name = next((n for n in tree.lists if n.rpartition("/")[2].lower() == "dataset.json"), None)
+    if name is None:
+        raise LayoutError(f"{tree.root}: no dataset.json, which holds the labels of DFDC's preview")
     folder, content, listed = name.rpartition("/")[0], read_json(tree.root / name), set()
     if not _is_dfdc(content):
         raise LayoutError(f'{name}: expected {{"method_A/ID/VIDEO.mp4": {{"label": ..., "set": ...}}}}')
@@ -553,6 +561,23 @@ def _bench_json(content: Any) -> bool:
     return False
 
 
+_OTHER_LISTS = frozenset(("metadata.json", "dataset.json", "train.json", "val.json", "test.json"))
+
+
+def _bench_content(tree: Tree, name: str) -> Any:
+    """What a DeepfakeBench JSON holds; None for another file. One that is named outright must be JSON."""
+    if not name.lower().endswith(".json") or name.rpartition("/")[2].lower() in _OTHER_LISTS:
+        return None
+    try:
+        content = read_json(tree.root / name)
+    except LayoutError:
+        if len(tree.lists) == 1:
+            raise
+        tree.passed.add("a list that is no JSON", name)
+        return None
+    return content if _bench_json(content) else None
+
+
 def _bench_videos(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
     for key, value in tree.items() if isinstance(tree, dict) else ():
         if isinstance(value, dict) and "frames" in value:
@@ -565,7 +590,8 @@ def _deepfakebench(tree: Tree) -> Iterator[Entry]:
     """Every DeepfakeBench JSON of the tree; a video that several lists or splits name is taken once."""
     videos: dict[str, tuple[Entry, set[str]]] = {}
     for name in tree.lists:
-        if not name.endswith(".json") or not _bench_json(content := read_json(tree.root / name)):
+        content = _bench_content(tree, name)
+        if content is None:
             continue
         for path, row in _bench_videos(content):
             entry, split = _bench_entry(tree, name, path, row)
@@ -652,7 +678,7 @@ def _wilddeepfake(tree: Tree) -> Iterator[Entry]:
     """real_train, fake_train, real_test, fake_test; in each a folder a video, in it one a face sequence."""
     for path, kind, files in tree.units():
         label, split, _ = _meaning(files[0])
-        if label is None:
+        if label is None or not split:
             tree.passed.add("outside real_train, fake_train, real_test and fake_test", files[0], len(files))
             continue
         parts = path.split("/")
@@ -909,6 +935,13 @@ _LAYOUTS: dict[str, tuple[Callable[[Tree], Iterator[Entry]], bool]] = {
 LAYOUTS = tuple(_LAYOUTS)
 
 
+_MOST_LISTS = 100
+
+
+def _depth(name: str) -> int:
+    return name.count("/")
+
+
 def detect(tree: Tree) -> str:
     """The name of a tree's layout.
 
@@ -919,7 +952,8 @@ def detect(tree: Tree) -> str:
     words = {plain(name) for name in folders}
     bases = {name.rpartition("/")[2].lower() for name in tree.lists}
     pictures = [stem(name).rpartition("/")[2] for name in tree.pictures]
-    if any(n.endswith(".json") and _bench_json(read_json(tree.root / n)) for n in tree.lists):
+    # Some sets ship a JSON a picture: the lists that matter stand above them.
+    if any(_bench_content(tree, name) is not None for name in sorted(tree.lists, key=_depth)[:_MOST_LISTS]):
         return "deepfakebench"
     found = {
         "ff++": bool(folders & set(_FF_ROOTS) or words & set(_DFD_ROOTS)),
@@ -980,10 +1014,7 @@ def find_entries(source: Path, layout: str = "auto", leave_out: Path | None = No
         raise LayoutError(f"{root}: no pictures or videos in it")
     layout = detect(tree) if layout == "auto" else layout
     read, cropped = _LAYOUTS[layout]
-    try:
-        entries = sorted(read(tree), key=lambda entry: entry.name)
-    except StopIteration:
-        raise LayoutError(f"{root}: not of the layout {layout}: its list is not there") from None
+    entries = sorted(read(tree), key=lambda entry: entry.name)
     if not entries:
         reasons = "; ".join(f"{row['count']} {row['reason']} (e.g. {row['example']})" for row in tree.passed.rows())
         raise LayoutError(f"{root}: nothing in it is of the layout {layout}. {reasons}".rstrip())

@@ -3,7 +3,7 @@
 import pytest
 from raw_sets import empty, write_json
 
-from solution.data.layouts import LayoutError, PassedOver, find_entries, folder_meaning, known_label
+from solution.data.layouts import LAYOUTS, LayoutError, PassedOver, find_entries, folder_meaning, known_label
 from solution.data.splitting import components, split_entries
 
 
@@ -311,6 +311,21 @@ def test_several_data_sets_are_refused(tmp_path):
     empty(tmp_path, "ff/original_sequences/youtube/c23/videos/000.mp4", "celeb/Celeb-synthesis/id0_id1_0000.mp4")
     with pytest.raises(LayoutError, match="several data sets"):
         find_entries(tmp_path)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "folders"])
+def test_a_layout_that_does_not_fit_is_refused(tmp_path, layout):
+    empty(tmp_path, "real/a.png", "fake/b.png")
+    with pytest.raises(LayoutError):
+        find_entries(tmp_path, layout)
+
+
+def test_what_prepare_made_is_no_data_set(tmp_path):
+    empty(tmp_path, "real/a.png", "fake/b.png", "out/images/real/a.jpg", "out/prepared.jsonl")
+    found = find_entries(tmp_path)
+    assert len(found.entries) == 2 and reasons(found) == {"output of an earlier prepare": 1}
+    with pytest.raises(LayoutError, match="train on its manifest.csv"):
+        find_entries(tmp_path / "out")
 
 
 def test_one_name_with_two_suffixes(tmp_path):
