@@ -21,7 +21,7 @@ from solution.errors import FAILURES, door
 
 # The libraries are imported where they are used: --help comes at once.
 if TYPE_CHECKING:
-    from solution.data.layouts import Found
+    from solution.data.raw import Found
 
 LAYOUTS = ["ff++", "celeb-df", "dfdc", "dfdcp", "deepfakebench", "wilddeepfake", "df40", "folders", "kaggle", "ntire"]
 

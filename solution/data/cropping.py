@@ -20,7 +20,7 @@ import numpy as np
 from solution.config import FaceConfig
 from solution.data.faces import FaceLocator, choose_face, choose_track
 from solution.data.images import UnreadableInput, decode_image
-from solution.data.layouts import WHOLE, Entry
+from solution.data.raw import WHOLE, Entry
 from solution.data.videos import middle_places, sample_frames
 from solution.io import atomic_file
 from solution.records import FaceBox

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 
 from solution.data.cropping import Cropper, CropSettings, Record, stamp
 from solution.data.images import decode_image, resize_image
-from solution.data.layouts import JOURNAL, WHOLE, Entry
+from solution.data.raw import JOURNAL, WHOLE, Entry
 from solution.errors import UsageError
 from solution.io import atomic_file
 

@@ -3,7 +3,8 @@
 import pytest
 from raw_sets import empty, write_json
 
-from solution.data.layouts import LAYOUTS, LayoutError, PassedOver, find_entries, folder_meaning, known_label
+from solution.data.layouts import LAYOUTS, find_entries
+from solution.data.raw import LayoutError, PassedOver, folder_meaning, known_label
 from solution.data.splitting import components, split_entries
 
 
@@ -283,6 +284,14 @@ def test_folders_of_videos_frames(tmp_path):
     entries = by_name(find_entries(tmp_path))
     assert set(entries) == {"fake/000_001", "real/000"}
     assert entries["fake/000_001"].kind == "frames" and entries["real/000"].people == ("ff++:000",)
+
+
+def test_videos_named_as_faceforensics_names_them_are_pairs(tmp_path):
+    empty(tmp_path, "real/519.mp4", "fake/Deepfakes_519_515.mp4", "fake/FaceSwap_634_660.mp4")
+    entries = by_name(find_entries(tmp_path))
+    fake = entries["fake/Deepfakes_519_515"]
+    assert (fake.people, fake.place, fake.generator) == (("ff++:519", "ff++:515"), "real/519", "Deepfakes")
+    assert entries["fake/FaceSwap_634_660"].place == ""
 
 
 def test_folders_of_people_are_groups(tmp_path):
