@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from solution.config import VoteConfig
+from solution.errors import UsageError, door
 from solution.evaluation import report
 from solution.evaluation.conditions import degraded_conditions, limit_frames, limit_items, sweep_conditions
 from solution.evaluation.measure import (
@@ -327,25 +327,15 @@ def text_table(results: Mapping[str, Any]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ entry
+@door("evaluate", interrupted="interrupted; the same command goes on where it stopped", refused=(ValueError,))
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a bundle on a manifest, or anyone's scores; 0 done, 2 usage, 3 environment or weights."""
     arguments = _parser().parse_args(argv)
     if (arguments.data is None) == (arguments.preds is None):
-        print(
-            "give either --data with --weights, or --preds with --labels",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        if arguments.preds is not None:
-            return _evaluate_predictions(arguments)
-        return _evaluate_bundle(arguments)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    except ValueError as error:  # what the rooms refuse: manifests, scores, settings
-        print(error, file=sys.stderr)
-        return 2
+        raise UsageError("give either --data with --weights, or --preds with --labels")
+    if arguments.preds is not None:
+        return _evaluate_predictions(arguments)
+    return _evaluate_bundle(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -436,9 +426,7 @@ def _evaluate_predictions(arguments: argparse.Namespace) -> int:
 
 def _evaluate_bundle(arguments: argparse.Namespace) -> int:
     # Here and not above: scoring brings torch, which a report on given scores does without.
-    from solution.data.faces import FaceDetectorMissing
     from solution.data.images import UnreadableInput
-    from solution.models.towers import WeightsError
     from solution.scoring import ensemble as predict
 
     if arguments.weights is None:
@@ -450,20 +438,14 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
         out=arguments.out,
     )
     items = limit_items(items, arguments.limit, arguments.seeds[0])
-    try:
-        ensemble = predict.load_ensemble(arguments.weights, arguments.device, second_look=not arguments.fast)
-    except WeightsError as error:
-        print(error, file=sys.stderr)
-        return 3
+    ensemble = predict.load_ensemble(arguments.weights, arguments.device, second_look=not arguments.fast)
 
     def scorer(chunk: Sequence[Any], **settings: Any) -> Logits:
         sizes = {"batch_size": arguments.batch_size, "workers": arguments.workers}
         try:
             return predict.score_pictures(ensemble, chunk, **sizes, **settings)
         except UnreadableInput as error:
-            raise EvaluationError(f"{error}; mend it or take it out of the manifest")
-        except FaceDetectorMissing as error:
-            raise EvaluationError(str(error)) from None
+            raise EvaluationError(f"{error}; mend it or take it out of the manifest") from None
 
     results = run(
         items,

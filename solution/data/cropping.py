@@ -18,8 +18,9 @@ import numpy as np
 
 from solution.config import FaceConfig
 from solution.data.faces import FaceLocator, choose_face, choose_track
-from solution.data.images import UnreadableInput, decode_image, sample_frames
+from solution.data.images import UnreadableInput, decode_image
 from solution.data.layouts import WHOLE, Entry
+from solution.data.videos import sample_frames
 from solution.io import atomic_file
 from solution.records import FaceBox
 

@@ -402,7 +402,7 @@ def test_the_command_refuses_in_a_line(tmp_path, kit, capsys):
     capsys.readouterr()
     kit.load_ensemble = missing
     assert evaluate.main(f"--data {path} --weights w {out}".split()) == 3
-    assert capsys.readouterr().err == "w: no bundle there\n"
+    assert capsys.readouterr().err == "evaluate: w: no bundle there\n"
 
 
 def test_video_files_become_frames_once(tmp_path, kit):
