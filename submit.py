@@ -222,8 +222,9 @@ def _tell(line: str) -> None:
 
 def selftest(args: argparse.Namespace) -> int:
     """Recompute the bundle's golden logits on the device, in float32; 0 when they agree, else 3."""
+    from solution.bundles.selftest import run_selftest
+    from solution.bundles.store import open_bundle
     from solution.models.merging import pick_device
-    from solution.weights import open_bundle, run_selftest
 
     bundle = open_bundle(args.weights, report=_tell)
     result = run_selftest(bundle, pick_device(args.device))
@@ -234,9 +235,9 @@ def selftest(args: argparse.Namespace) -> int:
 
 def score(args: argparse.Namespace, inputs) -> int:
     """The whole pipeline; 0 done, 4 done with inputs that could not be read."""
+    from solution.bundles.store import open_bundle
     from solution.scoring import ensemble as predict
     from solution.scoring.journal import Journal
-    from solution.weights import open_bundle
 
     rank, ranks = _rank(), _ranks()
     bundle = open_bundle(args.weights, report=_tell)

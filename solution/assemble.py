@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from solution import weights
 from solution.bundles.bundle import write_bundle
 from solution.bundles.members import read_config
+from solution.bundles.selftest import add_golden
 from solution.config import ConfigError, DegradationConfig, VoteConfig
 from solution.data.faces import FaceDetectorMissing
 from solution.data.images import UnreadableInput
-from solution.data.training import ManifestError, draw_items, read_manifest
+from solution.data.manifest import ManifestError, draw_items, read_manifest
 from solution.evaluation.fit import fit_ensemble
 from solution.io import write_atomically
 from solution.models.calibration import Calibrator
@@ -98,7 +98,7 @@ def assemble(
         data=f"fitted on {what}",
         report=comparison,
     )
-    weights.add_golden(bundle)
+    add_golden(bundle)
     write_atomically(out / "validation.json", json.dumps(comparison, indent=1) + "\n")
     if final.exists():
         shutil.rmtree(final)

@@ -982,6 +982,8 @@ def _ntire26(member: str) -> MemberConfig:
 
 
 PRESETS = {"giant": _giant, "compact": _compact, "tiny": _tiny, "ntire26": _ntire26}
+# Where its authors published its weights.
+NTIRE26_REPOSITORY = "hf:lpmkhoa/hcmusaqua-ntire26-weights"
 NTIRE26_VOTE = VoteConfig({"global": 2, "face": 1, "fusion": 2}, mean="levels_rounded")
 
 

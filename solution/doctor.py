@@ -233,7 +233,7 @@ def check_hub() -> Check:
 
     from solution import config
     from solution.bundles import hub
-    from solution.weights import published_home
+    from solution.bundles.store import published_home
 
     here = ["ntire26 bundle"] if published_home().is_dir() else []
     fusion = config.preset("ntire26", "fusion")
@@ -262,8 +262,9 @@ def check_face_detector() -> Check:
 
 def check_weights(weights: str | None) -> Check:
     """The bundle is there and every file matches its SHA-256; a preset that was never imported is not imported here."""
+    from solution.bundles.bundle import MANIFEST
+    from solution.bundles.store import COMPACT, open_bundle, published_home
     from solution.models.towers import WeightsError
-    from solution.weights import COMPACT, MANIFEST, open_bundle, published_home
 
     name = weights or "compact"
     if weights is None and not (COMPACT / MANIFEST).is_file():

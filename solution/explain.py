@@ -40,7 +40,7 @@ from solution.data.images import (
     find_inputs,
     resize_image,
 )
-from solution.data.training import Item, ManifestError, read_manifest
+from solution.data.manifest import Item, ManifestError, read_manifest
 from solution.evaluate import limit_items
 from solution.evaluation import maps
 from solution.evaluation.measure import EvaluationError, Pictures

@@ -33,6 +33,7 @@ from solution.bundles.bundle import (
 )
 from solution.bundles.members import build_member, save_member
 from solution.config import (
+    NTIRE26_REPOSITORY,
     NTIRE26_VOTE,
     AdapterConfig,
     ClipArch,
@@ -47,7 +48,6 @@ from solution.models.towers import (
     to_stable,
 )
 
-REPOSITORY = "hf:lpmkhoa/hcmusaqua-ntire26-weights"
 FILES = {
     "global": "dinov2_252.pth",
     "face": "dinov2_252_crop.pth",
@@ -311,7 +311,7 @@ class Shelf:
 def import_ntire26(
     out: Path,
     *,
-    source: str = REPOSITORY,
+    source: str = NTIRE26_REPOSITORY,
     dino: str | None = None,
     clip: str | None = None,
     keep_tower: bool = False,
@@ -343,7 +343,7 @@ def import_ntire26(
         name="ntire26",
         licence="other",
         data="The weights of the NTIRE 2026 fourth-place entry (arXiv 2604.25889), imported from "
-        f"{REPOSITORY.removeprefix('hf:')}: trained by its authors on fourteen public deepfake sets, several of them "
+        f"{NTIRE26_REPOSITORY.removeprefix('hf:')}: trained by its authors on fourteen public deepfake sets, several of them "
         "for research only. Their licence applies, and DINOv2's (Apache-2.0) and CLIP's (MIT) to the towers.",
     )
 

@@ -18,25 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from solution.config import AugmentConfig, DegradationConfig, MemberConfig, SamplingConfig
 from solution.data.degradation import degrade, use_one_opencv_thread
-
-# The doors still take these from here.
-# ruff: noqa: F401
-from solution.data.epochs import Sample, plan_epoch
+from solution.data.epochs import Sample
 from solution.data.faces import FaceLocator, crop_square, make_view, view_box
-from solution.data.images import UnreadableInput, decode_image, decode_mask, resize_image, stable_seed
-from solution.data.manifest import (
-    DropReport,
-    Item,
-    ManifestError,
-    draw_items,
-    manifest_splits,
-    read_manifest,
-    select,
-)
+from solution.data.images import UnreadableInput, decode_image, decode_mask, resize_image
+from solution.data.manifest import Item
 from solution.data.self_blend import face_region, self_blend
 from solution.data.views import (
     View,
-    degraded_picture,
     find_face,
     locators_for,
     open_picture,

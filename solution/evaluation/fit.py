@@ -14,15 +14,10 @@ import numpy as np
 
 from solution.config import NTIRE26_VOTE, VoteConfig
 from solution.evaluation import metrics
+from solution.evaluation.search import VoteSearch, search_weights, threshold_at_false_alarm, unsure_band
 from solution.models import calibration
 from solution.models.calibration import Calibrator
-from solution.scoring.vote import (
-    VoteSearch,
-    combine,
-    search_weights,
-    threshold_at_false_alarm,
-    unsure_band,
-)
+from solution.scoring.vote import combine
 
 WAYS = ("probability", "logit", "levels", "levels_rounded")
 REFERENCES = ("best single", "published recipe")  # what every way is compared with

@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from solution.bundles.bundle import Bundle
+from solution.bundles.bundle import Bundle, load_members
 from solution.bundles.members import tower_configs
+from solution.bundles.selftest import golden_pictures
+from solution.bundles.store import open_bundle
 from solution.config import (
     DegradationConfig,
     MemberConfig,
@@ -46,7 +48,6 @@ from solution.records import FaceBox
 from solution.scoring.files import SidecarRow
 from solution.scoring.journal import Scored, stamp
 from solution.scoring.vote import combine, levels
-from solution.weights import golden_pictures, load_members, open_bundle
 
 FRAMES = 32  # of a video
 NEUTRAL = 0.5  # the score of what cannot be read

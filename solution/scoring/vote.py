@@ -1,35 +1,23 @@
 """Discretize and combine scores: P(fake) of each member (N,) to levels on a grid to one vote (N,) in [0, 1].
 
 The published entry (arXiv 2604.25889) rounds each stream's P(fake) to one decimal, takes their weighted mean and rounds
-that to one decimal again. `VoteConfig.mean` says which of the four ways of combining is used. The search for votes and
-for the threshold, at the end, is the only part that sees labels.
+that to one decimal again. `VoteConfig.mean` says which of the four ways of combining is used. Nothing here sees
+labels: evaluation/search.py finds the votes.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import NamedTuple
 
 import numpy as np
 
 from solution.config import VoteConfig
-from solution.evaluation import metrics
 from solution.models.calibration import sigmoid
 
 LEAST_P = 1e-6  # the logit mean keeps P(fake) this far from 0 and 1
 TOLERANCE = 1e-9  # differences between votes below this are rounding noise
-
-
-class VoteSearch(NamedTuple):
-    """What the search found: `weights` for every member, their mean AUC, the same less its penalty, and sets tried."""
-
-    weights: dict[str, int]
-    auc: float
-    objective: float
-    tried: int
 
 
 # ------------------------------------------------------------------------------------------------ voting
@@ -39,7 +27,7 @@ def levels(p: np.ndarray, step: float = 0.1) -> np.ndarray:
     A tie is judged on the exact binary value of p and the decimal value of `step`, so that step 0.1 gives exactly what
     Python's `float(f"{p:.1f}")` gives: 0.25 -> 0.2, but 0.35, which float64 stores below 0.35, -> 0.3.
     """
-    return _grid_values(_multiples(p, step), Fraction(repr(float(step))))
+    return _grid_values(multiples(p, step), Fraction(repr(float(step))))
 
 
 def combine(p_by_member: Mapping[str, np.ndarray], vote: VoteConfig) -> np.ndarray:
@@ -55,13 +43,13 @@ def combine(p_by_member: Mapping[str, np.ndarray], vote: VoteConfig) -> np.ndarr
     """
     members = _voters(p_by_member, vote)
     weights = [vote.weights[name] for name in members]
-    p = np.stack([_probability(p_by_member[name], name) for name in members])
+    p = np.stack([probabilities(p_by_member[name], name) for name in members])
     if vote.mean == "probability":
         return np.clip(np.average(p, axis=0, weights=weights), 0.0, 1.0)
     if vote.mean == "logit":
         p = np.clip(p, LEAST_P, 1 - LEAST_P)
         return sigmoid(np.average(np.log(p) - np.log1p(-p), axis=0, weights=weights))
-    votes = np.asarray(weights) @ _multiples(p, vote.step)  # (N,) whole steps
+    votes = np.asarray(weights) @ multiples(p, vote.step)  # (N,) whole steps
     mean = _grid_values(votes, Fraction(repr(float(vote.step))) / sum(weights))
     if vote.mean == "levels":
         return np.minimum(mean, 1.0)
@@ -81,78 +69,12 @@ def decide(scores: np.ndarray, vote: VoteConfig) -> np.ndarray:
     return np.where(near, "unsure", verdicts)
 
 
-# ------------------------------------------------------------------------------------------------ fitting
-def search_weights(
-    p_by_member: Mapping[str, np.ndarray],
-    labels: np.ndarray,
-    *,
-    max_vote: int = 3,
-    penalty: float = 0.002,
-    step: float = 0.1,
-    groups: np.ndarray | None = None,
-) -> VoteSearch:
-    """Try every set of whole votes 0..max_vote and keep the best AUC less a penalty for complexity.
-
-    The objective is the AUC of the `levels` vote, averaged over `groups` (N,) where given (clean and degraded scores
-    are ranked apart), less `penalty` for every voting member after the first and a tenth of it for every further vote.
-    So a member must earn `penalty` AUC to be asked at all. Sets that are multiples of others are left out; of
-    equals, the one with fewer voters, then fewer votes, then more votes for the earlier member wins. No randomness.
-    """
-    names = list(p_by_member)
-    labels = np.asarray(labels)
-    if not names or max_vote < 1:
-        raise ValueError("the search needs a member and max_vote of at least 1")
-    steps = np.stack([_multiples(_probability(p_by_member[n], n), step) for n in names])
-    groups = np.zeros(len(labels)) if groups is None else np.asarray(groups)
-    parts = [groups == group for group in np.unique(groups)]
-    candidates = [
-        weights for weights in itertools.product(range(max_vote + 1), repeat=len(names)) if math.gcd(*weights) == 1
-    ]
-    # Simplest first, so that a later one must be better by more than rounding noise.
-    candidates.sort(key=lambda w: (sum(map(bool, w)), sum(w), [-v for v in w]))
-    best: tuple[float, float, tuple[int, ...]] = (-math.inf, 0.0, candidates[0])
-    for weights in candidates:
-        votes = np.asarray(weights) @ steps
-        area = float(np.mean([metrics.auc(labels[r], votes[r]) for r in parts]))
-        voters = sum(map(bool, weights))
-        objective = area - penalty * (voters - 1) - penalty / 10 * (sum(weights) - voters)
-        if objective > best[0] + TOLERANCE:
-            best = objective, area, weights
-    objective, area, weights = best
-    return VoteSearch(dict(zip(names, weights)), area, objective, len(candidates))
-
-
-def threshold_at_false_alarm(labels: np.ndarray, scores: np.ndarray, rate: float) -> float:
-    """The lowest threshold (fake at or above) that calls at most `rate` of the real pictures fake.
-
-    It lies halfway between two scores that occur, so that rounding noise decides nothing. If already the highest score
-    is shared by more than `rate` of the reals, it lies just above it and nothing is called fake.
-    """
-    if not 0 <= rate < 1:
-        raise ValueError(f"the false-alarm rate is {rate}; it must lie in [0, 1)")
-    curve = metrics.roc(labels, scores)  # thresholds fall, false alarms rise
-    last = int(np.flatnonzero(curve.fpr <= rate)[-1])
-    if last == 0:
-        return float(np.nextafter(curve.thresholds[1], np.inf))
-    if last + 1 == len(curve.thresholds):
-        return float(curve.thresholds[last])
-    return float((curve.thresholds[last] + curve.thresholds[last + 1]) / 2)
-
-
-def unsure_band(scores: np.ndarray, threshold: float, share: float) -> float:
-    """The widest half-width around `threshold` that makes at most `share` of these scores `unsure`."""
-    if not 0 <= share < 1:
-        raise ValueError(f"the unsure share is {share}; it must lie in [0, 1)")
-    distances = np.sort(np.abs(np.asarray(scores, dtype=np.float64) - threshold))
-    return float(distances[int(share * len(distances) + TOLERANCE)])
-
-
-# ------------------------------------------------------------------------------------------------ inside
-def _multiples(p: np.ndarray, step: float) -> np.ndarray:
+# ------------------------------------------------------------------------------------------------ whole steps
+def multiples(p: np.ndarray, step: float) -> np.ndarray:
     """How many steps the level of each p has, int64, same shape."""
     if not 0 < step <= 1:
         raise ValueError(f"the step is {step}; it must lie in (0, 1]")
-    p = _probability(p, "p")
+    p = probabilities(p, "p")
     quotient = p / step
     nearest = np.array(np.rint(quotient), dtype=np.int64)
     # The quotient is off by rounding noise; only near a half can that change the outcome, and there Fractions decide.
@@ -170,7 +92,12 @@ def _grid_values(multiples: np.ndarray, step: Fraction) -> np.ndarray:
     return np.array(table)[multiples]
 
 
-def _probability(p: np.ndarray, name: str) -> np.ndarray:
+def probabilities(p: np.ndarray, name: str) -> np.ndarray:
+    """`p` as float64, same shape.
+
+    Raises:
+        ValueError: a value outside [0, 1], or NaN; `name` says whose.
+    """
     p = np.asarray(p, dtype=np.float64)
     if not (np.greater_equal(p, 0) & np.less_equal(p, 1)).all():
         wrong = p[~(np.greater_equal(p, 0) & np.less_equal(p, 1))]

@@ -898,7 +898,7 @@ def need_bundle(bench: Bench) -> None:
     Raises:
         LeftOut: it is not.
     """
-    from solution.weights import COMPACT
+    from solution.bundles.store import COMPACT
 
     folder = COMPACT if bench.weights == "compact" else Path(bench.weights)
     if not folder.is_dir():
@@ -963,7 +963,7 @@ def engine(config: Any) -> Any:
 def stage_compact_parity(bench: Bench, entry: dict) -> None:
     """The trained bundle on the bundled photographs, degraded many ways: default and plain half against float32."""
     from solution.config import DegradationConfig
-    from solution.data.training import Item
+    from solution.data.manifest import Item
     from solution.scoring import ensemble as predict
 
     need_bundle(bench)
@@ -1032,7 +1032,7 @@ def train_rate(bench: Bench, member: Any, batch: int, side: int) -> dict[str, An
 
     pictures_per_s: once a step, as train.py does. reads_at_once: each as soon as it is asked for. without_reads: never.
     """
-    from solution.train import make_optimizer, phases
+    from solution.models.optimization import make_optimizer, phases
 
     member.train()
     optimizer = make_optimizer(member, phases(member.config)[-1])
@@ -1068,8 +1068,8 @@ def step_seconds(bench: Bench, member: Any, optimizer: Any, data: Any, reads: st
     import torch
     from torch import nn
 
+    from solution.models.optimization import phases
     from solution.models.streams import as_two_class, focal_loss
-    from solution.train import phases
 
     limit = phases(member.config)[-1].optim.clip_norm
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -1110,7 +1110,9 @@ def step_seconds(bench: Bench, member: Any, optimizer: Any, data: Any, reads: st
 
 def stage_training_loader(bench: Bench, entry: dict) -> None:
     """Pictures/s of the training loader alone (decoding, augmentation, the engine), beside the steps' rates."""
-    from solution.data.training import Item, Sample, TrainingViews, training_loader
+    from solution.data.epochs import Sample
+    from solution.data.manifest import Item
+    from solution.data.training import TrainingViews, training_loader
 
     items = [Item(given.name, given.path, index % 2) for index, given in enumerate(draw_files(bench))]
     batch, entry["workers"] = min(32, bench.sizes.whole), bench.workers

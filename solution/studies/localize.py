@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from solution.bundles.bundle import load_members
+from solution.bundles.store import open_bundle
 from solution.config import DegradationConfig, MemberConfig
 from solution.data.degradation import use_one_opencv_thread
 from solution.data.faces import FaceDetectorMissing, FaceLocator, make_view
@@ -30,7 +31,6 @@ from solution.data.views import degraded_picture, find_face, open_picture
 from solution.evaluation import metrics
 from solution.models.towers import WeightsError
 from solution.models.vlaforge import Vlaforge
-from solution.weights import open_bundle
 
 THRESHOLD = 0.5  # of map and mask, for the intersection over union
 

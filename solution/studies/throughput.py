@@ -416,9 +416,9 @@ def run_parity(args: argparse.Namespace) -> int:
 
     Too far: more than 0.1 % of a member's levels differ, or its AUC by more than 0.0005.
     """
+    from solution.bundles.store import open_bundle
     from solution.data.manifest import draw_items, read_manifest
     from solution.scoring import ensemble as predict
-    from solution.weights import open_bundle
 
     bundle = open_bundle(args.weights)
     items, _ = read_manifest(args.data, split=args.split)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from solution import doctor, weights
-from solution.bundles import bundle, hub
+from solution.bundles import bundle, hub, selftest
+from solution.bundles.bundle import load_members, read_bundle, tower_weights, write_bundle
 from solution.bundles.members import (
     build_member,
     dump_tower,
@@ -19,6 +20,7 @@ from solution.bundles.members import (
     random_towers,
     save_member,
 )
+from solution.bundles.store import open_bundle
 from solution.config import (
     MEMBERS,
     AdapterConfig,
@@ -31,31 +33,23 @@ from solution.config import (
 )
 from solution.models import towers as backbones
 from solution.models.calibration import Calibrator
-from solution.models.towers import build_tower, tower_state
-from solution.weights import (
-    WeightsError,
-    load_members,
-    open_bundle,
-    read_bundle,
-    tower_weights,
-    write_bundle,
-)
+from solution.models.towers import WeightsError, build_tower, tower_state
 
 VOTE = VoteConfig(dict.fromkeys(MEMBERS, 1))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A bundle of all five tiny members on one trained tower, with a self-test."""
+    """A bundle of all five tiny members on the towers that they train, with a self-test."""
     folder = tmp_path_factory.mktemp("made") / "bundle"
     torch.manual_seed(0)
-    for name in MEMBERS:
+    for name in (*MEMBERS, "semantic"):
         config = preset("tiny", name)
         save_member(build_member(config, random_towers([config])), folder / name)
     calibrators = {"face": Calibrator("temperature", (2.0,), fitted_on="a test")}
     report = {"auc": 0.5}
     made = write_bundle(folder, MEMBERS, VOTE, calibrators, report=report, data="none")
-    return weights.add_golden(made)
+    return selftest.add_golden(made)
 
 
 @pytest.fixture
@@ -79,7 +73,7 @@ def edit(path, change):
 
 
 def logits(members):
-    return weights.golden_logits(members)
+    return selftest.golden_logits(members)
 
 
 # ------------------------------------------------------------------------------------------------ there and back
@@ -92,13 +86,13 @@ def test_a_bundle_comes_back_as_it_was(made):
     assert opened.calibrators["global"].kind == "identity"
     assert (opened.report, opened.data) == ({"auc": 0.5}, "none")
     assert opened.hash == hub.sha256(made.folder / "ensemble.json")
-    assert set(opened.files) >= {"golden.json", "towers/tiny-dinov2.safetensors"}
-    assert weights.run_selftest(opened).worst == dict.fromkeys(MEMBERS, 0.0)
+    assert set(opened.files) >= {"golden.json", "towers/tiny-global.safetensors"}
+    assert selftest.run_selftest(opened).worst == dict.fromkeys(MEMBERS, 0.0)
 
 
 def test_members_share_their_towers_and_load_alone(made):
     members = load_members(made)
-    assert members["face"].tower is members["qtfp"].tower is members["global"].tower
+    assert members["fusion"].tower is members["global"].tower
     alone = load_members(made, ["qtfp"])
     assert logits(alone)["qtfp"] == logits(members)["qtfp"]
     assert not any(member.training for member in members.values())
@@ -124,7 +118,7 @@ def test_half_precision_weights_see_full_precision_pictures(made):
     for member in members.values():
         assert {p.dtype for p in member.parameters()} == {torch.bfloat16}
         assert member.tower.mean.dtype == torch.float32
-    assert weights.run_selftest(made, dtype=torch.bfloat16).passed
+    assert selftest.run_selftest(made, dtype=torch.bfloat16).passed
 
 
 def test_members_are_collected_from_a_training_folder(made, tmp_path):
@@ -134,7 +128,7 @@ def test_members_are_collected_from_a_training_folder(made, tmp_path):
     names, vote = ["face", "qtfp"], VoteConfig({"face": 2, "qtfp": 1})
     collected = write_bundle(out, names, vote, {}, source=runs, name="two")
     assert collected.name == "two" and not (out / "face/checkpoint.pt").exists()
-    weights.add_golden(collected)
+    selftest.add_golden(collected)
     again = write_bundle(out, names, vote, {}, source=runs, name="two")
     assert "golden.json" not in again.files  # of weights that may be others now
     expected = logits(load_members(made, names))
@@ -157,7 +151,8 @@ def test_the_manifest_is_written_last_and_whole(copy, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ refusals
 def safetensors_of(folder):
-    return sorted(folder.rglob("*.safetensors"))
+    listed = json.loads((folder / "ensemble.json").read_text())["files"]
+    return sorted(folder / name for name in listed if name.endswith(".safetensors"))
 
 
 @pytest.mark.parametrize("place", [0.0, 0.5, 1.0], ids=["header", "middle", "end"])
@@ -210,12 +205,12 @@ def change_keys(change):
             "own.head.bias (3,) (2,)",
         ),
         (
-            "towers/tiny-dinov2.safetensors",
+            "towers/tiny-global.safetensors",
             lambda s: s.pop("blocks.1.attn.q.weight"),
             "blocks.1.attn.q.weight",
         ),
         (
-            "towers/tiny-dinov2.safetensors",
+            "towers/tiny-global.safetensors",
             lambda s: s.update({"norm.bias": torch.ones(5)}),
             "norm.bias (5,) (32,)",
         ),
@@ -328,7 +323,7 @@ def test_a_clip_image_tower_leaves_the_text_behind(tmp_path):
     state = tower_weights(config, str(tmp_path / "clip"))
     image = fill_tower(config, state).eval()
     whole = fill_tower(full.config, tower_weights(full.config, str(tmp_path / "clip")))
-    pictures = weights.golden_pictures(28)
+    pictures = selftest.golden_pictures(28)
     with torch.inference_mode():
         found, expected = image(pictures), whole.eval()(pictures)
     assert torch.equal(found.cls_token, expected.cls_token)
@@ -336,8 +331,8 @@ def test_a_clip_image_tower_leaves_the_text_behind(tmp_path):
 
 def test_a_derived_clip_reads_the_tower_it_is_derived_from(made):
     config = made.configs["vlaforge"].tower
-    assert config.source == "bundle:tiny-dinov2"
-    file = made.folder / "towers/tiny-dinov2.safetensors"
+    assert config.source == "bundle:tiny-semantic"
+    file = made.folder / "towers/tiny-global.safetensors"
     state = tower_weights(config, str(file))
     assert set(state) == set(load_file(file))
 
@@ -413,27 +408,27 @@ def test_a_bundle_outlives_a_renamed_library(tmp_path, monkeypatch, adapter, swi
             tensor.add_(0.1 * torch.randn_like(tensor))
     save_member(member, tmp_path / "face", dtype=torch.float32)
     dump_tower(member.tower, tmp_path / f"towers/{tower.name}.safetensors", dtype=torch.float32)
-    made = weights.add_golden(write_bundle(tmp_path, ["face"], VoteConfig({"face": 1}), {}))
+    made = selftest.add_golden(write_bundle(tmp_path, ["face"], VoteConfig({"face": 1}), {}))
     monkeypatch.setattr(backbones, "_dinov2", with_old_names(backbones._dinov2))
     names = [n for n, _ in load_members(made)["face"].named_parameters()]
     assert any("attention.attention.query" in name for name in names)
     assert not any("q_proj" in name for name in names)
-    result = weights.run_selftest(made)
+    result = selftest.run_selftest(made)
     assert max(result.worst.values()) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------ self-test
 def test_golden_pictures_are_the_same_everywhere():
-    pictures = weights.golden_pictures(28)
+    pictures = selftest.golden_pictures(28)
     assert (pictures.shape, pictures.dtype) == ((3, 3, 28, 28), torch.uint8)
     assert 40 < pictures.float().std() < 90
-    assert weights._picture_hash(28).startswith("77c96d48adbabe9b")
+    assert selftest._picture_hash(28).startswith("77c96d48adbabe9b")
 
 
 def test_the_selftest_sees_changed_weights(copy):
     change_keys(lambda s: s["own.head.weight"].mul_(-1))(copy / "face/model.safetensors")
     rehash(copy)
-    result = weights.run_selftest(open_bundle(str(copy)))
+    result = selftest.run_selftest(open_bundle(str(copy)))
     assert not result.passed and "DIFFERS" in str(result)
     assert [n for n, w in result.worst.items() if w > result.tolerance] == ["face"]
 
@@ -442,30 +437,30 @@ def test_the_selftest_sees_not_a_number(copy):
     change = change_keys(lambda s: s["own.head.weight"].fill_(float("nan")))
     change(copy / "global/model.safetensors")
     rehash(copy)
-    assert not weights.run_selftest(open_bundle(str(copy))).passed
+    assert not selftest.run_selftest(open_bundle(str(copy))).passed
 
 
 def test_the_selftest_says_what_it_lacks(copy):
     edit(copy / "golden.json", lambda r: r["pictures"].update({"56": "0"}))
     rehash(copy)
     with pytest.raises(WeightsError, match="side 56 come out differently"):
-        weights.run_selftest(open_bundle(str(copy)))
+        selftest.run_selftest(open_bundle(str(copy)))
     edit(copy / "golden.json", lambda r: r.update(pictures={}))
     edit(copy / "golden.json", lambda r: r["logits"].pop("face"))
     rehash(copy)
     with pytest.raises(WeightsError, match="make it again"):
-        weights.run_selftest(open_bundle(str(copy)))
+        selftest.run_selftest(open_bundle(str(copy)))
     (copy / "golden.json").unlink()
     without = write_bundle(copy, MEMBERS, VOTE, {})
     with pytest.raises(WeightsError, match="python -m solution.weights golden"):
-        weights.run_selftest(without)
+        selftest.run_selftest(without)
 
 
 # ------------------------------------------------------------------------------------------------ entry and doctor
 def test_the_entry_shows_and_verifies(made, copy, capsys):
     assert weights.main(["show", str(made.folder)]) == 0
     table = capsys.readouterr().out
-    for word in (*MEMBERS, "temperature", made.hash, "towers/tiny-dinov2.safetensors"):
+    for word in (*MEMBERS, "temperature", made.hash, "towers/tiny-global.safetensors"):
         assert word in table
     assert weights.main(["verify", str(copy)]) == 0
     assert "files match" in capsys.readouterr().out
@@ -482,7 +477,7 @@ def test_golden_is_added_by_the_entry(copy, capsys):
     (copy / "golden.json").unlink()
     write_bundle(copy, MEMBERS, VOTE, {})
     assert weights.main(["golden", str(copy)]) == 0
-    assert weights.run_selftest(open_bundle(str(copy))).passed
+    assert selftest.run_selftest(open_bundle(str(copy))).passed
 
 
 def test_the_doctor_says_cpu_and_checks_the_bundle(made, copy, capsys, monkeypatch):

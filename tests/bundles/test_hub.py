@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from tiny import pack_member
 
 from solution import weights
-from solution.bundles import bundle, hub
+from solution.bundles import bundle, hub, ntire26, selftest, store
+from solution.bundles.bundle import load_members
 from solution.bundles.ntire26 import FILES, import_ntire26
+from solution.bundles.store import open_bundle
 from solution.config import MemberConfig, TowerConfig, preset
-from solution.models.towers import build_tower
-from solution.weights import WeightsError, load_members, open_bundle
+from solution.models.towers import WeightsError, build_tower
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT, OLDER = "a" * 40, "b" * 40
@@ -165,7 +166,7 @@ def test_first_download_then_cache_then_offline(server, packed, monkeypatch):
     assert load_members(opened).keys() == {"global"}
 
     with pytest.raises(WeightsError, match="cache is not changed"):
-        weights.add_golden(opened)
+        selftest.add_golden(opened)
 
     server.log.clear()
     assert open_bundle("hf:tests/own").hash == opened.hash
@@ -306,7 +307,7 @@ def test_a_bundle_from_the_hub_fetches_its_public_tower_once(server, packed):
     again = load_members(open_bundle("hf:tests/public"))["face"]
     local = load_members(open_bundle(str(packed.public)), towers_from={"public": str(packed.tower)})["face"]
     assert server.gets() == []
-    pictures = weights.golden_pictures(56)
+    pictures = selftest.golden_pictures(56)
     with torch.inference_mode():
         logits = [m(pictures).logit for m in (first, again, local)]
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
@@ -356,11 +357,11 @@ def test_ntire26_is_imported_on_first_use_and_kept(server, tmp_path, monkeypatch
     def tiny_towers(out, **options):  # the pinned giant towers are not to be had here
         return import_ntire26(out, **towers, **options)
 
-    monkeypatch.setattr(weights.published, "import_ntire26", tiny_towers)
+    monkeypatch.setattr(ntire26, "import_ntire26", tiny_towers)
     lines = []
     first = open_bundle("ntire26", report=lines.append)
     assert set(FILES.values()) <= set(server.gets()) and lines
-    assert weights.run_selftest(first).passed
+    assert selftest.run_selftest(first).passed
     origin = json.loads((first.folder / "face/config.json").read_text())["training"]
     assert origin["imported"]["from"] == (f"hf:lpmkhoa/hcmusaqua-ntire26-weights@{COMMIT}/{FILES['face']}")
     server.log.clear()
@@ -416,4 +417,4 @@ def test_a_bundle_that_only_this_machine_can_load_is_not_pushed(tmp_path, packed
     tower = TowerConfig("t", "dinov2", config.tower.arch, source=str(packed.tower))
     made = pack_member(tmp_path / "b", MemberConfig("face", config.view, tower, config.adapter))
     with pytest.raises(WeightsError, match="only this machine has"):
-        weights.push(made, "me/mine")
+        store.push(made, "me/mine")

@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
 from solution import weights
+from solution.bundles import selftest, store
 from solution.bundles.bundle import load_members, read_bundle
 from solution.bundles.ntire26 import FILES, import_ntire26
+from solution.models.towers import WeightsError
 
 ROOT = Path(__file__).resolve().parents[2]
 # Miniature twins of the three published files, made with the authors' model classes and random weights, and what those
@@ -167,7 +169,7 @@ def test_the_authors_numbers(reference, member):
     name = Path(FILES[member]).stem
     expected = json.loads((REFERENCE / "expected.json").read_text())[name]
     pictures = torch.load(REFERENCE / f"{name}.input_uint8.pt", weights_only=True)
-    bundle = weights.open_bundle(str(reference))
+    bundle = store.open_bundle(str(reference))
     loaded = load_members(bundle, [member])[member]
     assert bundle.configs[member].view.side == expected["side"] == pictures.shape[-1]
     with torch.inference_mode():
@@ -187,7 +189,7 @@ def test_the_reference_bundle_is_the_published_protocol(reference):
     assert (bundle.vote.mean, bundle.vote.step) == ("levels_rounded", 0.1)
     assert {c.kind for c in bundle.calibrators.values()} == {"identity"}
     assert {t.statistics for t in bundle.towers.values()} == {"imagenet"}
-    assert weights.run_selftest(bundle).passed
+    assert selftest.run_selftest(bundle).passed
     # heads leave no trace in the files: they come from the towers' config.json
     assert bundle.configs["fusion"].tower.arch.heads == 4
     assert bundle.configs["fusion"].clip.arch.heads == 2
@@ -209,7 +211,7 @@ def test_merged_weights_in_transformers_give_the_same_logits(files, tmp_path):
     save_tower(folder, merged, json.loads((files / "dino/config.json").read_text()))
     model = Dinov2Model.from_pretrained(folder).eval()
     assert isinstance(model.config, Dinov2Config)
-    pictures = weights.golden_pictures(252, 2)
+    pictures = selftest.golden_pictures(252, 2)
     with torch.inference_mode():
         pooled = model(member.tower.normalize(pictures)).pooler_output
         head = state["backbone.last_layer.weight"], state["backbone.last_layer.bias"]
@@ -290,7 +292,7 @@ def renamed(state):
 )
 def test_a_wrong_key_is_refused_by_name(tmp_path, change, words):
     folder = write_published(tmp_path, spoil=spoiled("face", change))
-    with pytest.raises(weights.WeightsError) as caught:
+    with pytest.raises(WeightsError) as caught:
         importing(folder)
     for word in [FILES["face"], *words]:
         assert word in str(caught.value)
@@ -300,7 +302,7 @@ def test_a_wrong_key_is_refused_by_name(tmp_path, change, words):
 def test_a_nested_checkpoint_is_refused(tmp_path):
     folder = write_published(tmp_path, members=["face", "fusion"])
     torch.save({"state_dict": {}}, folder / FILES["global"])
-    with pytest.raises(weights.WeightsError, match="'state_dict' is a dict"):
+    with pytest.raises(WeightsError, match="'state_dict' is a dict"):
         importing(folder)
 
 
@@ -336,7 +338,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, damage):
         path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     else:
         path.unlink()
-    with pytest.raises(weights.WeightsError, match=FILES["global"]):
+    with pytest.raises(WeightsError, match=FILES["global"]):
         importing(folder)
 
 
@@ -349,7 +351,7 @@ def drift(state):
 
 def test_another_tower_inside_is_refused(tmp_path):
     folder = write_published(tmp_path, spoil=spoiled("face", drift))
-    with pytest.raises(weights.WeightsError) as caught:
+    with pytest.raises(WeightsError) as caught:
         importing(folder)
     for word in (FILES["face"], QUERY + "base_layer.weight", "--keep-tower"):
         assert word in str(caught.value)
@@ -359,7 +361,7 @@ def test_another_clip_inside_is_refused(tmp_path):
     key = "backbone.clip_model.vision_model.post_layernorm.bias"
     change = spoiled("fusion", lambda state: state[key].add_(1e-3))
     folder = write_published(tmp_path, spoil=change)
-    with pytest.raises(weights.WeightsError, match=key):
+    with pytest.raises(WeightsError, match=key):
         importing(folder)
 
 
@@ -389,7 +391,7 @@ def test_heads_of_another_tower_are_refused_on_loading(files, tmp_path):
     shutil.copytree(files / "dino", other)
     told = json.loads((other / "config.json").read_text()) | {"num_attention_heads": 4}
     (other / "config.json").write_text(json.dumps(told))
-    with pytest.raises(weights.WeightsError, match="heads is 4, expected 3"):
+    with pytest.raises(WeightsError, match="heads is 4, expected 3"):
         load_members(bundle, ["global"], towers_from={"dino": str(other)})
 
 

@@ -22,7 +22,7 @@ from skimage import data
 from tiny import make_bundle, make_pictures
 
 import submit
-from solution import weights
+from solution.bundles import selftest
 from solution.data.images import find_inputs
 from solution.models import merging as fastpath
 from solution.scoring import ensemble as predict
@@ -36,7 +36,7 @@ PHOTOS = ROOT / "tests" / "photos"
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights") / "tiny"
     made = make_bundle(folder, ("global", "face", "qtfp"))
-    return weights.add_golden(made)
+    return selftest.add_golden(made)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from solution import evaluate
 from solution.config import MEMBERS, NTIRE26_VOTE, OPS, DegradationConfig, VoteConfig
-from solution.data.training import Item
+from solution.data.manifest import Item
 from solution.evaluation import fit, measure, metrics, report
 from solution.models.calibration import Calibrator, sigmoid
 from solution.scoring.vote import combine

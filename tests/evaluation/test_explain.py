@@ -24,7 +24,7 @@ from solution.config import (
     preset,
 )
 from solution.data.images import find_inputs
-from solution.data.training import read_manifest
+from solution.data.manifest import read_manifest
 from solution.evaluation import maps
 from solution.evaluation import pages as explain_page
 from solution.evaluation.measure import Condition

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from solution.config import NTIRE26_VOTE, VoteConfig
-from solution.evaluation import metrics
+from solution.evaluation import metrics, search
 from solution.models.calibration import sigmoid
 from solution.scoring import vote
 
@@ -154,7 +154,7 @@ def test_threshold_holds_its_false_alarm_rate_and_is_the_lowest(seed, rate, tied
     labels = np.r_[0, 1, rng.integers(0, 2, 100)]
     scores = np.clip(rng.normal(0.4 + 0.2 * labels, 0.2), 0, 1)
     scores = vote.levels(scores) if tied else scores
-    threshold = vote.threshold_at_false_alarm(labels, scores, rate)
+    threshold = search.threshold_at_false_alarm(labels, scores, rate)
     assert np.mean(scores[labels == 0] >= threshold) <= rate
     below = scores[scores < threshold]
     if len(below):
@@ -163,11 +163,11 @@ def test_threshold_holds_its_false_alarm_rate_and_is_the_lowest(seed, rate, tied
 
 def test_unsure_band_holds_its_share():
     scores = np.random.default_rng(0).random(1000)
-    half = vote.unsure_band(scores, 0.6, 0.1)
+    half = search.unsure_band(scores, 0.6, 0.1)
     config = VoteConfig({"a": 1}, threshold=0.6, unsure=half)
     share = np.mean(vote.decide(scores, config) == "unsure")
     assert 0.09 < share <= 0.1
-    assert vote.unsure_band(np.full(9, 0.5), 0.5, 0.1) == 0  # all tied: none unsure
+    assert search.unsure_band(np.full(9, 0.5), 0.5, 0.1) == 0  # all tied: none unsure
 
 
 def searched(seed, **kinds):
@@ -178,7 +178,7 @@ def searched(seed, **kinds):
     p = {f"good_{i}": sigmoid(rng.normal(2 * labels - 1, 1.5)) for i in range(2)}
     p["noise"] = sigmoid(noise)
     p["copy"] = p["good_0"]
-    return vote.search_weights(p, labels, **kinds), p, labels
+    return search.search_weights(p, labels, **kinds), p, labels
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -208,5 +208,5 @@ def test_the_search_ranks_each_group_apart():
     labels = np.tile(rng.integers(0, 2, 300), 2)
     groups = np.repeat(["clean", "degraded"], 300)
     p = {"a": np.clip(0.3 + 0.3 * labels + 0.4 * (groups == "degraded"), 0, 1)}
-    assert vote.search_weights(p, labels, groups=groups).auc == 1
-    assert vote.search_weights(p, labels).auc < 1
+    assert search.search_weights(p, labels, groups=groups).auc == 1
+    assert search.search_weights(p, labels).auc < 1

@@ -1,0 +1,178 @@
+"""What people are told of a bundle: its table for a terminal, and the model card of its repository.
+
+Takes a `Bundle` and, for the card, the content of an evaluation.json; returns text.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from solution.bundles.bundle import GOLDEN, Bundle, stored_name
+from solution.config import MemberConfig
+from solution.models.towers import WeightsError
+
+
+# ------------------------------------------------------------------------------------------------ for a terminal
+def _seen(config: MemberConfig) -> str:
+    """What a member sees: `image`, `face`, or `small face` where only those are cut out."""
+    small = config.view.source == "face" and config.face.max_area < 1
+    return "small face" if small else config.view.source
+
+
+def member_rows(bundle: Bundle) -> list[dict[str, Any]]:
+    """Per member what `show` and the card tell: tower, adapter, trained parameters, bytes, calibration, votes, SHA-256."""
+    rows = []
+    for name, config in bundle.configs.items():
+        paths = [f"{name}/model.safetensors"]
+        if config.adapter.in_place:
+            paths.append(f"towers/{stored_name(config.tower)}.safetensors")
+        towers = [tower for tower in (config.tower, config.clip) if tower]
+        rows.append(
+            {
+                "member": name,
+                "view": f"{_seen(config)} {config.view.side} px",
+                "tower": " + ".join(tower.name for tower in towers),
+                "adapter": config.adapter.kind,
+                "trained": sum(_count(bundle.folder / path) for path in paths),
+                "bytes": sum((bundle.folder / path).stat().st_size for path in paths),
+                "calibration": bundle.calibrators[name].kind,
+                "votes": bundle.vote.weights.get(name, 0),
+                "sha256": bundle.files[paths[0]],
+            }
+        )
+    return rows
+
+
+def _count(path: Path) -> int:
+    """Numbers stored in a .safetensors file, from its header."""
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+
+
+def show(bundle: Bundle) -> str:
+    """The bundle as a table for a terminal."""
+    head = f"{'member':9} {'view':17} {'tower':44} {'adapter':8} {'stored':>12} {'MB':>7} {'calibration':12} {'votes':>5}  sha256"
+    lines = [f"{bundle.name}  {bundle.folder}  sha256 {bundle.hash}", head]
+    for row in member_rows(bundle):
+        lines.append(
+            f"{row['member']:9} {row['view']:17} {row['tower']:44} {row['adapter']:8} {row['trained']:12,} "
+            f"{row['bytes'] / 1e6:7.1f} {row['calibration']:12} {row['votes']:5}  {row['sha256'][:12]}"
+        )
+    for tower in bundle.towers.values():
+        path = f"towers/{stored_name(tower)}.safetensors"
+        place = f"{tower.source}@{tower.revision}" if tower.public else path
+        digest = tower.sha256 if tower.public else bundle.files[path]
+        lines.append(
+            f"tower {tower.name}: {place.rstrip('@')} ({tower.statistics} statistics) sha256 {digest[:12] or '-'}"
+        )
+    vote = bundle.vote
+    lines.append(
+        f"vote: {vote.mean}, step {vote.step}, fake at {vote.threshold} or above; "
+        f"licence {bundle.licence or '-'}; self-test {'yes' if GOLDEN in bundle.files else 'no'}"
+    )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ for the Hub
+def model_card(bundle: Bundle, repository: str, evaluation: dict[str, Any] | None = None) -> str:
+    """The README.md of a bundle's repository: its metadata with a model-index, and what a reader needs to know.
+
+    evaluation: the content of `evaluation.json` of `python -m solution.evaluate`; None leaves the figures out.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    rows = _ensemble_rows(evaluation)
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type="image-folder",
+            dataset_name=f"{row['scope']}, {row['condition']}, per {row['unit']}",
+            metric_type="roc_auc",
+            metric_name="ROC AUC",
+            metric_value=round(row["auc"], 4),
+        )
+        for row in rows
+    ]
+    public = [tower.source for tower in bundle.towers.values() if tower.public]
+    data = ModelCardData(
+        license=bundle.licence or "other",
+        library_name="pytorch",
+        pipeline_tag="image-classification",
+        tags=["deepfake-detection", "ensemble", "ntire-2026"],
+        base_model=list(dict.fromkeys([*bundle.base_model, *public])) or None,
+        datasets=list(bundle.datasets) or None,
+        metrics=["roc_auc"],
+        model_name=bundle.name,
+        eval_results=results or None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{_card_text(bundle, repository, rows)}"
+
+
+def _ensemble_rows(evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The vote's rows of an evaluation.json."""
+    if evaluation is None:
+        return []
+    try:
+        rows = [row for row in evaluation["rows"] if row["who"] == "ensemble"]
+        for row in rows:
+            row["auc"], row["condition"], row["scope"], row["unit"], row["protocol"]
+    except (KeyError, TypeError) as error:
+        raise WeightsError(
+            f"the evaluation has no {error}; expected evaluation.json of python -m solution.evaluate"
+        ) from None
+    return rows
+
+
+def _card_text(bundle: Bundle, repository: str, rows: list[dict[str, Any]]) -> str:
+    """The card below its metadata, Markdown."""
+    members = "\n".join(
+        f"| {r['member']} | {r['view']} | {r['tower']} | {r['adapter']} | {r['trained']:,} | {r['bytes'] / 1e6:.1f} | "
+        f"{r['calibration']} | {r['votes']} |"
+        for r in member_rows(bundle)
+    )
+    engine = next(iter(bundle.configs.values())).degradation
+    figures = "Not measured with this upload."
+    if rows:
+        figures = "| pictures | condition | AUC | protocol |\n|---|---|---|---|\n"
+        figures += "\n".join(
+            f"| {r['scope']}, per {r['unit']} | {r['condition']} | {r['auc']:.4f} | {r['protocol']} |" for r in rows
+        )
+    return f"""# {bundle.name}
+
+Tells real pictures of faces from deepfakes, also after heavy and compound degradation: {len(bundle.configs)} members whose
+calibrated probabilities vote (`{bundle.vote.mean}`, grid {bundle.vote.step}; fake at {bundle.vote.threshold} or above).
+
+| member | view | tower | adapter | stored numbers | MB | calibration | votes |
+|---|---|---|---|---|---|---|---|
+{members}
+
+## Use
+```
+python submit.py --weights hf:{repository} --selftest
+python submit.py --weights hf:{repository} --input DIR --out preds.csv
+```
+Every file is checked against the SHA-256 in `ensemble.json` (its own: `{bundle.hash}`). Weights are safetensors.
+
+## Intended use and limits
+Research on deepfake detection, and scoring of pictures that show one main face. A score is evidence, not proof: do not
+accuse a person on it. Generators, cameras and populations unlike the training pictures are scored less well than the
+figures below say, and probabilities are calibrated for the pictures they were fitted on. Pictures without a face are
+scored, but mean little.
+
+## Degradation protocol
+Training pictures enter the compound engine with probability {engine.global_p:g}; each of its {len(engine.ops)} operations
+then fires with probability {engine.op_p:g} at a strength drawn from Beta({engine.beta:g}, {engine.beta:g}), after up to
+{engine.cycles[1]} cycles of JPEG and resizing (probability {engine.cycle_p:g}). Figures marked `degraded` use the same engine
+with fixed seeds.
+
+## Figures
+{figures}
+
+## Data and licence
+{bundle.data or "Not stated."}
+"""
