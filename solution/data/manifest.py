@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import filecmp
 import io
 import json
 import math
@@ -28,6 +29,7 @@ from solution.data.videos import middle_places
 
 # The splits that training draws from and is judged on; `unseen` has generators that training has not.
 TRAIN, HELD_OUT = "train", ("val", "unseen", "test")
+_END = 256  # bytes at the end of a file that two different pictures hardly share
 HIDDEN = "hidden or not the data set's (a dot file or folder, __MACOSX)"
 
 
@@ -85,8 +87,8 @@ def read_manifest(
     `nature/` and `ai/`), train/val/test above or below them, or a DeepfakeBench JSON (in the folder its frames are
     relative to; the forgery masks lie beside the frames, `masks` for `frames` in the path, where a release has them).
     split: keep only rows of that split, in any usual spelling; where no row names one, about a tenth of the groups,
-    videos, sub-folders or pictures of each class, by name, is `val` and the rest `train`. Rows of `train` whose file,
-    video or group is in `val`, `unseen` or `test` too are left out of `train`.
+    videos, sub-folders or pictures of each class, by name, is `val` and the rest `train`. Rows of `train` whose file
+    (or a copy of it), video or group is in `val`, `unseen` or `test` too are left out of `train`.
     videos: keep rows whose path is a video file too; a row is otherwise a picture.
 
     Raises:
@@ -158,13 +160,13 @@ def _rows(source: Path, report: DropReport) -> Iterator[Item]:
     raise ManifestError(f"{source}: expected a .csv, a .json, or a folder with real/ and fake/")
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What makes two paths the same file, however they are written; None: there is no file."""
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """What makes two paths the same file, however they are written, and its size; None: there is no file."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
         return None
-    return found.st_dev, found.st_ino
+    return found.st_dev, found.st_ino, found.st_size
 
 
 def _refuse_two_labels(source: Path, rows: Sequence[Item], files: Sequence[Any]) -> None:
@@ -196,7 +198,42 @@ def _shared_with_held_out(rows: Sequence[Item], splits: Sequence[str], files: Se
                 if key in judged:
                     found[number] = f"its {key[0]} is in split {judged[key]!r} too, which keeps it"
                     break
+    for number, other in _copies(rows, splits, files).items():
+        found.setdefault(number, f"a copy of it is in split {splits[other]!r}, which keeps it")
     return found
+
+
+def _copies(rows: Sequence[Item], splits: Sequence[str], files: Sequence[Any]) -> dict[int, int]:
+    """By place, the rows of `train` whose bytes are those of a held-out file, and that one's place.
+
+    Only files of equal size are opened, and read whole only where their ends are equal too.
+    """
+    by_size: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    for number, (split, file) in enumerate(zip(splits, files)):
+        if file is not None and file[2] > 0 and split in (TRAIN, *HELD_OUT):
+            by_size[file[2]][split != TRAIN].append(number)
+    found: dict[int, int] = {}
+    for train, held_out in by_size.values():
+        ends: dict[bytes | None, list[int]] = defaultdict(list)
+        for number in held_out if train else ():
+            ends[_end(rows[number].path)].append(number)
+        for number in train if held_out else ():
+            end = _end(rows[number].path)
+            for other in ends.get(end, ()) if end is not None else ():
+                if filecmp.cmp(rows[number].path, rows[other].path, shallow=False):
+                    found[number] = other
+                    break
+    return found
+
+
+def _end(path: Path) -> bytes | None:
+    try:
+        with path.open("rb") as file:
+            file.seek(-min(_END, path.stat().st_size), os.SEEK_END)
+            return file.read()
+    # What cannot be read equals nothing; decoding names it.
+    except OSError:
+        return None
 
 
 def _keys(item: Item, file: tuple | None = None) -> list[tuple]:

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import shutil
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -13,14 +15,16 @@ from solution.data.labels import label_of, split_of
 from solution.data.manifest import HIDDEN, ManifestError, manifest_splits, read_manifest
 
 
-def save(path, colour=0):
+def save(path):
+    """A picture of a colour that is its name's own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((8, 8, 3), colour, np.uint8)).save(path)
+    colour = zlib.crc32(str(path).encode()).to_bytes(4, "big")[:3]
+    Image.fromarray(np.full((8, 8, 3), list(colour), np.uint8)).save(path)
 
 
 def pictures(folder, *names):
-    for number, name in enumerate(names):
-        save(folder / name, number)
+    for name in names:
+        save(folder / name)
 
 
 def table(folder, *rows, header="path,label,split,source,video,group"):
@@ -165,6 +169,18 @@ def test_training_shares_no_file_video_or_group_with_what_it_is_judged_on(tmp_pa
     assert names(source, "val") == ["link.png"] and names(source, "test") == ["8.png", "6.png"]
 
 
+def test_a_copy_under_another_name_is_the_same_picture(tmp_path):
+    pictures(tmp_path, "a.png", "b.png", "c.png", "other.png")
+    shutil.copyfile(tmp_path / "a.png", tmp_path / "copy.png")
+    for name in ("empty.png", "void.png"):
+        (tmp_path / name).touch()
+    rows = [("a.png", 0, "train"), ("b.png", 1, "train"), ("empty.png", 1, "train"), ("c.png", 1, "train")]
+    rows += [("copy.png", 0, "val"), ("other.png", 1, "val"), ("void.png", 1, "val")]
+    items, report = read_manifest(table(tmp_path, *rows, header="path,label,split"), split="train")
+    assert [i.name for i in items] == ["b.png", "empty.png", "c.png"]
+    assert report.dropped == [("a.png", "a copy of it is in split 'val', which keeps it")]
+
+
 def test_a_file_with_two_labels_is_refused_in_every_spelling(tmp_path):
     pictures(tmp_path, "a.png", "b.png", "c/d.png")
     source = table(tmp_path, ("a.png", 0), ("b.png", 1), ("c/../a.png", "fake"), header="path,label")
@@ -201,7 +217,7 @@ def test_frames_in_sub_folders_are_held_out_together(tmp_path):
 def test_rows_of_one_video_or_group_are_held_out_together(tmp_path, column):
     rows = []
     for n in range(30):
-        save(tmp_path / f"{n}.png", n)
+        save(tmp_path / f"{n}.png")
         rows.append((f"{n}.png", n % 2, f"v{n // 5}"))
     train, val = parts(table(tmp_path, *rows, header=f"path,label,{column}"))
     kept = [{getattr(i, column) for i in some} for some in (train, val)]
