@@ -261,15 +261,21 @@ def _hold_out(rows: Sequence[Item]) -> list[bool]:
     A unit is what must stay together: all that shares a group or a video; else a sub-folder; else a picture.
     """
     files = [_identity(item.path) for item in rows]
-    for places in (_clips(rows), _folders(rows), [item.name for item in rows]):
+    labels = {item.label for item in rows}
+
+    def cut(places: Sequence[str]) -> tuple[Sequence[str], list[int], list[set[int]]]:
         units = _together(rows, files, places)
-        by_label = {label: {u for u, i in zip(units, rows) if i.label == label} for label in {i.label for i in rows}}
-        if all(len(of_label) > 1 for of_label in by_label.values()):
-            break
+        return places, units, [{u for u, item in zip(units, rows) if item.label == label} for label in sorted(labels)]
+
+    places, units, by_label = first = cut(_clips(rows))
+    if any(len(of_label) < 2 for of_label in by_label):
+        places, units, by_label = cut([item.name for item in rows])
+        if any(len(of_label) < 2 for of_label in by_label):
+            places, units, by_label = first
     # 32 bits of a name: the same for every reader, and no two pictures of a unit apart.
     number = {unit: min(stable_seed(text) for text in texts) for unit, texts in _names_of(rows, units, places).items()}
     out = {unit for unit, value in number.items() if value % 10 == 0}
-    for of_label in by_label.values():
+    for of_label in by_label:
         order = sorted(of_label, key=lambda unit: (number[unit], unit))
         if len(order) > 1 and not out & of_label:
             out.add(order[0])
@@ -317,12 +323,19 @@ def _folders(rows: Sequence[Item]) -> list[str]:
 
 
 def _clips(rows: Sequence[Item]) -> list[str]:
-    """As `_folders`, by the folder's own name: real/004 and fake/004_011 of FaceForensics++ are one clip's frames."""
+    """As `_folders`, by the folder's own name: real/a and fake/a are one clip's frames.
+
+    So are real/004 and fake/004_011 of FaceForensics++. Other names that two folders of a label share say nothing.
+    """
+    folders = _folders(rows)
+    full = {(item.label, folder) for item, folder in zip(rows, folders) if folder != item.name}
+    alone = len({(label, PurePosixPath(folder).name) for label, folder in full}) == len(full)
     names = []
-    for folder, item in zip(_folders(rows), rows):
+    for folder, item in zip(folders, rows):
         clip = PurePosixPath(folder).name
-        numbers = re.fullmatch(r"(\d{3})_\d{3}", clip)
-        names.append(folder if folder == item.name else numbers[1] if numbers else clip)
+        numbers = re.fullmatch(r"(\d{3})(_\d{3})?", clip)
+        named = numbers[1] if numbers else clip if alone else folder
+        names.append(folder if folder == item.name else named)
     return names
 
 
@@ -355,7 +368,7 @@ def _csv_rows(source: Path, report: DropReport) -> Iterator[Item]:
     missing = {"path", "label"} - set(reader.fieldnames or ())
     if missing:
         raise ManifestError(f"{source}: column {', '.join(sorted(missing))} is missing; found {reader.fieldnames}")
-    for number, row in enumerate(reader, start=2):
+    for number, row in enumerate(_readable(source, reader), start=2):
         extra = {k: (row.get(k) or "").strip() for k in ("source", "split", "generator", "group", "video", "mask")}
         if not row["path"] or not row["label"]:
             raise ManifestError(f"{source}, line {number}: no path or no label")
@@ -368,6 +381,13 @@ def _csv_rows(source: Path, report: DropReport) -> Iterator[Item]:
             extra["mask"] = str(_present(source.parent, extra["mask"]))
         extra["split"] = split_of(extra["split"])
         yield Item(row["path"], _present(source.parent, row["path"]), label, **extra)
+
+
+def _readable(source: Path, reader: csv.DictReader) -> Iterator[dict[str, str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise ManifestError(f"{source}, line {reader.line_num}: {error}") from None
 
 
 def _label(word: object, where: str) -> int:

@@ -213,6 +213,16 @@ def test_frames_in_sub_folders_are_held_out_together(tmp_path):
         assert {i.label for i in some} == {0, 1}
 
 
+def test_sub_folders_whose_names_say_nothing_stay_apart(tmp_path):
+    for method in "abcdefghij":
+        pictures(tmp_path, f"fake/{method}/images/1.png", f"fake/{method}/images/2.png", f"real/{method}/images/1.png")
+    train, val = parts(tmp_path)
+    folders = [{i.path.parent for i in some} for some in (train, val)]
+    assert not folders[0] & folders[1] and len(folders[0] | folders[1]) == 20
+    for some in (train, val):
+        assert {i.label for i in some} == {0, 1}
+
+
 @pytest.mark.parametrize("column", ["video", "group"])
 def test_rows_of_one_video_or_group_are_held_out_together(tmp_path, column):
     rows = []
@@ -300,6 +310,15 @@ def test_a_backslash_is_a_slash_where_that_file_is_there(tmp_path):
     assert [i.name for i in items] == [row[0] for row in rows]
     assert all(i.path.is_file() for i in items)
     assert items[1].mask == str(tmp_path / "masks/b.png")
+
+
+def test_a_class_of_one_video_stays_in_training_and_the_others_units_whole(tmp_path):
+    rows = [(f"real/{n}.png", 0, "only") for n in range(4)]
+    rows += [(f"fake/{n // 3}/{n}.png", 1, "") for n in range(30)]
+    pictures(tmp_path, *(row[0] for row in rows))
+    train, val = parts(table(tmp_path, *rows, header="path,label,video"))
+    assert sum(i.label == 0 for i in train) == 4
+    assert {i.label for i in val} == {1} and len(val) % 3 == 0
 
 
 def test_encodings_are_read_or_named(tmp_path):
