@@ -26,9 +26,9 @@ def portrait() -> np.ndarray:
     return np.ascontiguousarray(data.astronaut()[10:202, 100:356])
 
 
-def frame(number: int = 0, *, fake: bool = False) -> np.ndarray:
-    """The portrait a few pixels further to the right each frame; a fake has a recoloured face."""
-    image = np.roll(portrait(), number, axis=1).copy()
+def frame(number: int = 0, *, fake: bool = False, who: int = 0) -> np.ndarray:
+    """The portrait a few pixels further to the right each frame, darker by `who`; a fake has a recoloured face."""
+    image = np.roll(portrait(), number, axis=1) - np.minimum(np.roll(portrait(), number, axis=1), 3 * who)
     if fake:
         x0, y0, x1, y1 = FACE
         image[y0:y1, x0 + number : x1 + number, 2] //= 2
@@ -43,13 +43,13 @@ def mask_frame(number: int = 0) -> np.ndarray:
     return mask
 
 
-def clip(path: Path, *, fake: bool = False, mask: bool = False, count: int = 6) -> Path:
+def clip(path: Path, *, fake: bool = False, mask: bool = False, count: int = 6, who: int = 0) -> Path:
     """A video of `count` frames at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = portrait().shape[:2]
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 25, (width, height))
     for number in range(count):
-        image = mask_frame(number) if mask else frame(number, fake=fake)
+        image = mask_frame(number) if mask else frame(number, fake=fake, who=who)
         writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     writer.release()
     return path
@@ -82,8 +82,13 @@ def faceforensics(root: Path, *, pairs: int = 3, count: int = 6) -> Path:
     numbers = [(f"{2 * i:03d}", f"{2 * i + 1:03d}") for i in range(pairs)]
     for a, b in numbers:
         for own, other in ((a, b), (b, a)):
-            clip(root / f"original_sequences/youtube/c23/videos/{own}.mp4", count=count)
-            clip(root / f"manipulated_sequences/Deepfakes/c23/videos/{own}_{other}.mp4", fake=True, count=count)
+            clip(root / f"original_sequences/youtube/c23/videos/{own}.mp4", count=count, who=int(own))
+            clip(
+                root / f"manipulated_sequences/Deepfakes/c23/videos/{own}_{other}.mp4",
+                fake=True,
+                count=count,
+                who=int(own),
+            )
             clip(root / f"manipulated_sequences/Deepfakes/masks/videos/{own}_{other}.mp4", mask=True, count=count)
     write_json(root / "splits/train.json", numbers[:-1])
     write_json(root / "splits/val.json", numbers[-1:])
