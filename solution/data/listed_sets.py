@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from solution.data.data_sets import CELEB_STEM, FF_STEM, celeb_people, ff_people, names_a_video
-from solution.data.images import printable
+from solution.data.images import VIDEO_SUFFIXES, printable
 from solution.data.labels import EXPECTED, is_split
 from solution.data.raw import (
     KNOWN,
@@ -148,36 +149,36 @@ def folders(tree: Tree) -> Iterator[Entry]:
 
 
 def _in_folders(tree: Tree) -> Iterator[Entry]:
-    names = [name for name in (*tree.pictures, *tree.videos) if not _is_mask(name)]
-    meanings = {name: folder_label(name) for name in names}
-    if bad := [name for name, (label, _, _) in meanings.items() if label is None]:
-        folders = sorted({name.rpartition("/")[0] or "." for name in bad})
+    units = [unit for unit in tree.units() if not _is_mask(unit[2][0])]
+    meanings = {files[0]: folder_label(files[0]) for _, _, files in units}
+    if bad := [name for _, _, files in units for name in files if meanings[files[0]][0] is None]:
+        there = sorted({name.rpartition("/")[0] or "." for name in bad})
         raise LayoutError(
-            f"{len(bad)} files lie in no folder of a known label, in {', '.join(map(printable, folders[:8]))}"
-            f"{' ...' if len(folders) > 8 else ''}. Known are {KNOWN}"
+            f"{len(bad)} files lie in no folder of a known label, in {', '.join(map(printable, there[:8]))}"
+            f"{' ...' if len(there) > 8 else ''}. Known are {KNOWN}"
         )
     masks, source = _masks_by_path(tree), tree.root.resolve().name
-    inner: dict[int, set[str]] = {0: set(), 1: set()}
-    for path, kind, files in tree.units():
-        if not _is_mask(files[0]) and kind == "frames" and len(path.split("/")) > meanings[files[0]][2]:
-            inner[meanings[files[0]][0] or 0].add(path)
-    for path, kind, files in tree.units():
-        if _is_mask(files[0]):
-            continue
+    inner = Counter(meanings[f[0]][0] for path, kind, f in units if kind == "frames" and _inside(path, meanings[f[0]]))
+    for path, kind, files in units:
         label, split, below = meanings[files[0]]
-        folders = files[0].split("/")[below:-1]
+        inside = files[0].split("/")[below:-1]
         own = path.rpartition("/")[2]
-        mask = tuple(m for name in files for m in masks.get(_mask_key(name), ())) if label else ()
-        generator = folders[0] if label and folders else ""
-        if kind == "video" or (folders and names_a_video(own)):
-            generator = "" if kind == "frames" and len(folders) < 2 else generator
+        generator = inside[0] if label and inside else ""
+        if kind == "video" or (inside and names_a_video(own)):
+            generator = "" if kind == "frames" and len(inside) < 2 else generator
+            mask = tuple(m for name in files for m in masks.get(_mask_key(name), ())) if label else ()
             yield Entry(path, tuple(files), kind, label, source, split, generator, _people(own, path), mask)
             continue
-        shared = (f"folder:{path}",) if folders and len(inner[label]) >= _MANY else ()
+        shared = (f"folder:{path}",) if inside and inner[label] >= _MANY else ()
         for name in files:
             mask = masks.get(_mask_key(name), ()) if label else ()
             who = shared or _people(stem(name).rpartition("/")[2], stem(name))
             yield Entry(stem(name), (name,), "picture", label, source, split, generator, who, mask)
+
+
+def _inside(folder: str, meaning: tuple[int | None, str, int]) -> bool:
+    """Whether a folder lies below the one that says its label or split."""
+    return len(folder.split("/")) > meaning[2]
 
 
 _FF_METHOD = re.compile(r"(deepfakes|face2face|faceswap|neuraltextures|faceshifter)[_-](\d{3}_\d{3})", re.IGNORECASE)
@@ -321,7 +322,7 @@ def _kaggle_entry(
             "real and 1 fake: turn the column round, or use --layout folders to go by the folders"
         )
     split = known_split(row.get("split", "")) or known_split(Path(name).stem)
-    kind = "video" if file in tree.videos else "picture"
+    kind = "video" if os.path.splitext(file)[1].lower() in VIDEO_SUFFIXES else "picture"
     mask = row.get("mask", "")
     mask = next(
         (files[p] for p in (f"{folder}/{mask}" if folder else mask, mask) if p in files), mask if mask == WHOLE else ""
