@@ -116,6 +116,11 @@ def find_entries(source: Path, layout: str = "auto", leave_out: Path | None = No
         if source.suffix.lower() != ".json":
             raise LayoutError(f"{source}: expected a folder or a DeepfakeBench JSON")
         tree.lists = [source.name]
+        if listed_sets.bench_content(tree, source.name) is None:
+            raise LayoutError(
+                f"{source}: not DeepfakeBench's data set -> label -> split -> video -> label and frames; a metadata.json or a "
+                "split list is read with its data set: give the folder"
+            )
         layout = "deepfakebench" if layout == "auto" else layout
     if not tree.pictures and not tree.videos:
         raise LayoutError(f"{root}: no pictures or videos in it")

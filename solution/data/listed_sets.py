@@ -72,29 +72,30 @@ def _bench_videos(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple
 
 def deepfakebench(tree: Tree) -> Iterator[Entry]:
     """Every DeepfakeBench JSON of the tree; a video that several lists or splits name is taken once."""
-    videos: dict[str, tuple[Entry, set[str]]] = {}
+    videos: dict[tuple[str, ...], tuple[Entry, set[str]]] = {}
+    labels: dict[str, int] = {}
     for name in tree.lists:
-        content = bench_content(tree, name)
-        if content is None:
-            continue
-        for path, row in _bench_videos(content):
+        for path, row in _bench_videos(bench_content(tree, name)):
             entry, split = _bench_entry(tree, name, path, row)
             if entry is None:
                 continue
-            known = videos.setdefault(entry.name, (entry, set()))
-            if known[0].label != entry.label:
-                raise LayoutError(f"{name}: {entry.name} is real in one list and fake in another")
-            known[1].add(split)
-    everywhere = {e.source for e, s in videos.values()} - {e.source for e, s in videos.values() if len(s) < 3}
+            for file in entry.files:
+                if labels.setdefault(file, entry.label) != entry.label:
+                    raise LayoutError(f"{name}: {file} has both labels")
+            videos.setdefault(entry.files, (entry, set()))[1].add(split)
+    names = Counter(entry.name for entry, _ in videos.values())
+    single = {(e.source, e.label) for e, splits in videos.values() if len(splits) == 1}
     for entry, splits in videos.values():
-        if entry.source in everywhere:
-            # DFD's list names every video in all three: that is no split.
+        split = next((s for s in ("test", "val", "train") if s in splits), "")
+        if (entry.source, entry.label) not in single and "train" in splits:
+            # DFD's list names every video in all three, the NTIRE entry's in two: that is no split.
+            tree.passed.add("listed in several splits, as all of its label: dealt anew", entry.name)
             split = ""
-        else:
-            split = next((s for s in ("test", "val", "train") if s in splits), "")
-            if len(splits) > 1:
-                tree.passed.add(f"also listed in another split than {split}", entry.name)
-        yield replace(entry, split=split)
+        elif len(splits) > 1:
+            tree.passed.add(f"listed in another split than {split} too", entry.name)
+        # Several videos' frames can lie in one folder.
+        own = entry.name if names[entry.name] == 1 else f"{entry.name}/{stem(entry.files[0]).rpartition('/')[2]}"
+        yield replace(entry, name=own, split=split)
 
 
 def _bench_entry(tree: Tree, name: str, path: tuple[str, ...], row: dict) -> tuple[Entry | None, str]:

@@ -212,14 +212,41 @@ def test_deepfakebench_labels_backslashes_and_masks(tmp_path):
     assert find_entries(tmp_path / "FF.json").entries == found.entries
 
 
-@pytest.mark.parametrize(
-    ("splits", "split"), [(["train", "test"], "test"), (["train", "val", "test"], ""), (["test", "val"], "test")]
-)
-def test_deepfakebench_a_video_stands_in_one_split(tmp_path, splits, split):
-    empty(tmp_path, "a/0.png", "a/1.png")
-    write_json(tmp_path / "x.json", {"FF": bench(0, splits, ["a/0.png", "a/1.png"])})
-    (entry,) = find_entries(tmp_path).entries
-    assert (entry.split, entry.label) == (split, 0)
+@pytest.mark.parametrize("splits", [["train", "test"], ["train", "val", "test"], ["test", "val"]])
+def test_deepfakebench_a_video_stands_in_one_split(tmp_path, splits):
+    empty(tmp_path, "a/0.png", "a/1.png", "b/0.png")
+    tree = bench(0, splits, ["a/0.png", "a/1.png"])
+    tree["FF-real"].setdefault("train", {})["001"] = {"label": 0, "frames": ["b/0.png"]}
+    write_json(tmp_path / "x.json", {"FF": tree})
+    found = find_entries(tmp_path)
+    assert {e.name: e.split for e in found.entries} == {"a": "test", "b/0": "train"}
+    assert reasons(found) == {"listed in another split than test too": 1}
+
+
+def test_deepfakebench_a_label_listed_in_every_split_has_none(tmp_path):
+    empty(tmp_path, "a/0.png", "b/0.png")
+    tree = bench(0, ["train", "val", "test"], ["a/0.png"]) | bench("FF-DF", ["test"], ["b/0.png"])
+    write_json(tmp_path / "x.json", {"FF": tree})
+    assert {e.name: e.split for e in find_entries(tmp_path).entries} == {"a/0": "", "b/0": "test"}
+
+
+def test_deepfakebench_videos_that_share_a_folder(tmp_path):
+    empty(tmp_path, *(f"a/{n}.png" for n in range(4)))
+    tree = bench(0, ["train"], ["a/0.png", "a/1.png"])
+    tree["FF-real"]["train"]["001"] = {"label": 0, "frames": ["a/2.png", "a/3.png"]}
+    write_json(tmp_path / "x.json", {"FF": tree})
+    assert sorted(len(e.files) for e in find_entries(tmp_path).entries) == [2, 2]
+    tree["FF-DF"] = {"test": {"002": {"label": 1, "frames": ["a/3.png"]}}}
+    write_json(tmp_path / "x.json", {"FF": tree})
+    with pytest.raises(LayoutError, match="a/3.png has both labels"):
+        find_entries(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[["071", "054"]], {"a.mp4": {"label": "REAL"}}, ["a.png"], {}])
+def test_another_json_by_itself_is_refused(tmp_path, content):
+    empty(tmp_path, "a.png")
+    with pytest.raises(LayoutError, match="give the folder"):
+        find_entries(write_json(tmp_path / "list.json", content))
 
 
 def test_deepfakebench_unknown_label_is_refused(tmp_path):

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from raw_sets import clip, faceforensics, picture, write_json
 
-from solution import train
+from solution import prepare, train
+from solution.data import layouts
 from solution.data.cropping import Cropper
 from solution.data.faces import FaceLocator
 from solution.data.images import decode_image
-from solution.prepare import main
 
 ROOT = Path(__file__).resolve().parents[2]
 DETECTOR = pytest.mark.skipif(not FaceLocator.available(), reason="no face detector")
 
 
 def run(source, out, *more, workers=0):
-    return main([str(source), "--out", str(out), "--workers", str(workers), "--quiet", "--frames", "3", *more])
+    return prepare.main([str(source), "--out", str(out), "--workers", str(workers), "--quiet", "--frames", "3", *more])
 
 
 def rows(out):
@@ -139,13 +139,13 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
 def test_interrupted_equals_uninterrupted(tmp_path, monkeypatch, capsys):
     source = tree(tmp_path / "set")
     assert run(source, tmp_path / "whole", "--crop", "none") == 0
-    prepare, calls = Cropper.prepare, []
+    cut, calls = Cropper.prepare, []
 
     def interrupted(self, entry, place=None):
         calls.append(entry)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return prepare(self, entry, place)
+        return cut(self, entry, place)
 
     monkeypatch.setattr(Cropper, "prepare", interrupted)
     assert run(source, tmp_path / "out", "--crop", "none") == 130
@@ -299,7 +299,7 @@ def test_one_line_and_the_right_code(tmp_path, monkeypatch, capsys, arguments, c
     picture(Path("set/fake/a.png"))
     picture(Path("badjson/a.png"))
     Path("badjson/metadata.json").write_text("{")
-    assert main([*arguments, "--workers", "0", "--quiet", "--crop", "none"]) == code
+    assert prepare.main([*arguments, "--workers", "0", "--quiet", "--crop", "none"]) == code
     error = capsys.readouterr().err
     assert error.startswith("prepare: ") and error.count("\n") == 1
 
@@ -307,7 +307,7 @@ def test_one_line_and_the_right_code(tmp_path, monkeypatch, capsys, arguments, c
 @pytest.mark.parametrize("extra", [["--crop", "big"], ["--frames", "0"], ["--quality", "101"], ["--workers", "-1"]])
 def test_bad_words_are_refused(tmp_path, extra):
     with pytest.raises(SystemExit) as stop:
-        main([str(tmp_path), "--out", str(tmp_path / "out"), *extra])
+        prepare.main([str(tmp_path), "--out", str(tmp_path / "out"), *extra])
     assert stop.value.code == 2
 
 
@@ -425,6 +425,10 @@ def test_which_label_each_folder_got_is_printed(tmp_path, capsys):
     assert run(tmp_path / "set", tmp_path / "out", "--crop", "none") == 0
     out = capsys.readouterr().out
     assert "REAL (0)  Real: 1 pictures" in out and "FAKE (1)  Fake: 1 pictures" in out
+
+
+def test_the_door_offers_every_layout():
+    assert set(prepare.LAYOUTS) == set(layouts.LAYOUTS)
 
 
 def test_help_comes_without_the_libraries():
