@@ -10,13 +10,7 @@ import numpy as np
 import pytest
 from make_smoke_data import portrait, write
 
-from solution.config import (
-    AugmentConfig,
-    ConfigError,
-    DegradationConfig,
-    SamplingConfig,
-    preset,
-)
+from solution.config import AugmentConfig, ConfigError, DegradationConfig, SamplingConfig
 from solution.data.images import UnreadableInput
 from solution.data.training import (
     Augmentation,
@@ -31,6 +25,7 @@ from solution.data.training import (
     select,
     training_loader,
 )
+from solution.presets import preset
 
 
 def save(path, seed=0):

@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 
 from solution import evaluate
-from solution.config import MEMBERS, NTIRE26_VOTE, OPS, DegradationConfig, VoteConfig
+from solution.config import MEMBERS, OPS, DegradationConfig, VoteConfig
 from solution.data.training import Item
 from solution.evaluation import fit, measure, metrics, report
 from solution.models.calibration import Calibrator, sigmoid
+from solution.presets import NTIRE26_VOTE
 from solution.scoring.vote import combine
 
 PROTOCOL = {"title": "a test", "manifest": "none"}

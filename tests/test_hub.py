@@ -23,8 +23,9 @@ from solution.bundles.bundle import load_members
 from solution.bundles.members import build_member, random_towers, save_member
 from solution.bundles.ntire26 import FILES, import_ntire26
 from solution.bundles.store import open_bundle
-from solution.config import MemberConfig, TowerConfig, VoteConfig, preset
+from solution.config import MemberConfig, TowerConfig, VoteConfig
 from solution.models.towers import WeightsError, build_tower
+from solution.presets import preset
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT, OLDER = "a" * 40, "b" * 40

@@ -24,7 +24,7 @@ from tiny_bundle import make_bundle
 
 import submit
 from solution import train
-from solution.config import preset
+from solution.presets import preset
 from solution.studies import ablate
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ import make_smoke_data
 import pytest
 
 import submit
-from solution import assemble, config, train, weights
+from solution import assemble, presets, train, weights
 from solution.config import override
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +74,7 @@ def test_train_sh_asks_for_what_training_takes(preset, tmp_path):
         assert module == "solution.train"
         args = train.parse(words)
         names.append(args.member)
-        override(config.preset(args.preset, args.member), args.set)
+        override(presets.preset(args.preset, args.member), args.set)
     assert set(config.MEMBERS) <= set(names)
     assert last[1] == "solution.assemble"
 

@@ -19,7 +19,6 @@ from solution.config import (
     ViewConfig,
     VlaforgeConfig,
     from_dict,
-    preset,
     to_dict,
 )
 from solution.evaluation.metrics import auc
@@ -33,6 +32,7 @@ from solution.models.vlaforge import (
     mix_scores,
     run_copies,
 )
+from solution.presets import preset
 from solution.records import Batch
 
 ARCH = ClipArch(

@@ -10,8 +10,9 @@ import torch
 
 from solution.bundles.bundle import Bundle, write_bundle
 from solution.bundles.members import build_member, random_towers, save_member
-from solution.config import MEMBERS, VoteConfig, preset
+from solution.config import MEMBERS, VoteConfig
 from solution.models.calibration import Calibrator
+from solution.presets import preset
 
 
 def make_bundle(
