@@ -41,16 +41,7 @@ from solution.bundles.members import (
     save_member,
     tower_configs,
 )
-from solution.config import (
-    MEMBERS,
-    PRESETS,
-    ConfigError,
-    DegradationConfig,
-    MemberConfig,
-    override,
-    preset,
-    to_dict,
-)
+from solution.config import MEMBERS, ConfigError, DegradationConfig, MemberConfig, override, to_dict
 from solution.data.epochs import Sample, plan_epoch
 from solution.data.images import UnreadableInput, decode_image, stable_seed
 from solution.data.manifest import DropReport, Item, ManifestError, draw_items, manifest_splits, read_manifest, select
@@ -82,6 +73,7 @@ from solution.models.towers import (
     load_state,
     tower_parameters,
 )
+from solution.presets import PRESETS, preset
 from solution.records import Batch, MemberOutput
 
 

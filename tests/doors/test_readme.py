@@ -22,7 +22,7 @@ from tiny import make_bundle, make_faces
 
 import submit
 from solution import train
-from solution.config import preset
+from solution.presets import preset
 from solution.studies import ablate
 
 ROOT = Path(__file__).resolve().parents[2]
