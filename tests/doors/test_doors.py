@@ -17,7 +17,7 @@ from solution import errors
 from solution.errors import KitError, UsageError, door
 from solution.models.merging import pick_device
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def has_entry(path):
