@@ -550,10 +550,10 @@ def _bundle_protocol(ensemble: Ensemble, pictures: Pictures, way: str) -> dict[s
 
 def read_items(manifest: Path, *, split: str | None, frames: int, out: Path) -> tuple[list[Any], str]:
     """The manifest's pictures, and what it lost. With `frames`, video files become that many PNGs under `out/frames`."""
-    from solution.data import training as data
     from solution.data.images import VIDEO_SUFFIXES
+    from solution.data.manifest import read_manifest
 
-    items, dropped = data.read_manifest(manifest, split=split, videos=frames > 0)
+    items, dropped = read_manifest(manifest, split=split, videos=frames > 0)
     pictures = []
     for item in items:
         if item.path.suffix.lower() in VIDEO_SUFFIXES:

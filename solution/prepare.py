@@ -168,15 +168,10 @@ def _report(args, found, settings, placed, records, rows, remarks) -> dict[str, 
 
 
 def _speed(records: list, wall: float) -> dict[str, Any]:
-    """Of what this run did: pictures/s, and the seconds of all processes by what they did."""
+    """Of what this run did: pictures/s, and where the processors' seconds went (waiting for others or a disk is none)."""
     pictures = sum(len(record.rows) for record in records)
-    parts = {k: round(sum(r.seconds.get(k, 0.0) for r in records), 2) for k in ("decoding", "faces", "writing")}
-    return {
-        "pictures": pictures,
-        "wall_s": round(wall, 2),
-        "pictures_per_s": round(pictures / wall, 1),
-        "seconds": parts,
-    }
+    cpu = {k: round(sum(r.cpu.get(k, 0.0) for r in records), 2) for k in ("decoding", "faces", "writing")}
+    return {"pictures": pictures, "wall_s": round(wall, 2), "pictures_per_s": round(pictures / wall, 1), "cpu_s": cpu}
 
 
 def _write_report(path: Path, report: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from solution.config import FaceConfig
 from solution.data.faces import FaceLocator, choose_face, choose_track
 from solution.data.images import UnreadableInput, decode_image
 from solution.data.layouts import WHOLE, Entry
-from solution.data.videos import sample_frames
+from solution.data.videos import middle_places, sample_frames
 from solution.io import atomic_file
 from solution.records import FaceBox
 
@@ -42,7 +42,7 @@ class Record:
     """What became of one entry. rows: (frame, picture, mask), paths relative to the output, frame -1 for a picture.
 
     squares: frame -> where it was cut; size: (height, width) px of the source; passed: frames left out, by reason; failed:
-    why nothing could be read, empty when it could. seconds: decoding, face search, writing.
+    why nothing could be read, empty when it could. cpu: seconds of the processor for decoding, faces, writing.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Record:
     size: tuple[int, int] = (0, 0)
     passed: dict[str, int] = field(default_factory=dict)
     failed: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
+    cpu: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that `from_json` reads back."""
@@ -100,7 +100,7 @@ class Cropper:
             FaceDetectorMissing: no face detector here. OSError: the output cannot be written.
         """
         record = Record(entry.name, stamp(self.root, entry))
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             frames = self._frames(entry, record)
         except UnreadableInput as error:
@@ -111,10 +111,10 @@ class Cropper:
         except UnreadableInput as error:
             record.count(f"unreadable mask, {error.reason} (frames kept, mask unknown)")
             masks = {}
-        decoded = time.perf_counter()
+        decoded = time.process_time()
         record.size = frames[0][1].shape[:2]
         squares = self._squares(entry, frames, place)
-        searched = time.perf_counter()
+        searched = time.process_time()
         for (number, image), square in zip(frames, squares):
             if square is None:
                 record.count("no face found")
@@ -122,8 +122,8 @@ class Cropper:
             if self.settings.crop:
                 record.squares[number] = square
             self._write(entry, number, image, masks.get(number), square, record)
-        written = time.perf_counter()
-        record.seconds = {"decoding": decoded - start, "faces": searched - decoded, "writing": written - searched}
+        written = time.process_time()
+        record.cpu = {"decoding": decoded - start, "faces": searched - decoded, "writing": written - searched}
         return record
 
     # -- reading
@@ -134,8 +134,7 @@ class Cropper:
         if entry.kind == "picture":
             return [(-1, decode_image(self.root / entry.files[0]))]
         names = sorted(entry.files, key=_frame_order)
-        count = min(self.settings.frames, len(names))
-        chosen = [names[int((i + 0.5) * len(names) / count)] for i in range(count)]
+        chosen = [names[place] for place in middle_places(len(names), self.settings.frames)]
         frames, reason = [], None
         for place, name in enumerate(chosen):
             try:

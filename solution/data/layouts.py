@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from solution.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, printable
+from solution.data.labels import EXPECTED, FAKE, REAL, is_split, label_of, split_of
 
 WHOLE = "whole"  # stands for the mask of a picture that is generated from edge to edge
 
@@ -93,22 +94,6 @@ def _trunk(folder: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- known names
-_REAL = (
-    "real reals original originals pristine authentic genuine bonafide nature youtube actors celeb_real youtube_real "
-    "0_real real_video real_videos real_image real_images real_face real_faces real_frames original_sequences "
-    "original_videos original_images source_videos dfd_original_sequences"
-)
-_FAKE = (
-    "fake fakes ai ai_generated generated synthetic synthesis deepfake deepfakes manipulated forged tampered celeb_synthesis "
-    "1_fake fake_video fake_videos fake_image fake_images fake_face fake_faces fake_frames manipulated_sequences "
-    "manipulated_videos manipulated_images dfd_manipulated_sequences"
-)
-LABELS = dict.fromkeys(_REAL.split(), 0) | dict.fromkeys(_FAKE.split(), 1)
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 # DF40's folders by kind: what the pictures show is generated whole in the third (DF40, table 1).
 _DF40_SWAP = "fsgan faceswap simswap inswap blendface uniface mobileswap e4s facedancer deepfacelab"
 _DF40_REENACT = (
@@ -120,65 +105,43 @@ _DF40_WHOLE = (
 )
 _DF40_EDIT = "collabdiff e4e stargan starganv2 styleclip"
 DF40_METHODS = frozenset(f"{_DF40_SWAP} {_DF40_REENACT} {_DF40_WHOLE} {_DF40_EDIT}".split())
-# Names before _real and _fake in DeepfakeBench's and DF40's lists.
-_BENCH_SETS = (
-    frozenset(["ff", "dfd", "celebdfv1", "celebdfv2", "dfdcp", "dfdc", "df", "uadfv", "celebdf", "wilddeepfake"])
-    | DF40_METHODS
-)
-_BENCH_FAKES = frozenset(
-    [
-        "ff_df",
-        "ff_f2f",
-        "ff_fs",
-        "ff_nt",
-        "ff_fh",
-        "faceshifter",
-        "deepfakes",
-        "face2face",
-        "faceswap",
-        "neuraltextures",
-    ]
+# Labels of DeepfakeBench's lists that are no words.
+_BENCH_FAKES = frozenset(("ff_fh", "dfdcp_fakea", "dfdcp_fakeb"))
+KNOWN = (
+    f"real: {', '.join(sorted(REAL))}; fake: {', '.join(sorted(FAKE))}; with real_, _images, 0_, 1_, train_ and the like before "
+    "or behind"
 )
 
 
 def plain(name: object) -> str:
-    """A name as the tables spell it: lower case, words joined by `_`."""
-    return re.sub(r"[^a-z0-9.]+", "_", str(name).strip().lower()).replace(".", "_").strip("_")
+    """A name in lower case, its words joined by `_`."""
+    return re.sub(r"[^a-z0-9]+", "_", str(name).strip().lower()).strip("_")
 
 
 def known_label(name: object) -> int | None:
-    """0 real or 1 fake for a label as data sets write it (a known word, 0, 1, 0.0, true), None for any other."""
-    word = plain(name)
-    if word in ("0", "0_0", "false"):
-        return 0
-    if word in ("1", "1_0", "true"):
-        return 1
-    if word in LABELS:
-        return LABELS[word]
-    if word in _BENCH_FAKES:
-        return 1
-    start, _, end = word.rpartition("_")
-    if start in _BENCH_SETS and re.fullmatch("real|fake[ab]?", end):
-        return 0 if end == "real" else 1
-    return None
+    """0 real or 1 fake for a label as data sets write it (see `label_of`), None for any other."""
+    return 1 if plain(name) in _BENCH_FAKES else label_of(name)
+
+
+def known_split(name: object) -> str:
+    """`train`, `val` or `test`, empty for any other word."""
+    return split_of(str(name)) if is_split(str(name)) else ""
 
 
 def folder_meaning(name: str) -> tuple[int | None, str]:
-    """The label and the split that a folder's name says, each None or empty when it does not."""
-    word = plain(name)
-    if word in LABELS:
-        return LABELS[word], ""
-    words = word.split("_")
-    splits = [SPLITS[w] for w in words if w in SPLITS]
-    labels = [LABELS[w] for w in words if w in ("real", "fake")]
-    if len(words) == len(splits) + len(labels) and len(splits) <= 1 and len(labels) <= 1:
-        return (labels[0] if labels else None), "".join(splits)
-    return None, ""
+    """The label and the split that a folder's name says, each None or empty when it does not.
 
-
-def known_names() -> str:
-    """The folder names that say real and fake, for messages."""
-    return f"real: {', '.join(_REAL.split())}; fake: {', '.join(_FAKE.split())}"
+    A generator's name says no label, nor does a bare number: people are numbered too.
+    """
+    if name.isdecimal():
+        return None, ""
+    words = [word for word in plain(name).split("_") if word]
+    splits = [known_split(word) for word in words if is_split(word)]
+    rest = "_".join(word for word in words if not is_split(word))
+    label = label_of(rest, generators=False) if rest else None
+    if len(splits) > 1 or (rest and label is None):
+        return None, ""
+    return label, "".join(splits)
 
 
 # ---------------------------------------------------------------------------------------------------- walking
@@ -514,7 +477,7 @@ def _dfdc_metadata(tree: Tree, name: str, folder: str, units: dict) -> dict[str,
         if path is None:
             tree.passed.add("in metadata.json, but not there", f"{folder}/{video}" if folder else video)
         else:
-            split = SPLITS.get(plain(row.get("split", "")), "")
+            split = known_split(row.get("split", ""))
             original = row.get("original")
             rows[path] = (label, stem(original) if original else "", split, folder)
     return rows
@@ -522,7 +485,7 @@ def _dfdc_metadata(tree: Tree, name: str, folder: str, units: dict) -> dict[str,
 
 def _dfdc_labels(tree: Tree, name: str, folder: str, units: dict) -> dict[str, tuple[int, str, str, str]]:
     rows = {}
-    split = next((SPLITS[plain(p)] for p in reversed(folder.split("/")) if plain(p) in SPLITS), "test")
+    split = next((known_split(p) for p in reversed(folder.split("/")) if is_split(p)), "test")
     for number, row in enumerate(read_table(tree.root / name), start=2):
         label = known_label(row.get("label", ""))
         if label is None or not row.get("filename"):
@@ -562,7 +525,7 @@ def _dfdcp(tree: Tree) -> Iterator[Entry]:
             continue
         listed.add(path)
         people = {str(row[key]) for key in ("target_id", "swapped_id") if row.get(key) not in (None, "")}
-        split = SPLITS.get(plain(row.get("set", "")), "")
+        split = known_split(row.get("set", ""))
         kind, files = units[path]
         generator = video.split("/")[0] if label else ""
         who = tuple(f"dfdcp:{p}" for p in sorted(people)) or (f"dfdcp:{path}",)
@@ -626,13 +589,11 @@ def _deepfakebench(tree: Tree) -> Iterator[Entry]:
 
 def _bench_entry(tree: Tree, name: str, path: tuple[str, ...], row: dict) -> tuple[Entry | None, str]:
     data_set, label_name, video = path[0], path[1] if len(path) > 2 else "", path[-1]
-    split = next((SPLITS[plain(p)] for p in path[2:-1] if plain(p) in SPLITS), "")
+    split = next((known_split(p) for p in path[2:-1] if is_split(p)), "")
     said = row.get("label", label_name)
     label = known_label(said)
     if label is None:
-        raise LayoutError(
-            f"{name}: {'/'.join(path)} has the label {said!r}; write 0 or real, 1 or fake. {known_names()}"
-        )
+        raise LayoutError(f"{name}: {'/'.join(path)} has the label {said!r}; {EXPECTED}")
     frames = [f for f in (_bench_file(tree, name, str(f)) for f in row["frames"] or ()) if f]
     if not frames:
         tree.passed.add(f"no frame of the video is there ({name})", "/".join(path))
@@ -669,15 +630,18 @@ def _swap_part(path: str, old: str, new: str) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------- frames in folders
+_STRONG = frozenset(("real", "reals", "fake", "fakes"))
+
+
 def _meaning(path: str) -> tuple[int | None, str, int]:
     """The label and split that the folders of `path` say, and how many folders stand above what is below them."""
     label, split, below = None, "", 0
     for at, part in enumerate(path.split("/")[:-1], start=1):
         said, when = folder_meaning(part)
         if said is not None:
-            if label is not None and said != label:
+            if label is not None and said != label and _STRONG & set(plain(part).split("_")):
                 raise LayoutError(f"{path} lies in folders of both labels ({part}); move it or rename the folder")
-            label = said
+            label = said if label is None else label
         split = when or split
         if said is not None or when:
             below = at
@@ -717,7 +681,7 @@ def _df40(tree: Tree) -> Iterator[Entry]:
         below = parts[at + 1 :] if at is not None else []
         label = 1 if at is not None and _meaning("/".join((*below, "x")))[0] != 0 else 0
         people = ff_people(parts[-1]) or celeb_people(parts[-1]) or (f"df40:{path}",)
-        when = next((SPLITS[plain(p)] for p in parts if plain(p) in SPLITS), "") or _common_split(people, splits)
+        when = next((known_split(p) for p in parts if is_split(p)), "") or _common_split(people, splits)
         if when is None:
             tree.passed.add("its two people are in different official splits", path)
             continue
@@ -765,7 +729,7 @@ def _folders(tree: Tree) -> Iterator[Entry]:
         folders = sorted({name.rpartition("/")[0] or "." for name in bad})
         raise LayoutError(
             f"{len(bad)} files lie in no folder of a known label, in {', '.join(map(printable, folders[:8]))}"
-            f"{' ...' if len(folders) > 8 else ''}. Known are {known_names()}"
+            f"{' ...' if len(folders) > 8 else ''}. Known are {KNOWN}"
         )
     masks, source = _masks_by_path(tree), tree.root.resolve().name
     inner: dict[int, set[str]] = {0: set(), 1: set()}
@@ -896,7 +860,7 @@ def _kaggle_entry(
     path_column, label_column = columns
     said, label = row[label_column], known_label(row[label_column])
     if label is None:
-        raise LayoutError(f"{name}, line {number}: {label_column} is {said!r}; write 0 or real, 1 or fake")
+        raise LayoutError(f"{name}, line {number}: {label_column} is {said!r}; {EXPECTED}")
     folder = name.rpartition("/")[0]
     path = row[path_column].replace("\\", "/").removeprefix("./")
     file = next((files[p] for p in (f"{folder}/{path}" if folder else path, path) if p in files), None)
@@ -910,7 +874,7 @@ def _kaggle_entry(
             f"{name}, line {number}: {label_column} is {said!r}, but {file} lies in a folder of the other label. Here 0 is "
             "real and 1 fake: turn the column round, or use --layout folders to go by the folders"
         )
-    split = SPLITS.get(plain(row.get("split", "")), "") or SPLITS.get(plain(Path(name).stem), "")
+    split = known_split(row.get("split", "")) or known_split(Path(name).stem)
     kind = "video" if file in tree.videos else "picture"
     mask = row.get("mask", "")
     mask = next(
@@ -979,7 +943,7 @@ def detect(tree: Tree) -> str:
     if any(folder_meaning(name)[0] is not None for name in folders):
         return "folders"
     names = ", ".join(printable(n) for n in sorted(folders)[:12]) or "no folders"
-    raise LayoutError(f"{tree.root}: no known layout; found {names}. Known are {', '.join(LAYOUTS)}; {known_names()}")
+    raise LayoutError(f"{tree.root}: no known layout; found {names}. Known are {', '.join(LAYOUTS)}; {KNOWN}")
 
 
 def _df40_folders(tree: Tree) -> bool:

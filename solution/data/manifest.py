@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import filecmp
 import io
 import json
 import math
@@ -29,6 +30,7 @@ from solution.errors import UsageError
 
 # The splits that training draws from and is judged on; `unseen` has generators that training has not.
 TRAIN, HELD_OUT = "train", ("val", "unseen", "test")
+_END = 256  # bytes at the end of a file that two different pictures hardly share
 HIDDEN = "hidden or not the data set's (a dot file or folder, __MACOSX)"
 
 
@@ -86,8 +88,8 @@ def read_manifest(
     `nature/` and `ai/`), train/val/test above or below them, or a DeepfakeBench JSON (in the folder its frames are
     relative to; the forgery masks lie beside the frames, `masks` for `frames` in the path, where a release has them).
     split: keep only rows of that split, in any usual spelling; where no row names one, about a tenth of the groups,
-    videos, sub-folders or pictures of each class, by name, is `val` and the rest `train`. Rows of `train` whose file,
-    video or group is in `val`, `unseen` or `test` too are left out of `train`.
+    videos, sub-folders or pictures of each class, by name, is `val` and the rest `train`. Rows of `train` whose file
+    (or a copy of it), video or group is in `val`, `unseen` or `test` too are left out of `train`.
     videos: keep rows whose path is a video file too; a row is otherwise a picture.
 
     Raises:
@@ -159,13 +161,13 @@ def _rows(source: Path, report: DropReport) -> Iterator[Item]:
     raise ManifestError(f"{source}: expected a .csv, a .json, or a folder with real/ and fake/")
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What makes two paths the same file, however they are written; None: there is no file."""
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """What makes two paths the same file, however they are written, and its size; None: there is no file."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
         return None
-    return found.st_dev, found.st_ino
+    return found.st_dev, found.st_ino, found.st_size
 
 
 def _refuse_two_labels(source: Path, rows: Sequence[Item], files: Sequence[Any]) -> None:
@@ -197,7 +199,42 @@ def _shared_with_held_out(rows: Sequence[Item], splits: Sequence[str], files: Se
                 if key in judged:
                     found[number] = f"its {key[0]} is in split {judged[key]!r} too, which keeps it"
                     break
+    for number, other in _copies(rows, splits, files).items():
+        found.setdefault(number, f"a copy of it is in split {splits[other]!r}, which keeps it")
     return found
+
+
+def _copies(rows: Sequence[Item], splits: Sequence[str], files: Sequence[Any]) -> dict[int, int]:
+    """By place, the rows of `train` whose bytes are those of a held-out file, and that one's place.
+
+    Only files of equal size are opened, and read whole only where their ends are equal too.
+    """
+    by_size: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    for number, (split, file) in enumerate(zip(splits, files)):
+        if file is not None and file[2] > 0 and split in (TRAIN, *HELD_OUT):
+            by_size[file[2]][split != TRAIN].append(number)
+    found: dict[int, int] = {}
+    for train, held_out in by_size.values():
+        ends: dict[bytes | None, list[int]] = defaultdict(list)
+        for number in held_out if train else ():
+            ends[_end(rows[number].path)].append(number)
+        for number in train if held_out else ():
+            end = _end(rows[number].path)
+            for other in ends.get(end, ()) if end is not None else ():
+                if filecmp.cmp(rows[number].path, rows[other].path, shallow=False):
+                    found[number] = other
+                    break
+    return found
+
+
+def _end(path: Path) -> bytes | None:
+    try:
+        with path.open("rb") as file:
+            file.seek(-min(_END, path.stat().st_size), os.SEEK_END)
+            return file.read()
+    # What cannot be read equals nothing; decoding names it.
+    except OSError:
+        return None
 
 
 def _keys(item: Item, file: tuple | None = None) -> list[tuple]:
@@ -225,15 +262,21 @@ def _hold_out(rows: Sequence[Item]) -> list[bool]:
     A unit is what must stay together: all that shares a group or a video; else a sub-folder; else a picture.
     """
     files = [_identity(item.path) for item in rows]
-    for places in (_clips(rows), _folders(rows), [item.name for item in rows]):
+    labels = {item.label for item in rows}
+
+    def cut(places: Sequence[str]) -> tuple[Sequence[str], list[int], list[set[int]]]:
         units = _together(rows, files, places)
-        by_label = {label: {u for u, i in zip(units, rows) if i.label == label} for label in {i.label for i in rows}}
-        if all(len(of_label) > 1 for of_label in by_label.values()):
-            break
+        return places, units, [{u for u, item in zip(units, rows) if item.label == label} for label in sorted(labels)]
+
+    places, units, by_label = first = cut(_clips(rows))
+    if any(len(of_label) < 2 for of_label in by_label):
+        places, units, by_label = cut([item.name for item in rows])
+        if any(len(of_label) < 2 for of_label in by_label):
+            places, units, by_label = first
     # 32 bits of a name: the same for every reader, and no two pictures of a unit apart.
     number = {unit: min(stable_seed(text) for text in texts) for unit, texts in _names_of(rows, units, places).items()}
     out = {unit for unit, value in number.items() if value % 10 == 0}
-    for of_label in by_label.values():
+    for of_label in by_label:
         order = sorted(of_label, key=lambda unit: (number[unit], unit))
         if len(order) > 1 and not out & of_label:
             out.add(order[0])
@@ -281,12 +324,19 @@ def _folders(rows: Sequence[Item]) -> list[str]:
 
 
 def _clips(rows: Sequence[Item]) -> list[str]:
-    """As `_folders`, by the folder's own name: real/004 and fake/004_011 of FaceForensics++ are one clip's frames."""
+    """As `_folders`, by the folder's own name: real/a and fake/a are one clip's frames.
+
+    So are real/004 and fake/004_011 of FaceForensics++. Other names that two folders of a label share say nothing.
+    """
+    folders = _folders(rows)
+    full = {(item.label, folder) for item, folder in zip(rows, folders) if folder != item.name}
+    alone = len({(label, PurePosixPath(folder).name) for label, folder in full}) == len(full)
     names = []
-    for folder, item in zip(_folders(rows), rows):
+    for folder, item in zip(folders, rows):
         clip = PurePosixPath(folder).name
-        numbers = re.fullmatch(r"(\d{3})_\d{3}", clip)
-        names.append(folder if folder == item.name else numbers[1] if numbers else clip)
+        numbers = re.fullmatch(r"(\d{3})(_\d{3})?", clip)
+        named = numbers[1] if numbers else clip if alone else folder
+        names.append(folder if folder == item.name else named)
     return names
 
 
@@ -319,7 +369,7 @@ def _csv_rows(source: Path, report: DropReport) -> Iterator[Item]:
     missing = {"path", "label"} - set(reader.fieldnames or ())
     if missing:
         raise ManifestError(f"{source}: column {', '.join(sorted(missing))} is missing; found {reader.fieldnames}")
-    for number, row in enumerate(reader, start=2):
+    for number, row in enumerate(_readable(source, reader), start=2):
         extra = {k: (row.get(k) or "").strip() for k in ("source", "split", "generator", "group", "video", "mask")}
         if not row["path"] or not row["label"]:
             raise ManifestError(f"{source}, line {number}: no path or no label")
@@ -332,6 +382,13 @@ def _csv_rows(source: Path, report: DropReport) -> Iterator[Item]:
             extra["mask"] = str(_present(source.parent, extra["mask"]))
         extra["split"] = split_of(extra["split"])
         yield Item(row["path"], _present(source.parent, row["path"]), label, **extra)
+
+
+def _readable(source: Path, reader: csv.DictReader) -> Iterator[dict[str, str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise ManifestError(f"{source}, line {reader.line_num}: {error}") from None
 
 
 def _label(word: object, where: str) -> int:

@@ -21,9 +21,7 @@ from solution.data.degradation import degrade, use_one_opencv_thread
 from solution.data.epochs import Sample
 from solution.data.faces import FaceLocator, crop_square, make_view, view_box
 from solution.data.images import UnreadableInput, decode_image, decode_mask, resize_image
-from solution.data.manifest import (
-    Item,
-)
+from solution.data.manifest import Item
 from solution.data.self_blend import face_region, self_blend
 from solution.data.views import (
     View,

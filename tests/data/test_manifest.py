@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import shutil
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -13,14 +15,16 @@ from solution.data.labels import label_of, split_of
 from solution.data.manifest import HIDDEN, ManifestError, manifest_splits, read_manifest
 
 
-def save(path, colour=0):
+def save(path):
+    """A picture of a colour that is its name's own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((8, 8, 3), colour, np.uint8)).save(path)
+    colour = zlib.crc32(str(path).encode()).to_bytes(4, "big")[:3]
+    Image.fromarray(np.full((8, 8, 3), list(colour), np.uint8)).save(path)
 
 
 def pictures(folder, *names):
-    for number, name in enumerate(names):
-        save(folder / name, number)
+    for name in names:
+        save(folder / name)
 
 
 def table(folder, *rows, header="path,label,split,source,video,group"):
@@ -165,6 +169,18 @@ def test_training_shares_no_file_video_or_group_with_what_it_is_judged_on(tmp_pa
     assert names(source, "val") == ["link.png"] and names(source, "test") == ["8.png", "6.png"]
 
 
+def test_a_copy_under_another_name_is_the_same_picture(tmp_path):
+    pictures(tmp_path, "a.png", "b.png", "c.png", "other.png")
+    shutil.copyfile(tmp_path / "a.png", tmp_path / "copy.png")
+    for name in ("empty.png", "void.png"):
+        (tmp_path / name).touch()
+    rows = [("a.png", 0, "train"), ("b.png", 1, "train"), ("empty.png", 1, "train"), ("c.png", 1, "train")]
+    rows += [("copy.png", 0, "val"), ("other.png", 1, "val"), ("void.png", 1, "val")]
+    items, report = read_manifest(table(tmp_path, *rows, header="path,label,split"), split="train")
+    assert [i.name for i in items] == ["b.png", "empty.png", "c.png"]
+    assert report.dropped == [("a.png", "a copy of it is in split 'val', which keeps it")]
+
+
 def test_a_file_with_two_labels_is_refused_in_every_spelling(tmp_path):
     pictures(tmp_path, "a.png", "b.png", "c/d.png")
     source = table(tmp_path, ("a.png", 0), ("b.png", 1), ("c/../a.png", "fake"), header="path,label")
@@ -197,11 +213,21 @@ def test_frames_in_sub_folders_are_held_out_together(tmp_path):
         assert {i.label for i in some} == {0, 1}
 
 
+def test_sub_folders_whose_names_say_nothing_stay_apart(tmp_path):
+    for method in "abcdefghij":
+        pictures(tmp_path, f"fake/{method}/images/1.png", f"fake/{method}/images/2.png", f"real/{method}/images/1.png")
+    train, val = parts(tmp_path)
+    folders = [{i.path.parent for i in some} for some in (train, val)]
+    assert not folders[0] & folders[1] and len(folders[0] | folders[1]) == 20
+    for some in (train, val):
+        assert {i.label for i in some} == {0, 1}
+
+
 @pytest.mark.parametrize("column", ["video", "group"])
 def test_rows_of_one_video_or_group_are_held_out_together(tmp_path, column):
     rows = []
     for n in range(30):
-        save(tmp_path / f"{n}.png", n)
+        save(tmp_path / f"{n}.png")
         rows.append((f"{n}.png", n % 2, f"v{n // 5}"))
     train, val = parts(table(tmp_path, *rows, header=f"path,label,{column}"))
     kept = [{getattr(i, column) for i in some} for some in (train, val)]
@@ -284,6 +310,15 @@ def test_a_backslash_is_a_slash_where_that_file_is_there(tmp_path):
     assert [i.name for i in items] == [row[0] for row in rows]
     assert all(i.path.is_file() for i in items)
     assert items[1].mask == str(tmp_path / "masks/b.png")
+
+
+def test_a_class_of_one_video_stays_in_training_and_the_others_units_whole(tmp_path):
+    rows = [(f"real/{n}.png", 0, "only") for n in range(4)]
+    rows += [(f"fake/{n // 3}/{n}.png", 1, "") for n in range(30)]
+    pictures(tmp_path, *(row[0] for row in rows))
+    train, val = parts(table(tmp_path, *rows, header="path,label,video"))
+    assert sum(i.label == 0 for i in train) == 4
+    assert {i.label for i in val} == {1} and len(val) % 3 == 0
 
 
 def test_encodings_are_read_or_named(tmp_path):

@@ -92,7 +92,7 @@ def test_report_and_sheet(forensics):
     assert any(
         line.startswith("FAKE (1)  manipulated_sequences/Deepfakes/c23/videos: 6") for line in found["taken_for"]
     )
-    assert found["speed"]["pictures"] == 36 and set(found["speed"]["seconds"]) == {"decoding", "faces", "writing"}
+    assert found["speed"]["pictures"] == 36 and set(found["speed"]["cpu_s"]) == {"decoding", "faces", "writing"}
     assert decode_image(forensics[1] / "preview.png").shape[1] == 1024
 
 
