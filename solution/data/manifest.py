@@ -29,6 +29,7 @@ from solution.data.videos import middle_places
 
 # The splits that training draws from and is judged on; `unseen` has generators that training has not.
 TRAIN, HELD_OUT = "train", ("val", "unseen", "test")
+_SMALLEST = 32  # bytes; what is smaller is no picture, and said to be unreadable, not a copy
 _END = 256  # bytes at the end of a file that two different pictures hardly share
 HIDDEN = "hidden or not the data set's (a dot file or folder, __MACOSX)"
 
@@ -210,7 +211,7 @@ def _copies(rows: Sequence[Item], splits: Sequence[str], files: Sequence[Any]) -
     """
     by_size: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     for number, (split, file) in enumerate(zip(splits, files)):
-        if file is not None and file[2] > 0 and split in (TRAIN, *HELD_OUT):
+        if file is not None and file[2] >= _SMALLEST and split in (TRAIN, *HELD_OUT):
             by_size[file[2]][split != TRAIN].append(number)
     found: dict[int, int] = {}
     for train, held_out in by_size.values():
