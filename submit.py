@@ -16,6 +16,8 @@ import signal
 import sys
 from pathlib import Path
 
+from solution.errors import KitError, UsageError, door, tell
+
 # What needs torch is imported inside functions: --help answers at once.
 SHIPPED = Path(__file__).resolve().parent / "weights" / "compact"
 
@@ -145,6 +147,7 @@ def _explain(text: str) -> int:
     return 0 if text == "all" else _positive(text)
 
 
+@door("submit", interrupted="interrupted; the same command goes on from here")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit code."""
     p = parser()
@@ -157,54 +160,26 @@ def main(argv: list[str] | None = None) -> int:
         return doctor.main(given)
     if not args.selftest and not (args.input and args.out):
         p.error("--input and --out are needed (or --selftest, or --doctor)")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    try:
-        if not args.selftest:
-            inputs = prepare(args)
-        from solution.config import ConfigError
-        from solution.data.images import UnreadableInput
-        from solution.models.towers import WeightsError
-        from solution.scoring.ensemble import ScoringError
-
-        try:
-            return selftest(args) if args.selftest else score(args, inputs)
-        except UnreadableInput as error:  # --on-error fail
-            raise Refusal(2, error) from error
-        except (WeightsError, ConfigError, ScoringError, OSError) as error:
-            raise Refusal(3, error) from error
-    except Refusal as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return refusal.code
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-
-
-class Refusal(Exception):
-    """Why a run ends without scores, in one line, and its exit code."""
-
-    def __init__(self, code: int, reason: object) -> None:
-        super().__init__(" ".join(str(reason).split()))
-        self.code = code
+    # As Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return selftest(args) if args.selftest else score(args, prepare(args))
 
 
 def prepare(args: argparse.Namespace):
     """The inputs, and a place for every output, found before anything slow begins."""
-    from solution.data.images import InputError, find_inputs
+    from solution.data.images import find_inputs
     from solution.scoring import files as submission
     from solution.scoring.journal import journal_path
 
+    submission.score_format(args.out)
+    inputs = find_inputs(args.input)
+    beside = submission.members_path(args.out), journal_path(args.out, _rank())
     try:
-        submission.score_format(args.out)
-        inputs = find_inputs(args.input)
-    except (submission.SubmissionError, InputError) as error:
-        raise Refusal(2, error) from error
-    try:
-        beside = submission.members_path(args.out), journal_path(args.out, _rank())
         for path in (args.out, *beside):
             submission.ensure_writable(path)
     except submission.SubmissionError as error:
-        raise Refusal(3, error) from error
+        # The command line is right; the machine has no such place.
+        raise KitError(str(error)) from error
     return inputs
 
 
@@ -216,17 +191,13 @@ def _ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def selftest(args: argparse.Namespace) -> int:
     """Recompute the bundle's golden logits on the device, in float32; 0 when they agree, else 3."""
     from solution.bundles.selftest import run_selftest
     from solution.bundles.store import open_bundle
     from solution.models.merging import pick_device
 
-    bundle = open_bundle(args.weights, report=_tell)
+    bundle = open_bundle(args.weights, report=tell)
     result = run_selftest(bundle, pick_device(args.device))
     print(f"{bundle.name} {bundle.hash[:12]}: {result}")
     print("passed" if result.passed else "FAILED: these weights do not compute here what they should")
@@ -240,7 +211,7 @@ def score(args: argparse.Namespace, inputs) -> int:
     from solution.scoring.journal import Journal
 
     rank, ranks = _rank(), _ranks()
-    bundle = open_bundle(args.weights, report=_tell)
+    bundle = open_bundle(args.weights, report=tell)
     members = chosen_members(args.members, bundle)
     ensemble = predict.load_ensemble(bundle, **loading(args, members, args.batch_size))
     if args.compile == "on" or (args.compile == "auto" and ensemble.compiling_pays(len(inputs))):
@@ -257,7 +228,7 @@ def score(args: argparse.Namespace, inputs) -> int:
     }
     journal = Journal(args.out, inputs, header, rank=rank, restart=args.restart)
     if journal.discarded:
-        _tell(f"an earlier journal is not used: {journal.discarded}")
+        tell(f"an earlier journal is not used: {journal.discarded}")
     found = int((plan.share() & journal.done).sum())
     todo = mine.share() & ~journal.done
     announce(ensemble, bundle, plan, found, rank, ranks)
@@ -303,7 +274,7 @@ def faces_available(ensemble) -> bool:
     try:
         detector_file()
     except FaceDetectorMissing as error:
-        _tell(f"no faces are looked for, every member sees whole pictures: {error}")
+        tell(f"no faces are looked for, every member sees whole pictures: {error}")
         return False
     return True
 
@@ -313,10 +284,10 @@ def announce(ensemble, bundle, plan, found: int, rank: int, ranks: int) -> None:
     if rank:
         return
     votes = [f"{name} x{n}" for name, n in ensemble.vote.weights.items() if n]
-    _tell(f"{bundle.name} {bundle.hash[:12]}: {ensemble.describe()}")
-    _tell(f"vote: {ensemble.vote.mean} of {', '.join(votes)}")
+    tell(f"{bundle.name} {bundle.hash[:12]}: {ensemble.describe()}")
+    tell(f"vote: {ensemble.vote.mean} of {', '.join(votes)}")
     others = f"; the bar shows rank 0 of {ranks}" if ranks > 1 else ""
-    _tell(f"{int(plan.share().sum())} inputs, {found} scored before{others}")
+    tell(f"{int(plan.share().sum())} inputs, {found} scored before{others}")
 
 
 def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> float:
@@ -345,7 +316,7 @@ def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> fl
             for rows in rows_of:
                 for row in rows:
                     if row.error and args.on_error == "fail":
-                        raise UnreadableInput(journal.inputs[row.index].path, row.error)
+                        raise UsageError(str(UnreadableInput(journal.inputs[row.index].path, row.error)))
                     if row.error:
                         tqdm.write(f"cannot be read: {row.name}: {row.error}", file=sys.stderr)
                 journal.append(rows)
@@ -383,9 +354,8 @@ def write(args, ensemble, bundle, plan, journal, found: int, seconds: float) -> 
     indices, names = np.flatnonzero(plan.share()), list(ensemble.members)
     missing = int((~journal.done[indices]).sum())
     if missing:
-        raise Refusal(
-            3,
-            f"{missing} inputs have no score: all ranks must see the folder of {args.out}; run the same command again",
+        raise KitError(
+            f"{missing} inputs have no score: all ranks must see the folder of {args.out}; run the same command again"
         )
     scores = np.empty(len(journal.inputs))
     counts = {"inputs": len(indices), "from_journal": found, "failed": 0}
@@ -408,7 +378,7 @@ def write(args, ensemble, bundle, plan, journal, found: int, seconds: float) -> 
     if args.out.suffix.lower() != ".csv":
         warning = submission.order_warning(journal.inputs[i].name for i in indices)
         if warning:
-            _tell(f"warning: {warning}")
+            tell(f"warning: {warning}")
     rows = ((journal.inputs[i].name, scores[i]) for i in indices)
     submission.write_scores(rows, args.out, args.decimals)
     told = f"; {speed:.1f} images/s" if speed else ""

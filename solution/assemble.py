@@ -18,14 +18,12 @@ import numpy as np
 from solution.bundles.bundle import write_bundle
 from solution.bundles.members import read_config
 from solution.bundles.selftest import add_golden
-from solution.config import ConfigError, DegradationConfig, VoteConfig
-from solution.data.faces import FaceDetectorMissing
-from solution.data.images import UnreadableInput
-from solution.data.manifest import ManifestError, draw_items, read_manifest
+from solution.config import DegradationConfig, VoteConfig
+from solution.data.manifest import draw_items, read_manifest
+from solution.errors import door
 from solution.evaluation.fit import fit_ensemble
 from solution.io import write_atomically
 from solution.models.calibration import Calibrator
-from solution.models.towers import WeightsError
 from solution.scoring import ensemble as predict
 from solution.train import readable
 
@@ -126,29 +124,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@door("assemble", refused=(ValueError,))
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 usage, 3 environment or weights."""
     args = parse(argv)
-    try:
-        comparison = assemble(
-            args.members,
-            [name for name in args.names.split(",") if name],
-            args.data,
-            args.out,
-            seeds=tuple(int(s) for s in args.seeds.split(",")),
-            device=args.device,
-            workers=args.workers,
-            licence=args.licence,
-            base_model=tuple(args.base_model),
-            limit=args.limit,
-            progress=not args.quiet,
-        )
-    except (ConfigError, ManifestError, ValueError) as error:
-        print(f"assemble: {error}", file=sys.stderr)
-        return 2
-    except (WeightsError, UnreadableInput, FaceDetectorMissing) as error:
-        print(f"assemble: {error}", file=sys.stderr)
-        return 3
+    comparison = assemble(
+        args.members,
+        [name for name in args.names.split(",") if name],
+        args.data,
+        args.out,
+        seeds=tuple(int(s) for s in args.seeds.split(",")),
+        device=args.device,
+        workers=args.workers,
+        licence=args.licence,
+        base_model=tuple(args.base_model),
+        limit=args.limit,
+        progress=not args.quiet,
+    )
     print(json.dumps(comparison, indent=1))
     print(f"assemble: wrote {args.out}", file=sys.stderr)
     return 0

@@ -16,6 +16,7 @@ import numpy as np
 
 from solution.config import DegradationConfig
 from solution.data import degradation
+from solution.errors import door
 from solution.studies.gpu import add_gpu
 from solution.studies.throughput import add_inference, add_parity
 
@@ -435,6 +436,7 @@ STAGES = (
 )
 
 
+@door("benchmark")
 def main(argv: list[str] | None = None) -> int:
     """Run the stage that the first argument names."""
     parser = argparse.ArgumentParser(prog="python -m solution.benchmark", description="Measured speed of each stage.")

@@ -14,6 +14,8 @@ import typing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from solution.errors import UsageError
+
 MEMBERS = ("global", "face", "fusion", "qtfp", "vlaforge")
 OPS = (  # spec table (b), in its order; the index of an op is its number there
     "blur",
@@ -39,7 +41,7 @@ CLIP_MEAN, CLIP_STD = (
 )
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError):
     """A configuration that cannot be: the message names the field, what was found and what is allowed."""
 
 

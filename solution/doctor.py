@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-# Only the standard library above: the doctor must come even where torch does not import.
+from solution.errors import door
+
+# Nothing but the standard library in these: the doctor must come even where torch does not import.
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST_PYTHON = (3, 11)
 # What the published entry takes, in GB: downloads and cache on disk, memory for its towers in float32.
@@ -320,6 +322,7 @@ def check_forward(device: str | None) -> Check:
     return Check("forward pass", "ok", f"a tiny member on {device}: {spent:.1f} ms")
 
 
+@door("doctor")
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the checks as text or JSON; 0 all well, 3 something failed."""
     parser = argparse.ArgumentParser(prog="python -m solution.doctor", description=__doc__.splitlines()[0])

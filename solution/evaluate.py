@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,9 +25,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from solution.config import OPS, DegradationConfig, VoteConfig
+from solution.config import VoteConfig
+from solution.errors import UsageError, door
 from solution.evaluation import report
+from solution.evaluation.conditions import degraded_conditions, limit_frames, limit_items, sweep_conditions
 from solution.evaluation.measure import (
+    CLEAN,
     ENSEMBLE,
     Condition,
     EvaluationError,
@@ -41,9 +43,6 @@ from solution.models import calibration
 from solution.models.calibration import Calibrator
 from solution.scoring.vote import combine
 
-STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-JPEG_QUALITIES = (100, 90, 80, 70, 60, 50, 40, 30, 20, 10, 5)  # the paper's sweep
-NOISE_SIGMAS = (0, 10, 20, 30, 40, 50, 60)  # of 255, the paper's sweep
 CHUNK = 512  # pictures between two steps of the progress bar
 NAME_COLUMNS = ("image", "name", "path", "file", "filename")
 SCORE_COLUMNS = ("score", "p_fake", "p", "probability", "prob")
@@ -58,80 +57,6 @@ class Ensemble(Protocol):
     vote: VoteConfig
     calibrators: Mapping[str, Calibrator]
     hash: str
-
-
-# ------------------------------------------------------------------------------------------------ conditions
-CLEAN = Condition("clean", "clean", "as they are")
-
-
-def degraded_conditions(seeds: Sequence[int]) -> list[Condition]:
-    """Every picture through the whole engine, its ops and strengths drawn from (seed, picture name)."""
-    config = DegradationConfig(global_p=1.0)
-    text = f"degraded (engine, global_p 1, op_p {config.op_p}, strength ~ Beta({config.beta}, {config.beta}))"
-    return [Condition(f"degraded, seed {s}", "degraded", text, float(s), s, config) for s in seeds]
-
-
-def sweep_conditions(seed: int) -> list[Condition]:
-    """Every op alone and the random mix at rising strength, JPEG quality and Gaussian noise (the paper's sweeps)."""
-    found = []
-    for op in ("mix", *OPS):
-        for strength in STRENGTHS:
-            config = DegradationConfig(global_p=1.0, strength=strength)
-            text = f"random mix of all ops (op_p {config.op_p}) at strength {strength}"
-            if op != "mix":
-                config = _single(op, strength=strength, distractor_p=1.0)
-                text = f"{op.replace('_', ' ').replace('jpeg', 'JPEG')} alone at strength {strength}"
-            found.append(Condition(f"{op} {strength}", op, text, strength, seed, config))
-    for quality in JPEG_QUALITIES:
-        config = _single("jpeg", jpeg_quality=(quality, quality))
-        name, text = f"jpeg_quality {quality}", f"JPEG at quality {quality}"
-        found.append(Condition(name, "jpeg_quality", text, quality, seed, config))
-    for sigma in NOISE_SIGMAS:
-        config = _single("gaussian_noise", noise_sigma=float(sigma))
-        name, text = f"noise_sigma {sigma}", f"Gaussian noise of sigma {sigma}/255"
-        found.append(Condition(name, "noise_sigma", text, sigma, seed, config))
-    return found
-
-
-def _single(op: str, **settings: Any) -> DegradationConfig:
-    """One op, always, and nothing else."""
-    return DegradationConfig(global_p=1.0, op_p=1.0, cycle_p=0.0, ops=(op,), **settings)
-
-
-# ------------------------------------------------------------------------------------------------ pictures
-def limit_items(items: Sequence[Any], limit: int, seed: int) -> list[Any]:
-    """At most `limit` items, drawn in proportion from each (source, label), in their old order; 0: all."""
-    if not 0 < limit < len(items):
-        return list(items)
-    rng = np.random.default_rng(seed)
-    strata: dict[tuple[str, int], list[int]] = {}
-    for index, item in enumerate(items):
-        strata.setdefault((item.source, item.label), []).append(index)
-    exact = {k: limit * len(rows) / len(items) for k, rows in strata.items()}
-    counts = {k: int(value) for k, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda k: (counts[k] - exact[k], k))
-    for key in by_remainder[: limit - sum(counts.values())]:
-        counts[key] += 1
-    chosen = [int(i) for k in strata for i in rng.permutation(strata[k])[: counts[k]]]
-    return [items[i] for i in sorted(chosen)]
-
-
-def limit_frames(items: Sequence[Any], frames: int) -> list[Any]:
-    """At most `frames` items of each (source, label, video), evenly spaced in their order; 0: all."""
-    if frames <= 0:
-        return list(items)
-    rows: dict[tuple[str, int, str], list[int]] = {}
-    kept = []
-    for index, item in enumerate(items):
-        if item.video:
-            rows.setdefault((item.source, item.label, item.video), []).append(index)
-        else:
-            kept.append(index)
-    for of_video in rows.values():
-        count = min(frames, len(of_video))
-        # The middle frame of each of `count` equal stretches.
-        kept += [of_video[int((k + 0.5) * len(of_video) / count)] for k in range(count)]
-    return [items[i] for i in sorted(kept)]
 
 
 # ------------------------------------------------------------------------------------------------ scoring
@@ -402,25 +327,15 @@ def text_table(results: Mapping[str, Any]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ entry
+@door("evaluate", interrupted="interrupted; the same command goes on where it stopped", refused=(ValueError,))
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a bundle on a manifest, or anyone's scores; 0 done, 2 usage, 3 environment or weights."""
     arguments = _parser().parse_args(argv)
     if (arguments.data is None) == (arguments.preds is None):
-        print(
-            "give either --data with --weights, or --preds with --labels",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        if arguments.preds is not None:
-            return _evaluate_predictions(arguments)
-        return _evaluate_bundle(arguments)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    except ValueError as error:  # what the rooms refuse: manifests, scores, settings
-        print(error, file=sys.stderr)
-        return 2
+        raise UsageError("give either --data with --weights, or --preds with --labels")
+    if arguments.preds is not None:
+        return _evaluate_predictions(arguments)
+    return _evaluate_bundle(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -511,9 +426,7 @@ def _evaluate_predictions(arguments: argparse.Namespace) -> int:
 
 def _evaluate_bundle(arguments: argparse.Namespace) -> int:
     # Here and not above: scoring brings torch, which a report on given scores does without.
-    from solution.data.faces import FaceDetectorMissing
     from solution.data.images import UnreadableInput
-    from solution.models.towers import WeightsError
     from solution.scoring import ensemble as predict
 
     if arguments.weights is None:
@@ -525,20 +438,14 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
         out=arguments.out,
     )
     items = limit_items(items, arguments.limit, arguments.seeds[0])
-    try:
-        ensemble = predict.load_ensemble(arguments.weights, arguments.device, second_look=not arguments.fast)
-    except WeightsError as error:
-        print(error, file=sys.stderr)
-        return 3
+    ensemble = predict.load_ensemble(arguments.weights, arguments.device, second_look=not arguments.fast)
 
     def scorer(chunk: Sequence[Any], **settings: Any) -> Logits:
         sizes = {"batch_size": arguments.batch_size, "workers": arguments.workers}
         try:
             return predict.score_pictures(ensemble, chunk, **sizes, **settings)
         except UnreadableInput as error:
-            raise EvaluationError(f"{error}; mend it or take it out of the manifest")
-        except FaceDetectorMissing as error:
-            raise EvaluationError(str(error)) from None
+            raise EvaluationError(f"{error}; mend it or take it out of the manifest") from None
 
     results = run(
         items,

@@ -23,9 +23,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from solution.config import ConfigError, FaceConfig
+from solution.config import FaceConfig
 from solution.data.faces import (
-    FaceDetectorMissing,
     FaceLocator,
     choose_face,
     crop_box,
@@ -40,13 +39,13 @@ from solution.data.images import (
     find_inputs,
     resize_image,
 )
-from solution.data.manifest import Item, ManifestError, read_manifest
-from solution.evaluate import limit_items
+from solution.data.manifest import Item, read_manifest
+from solution.errors import door
 from solution.evaluation import maps
+from solution.evaluation.conditions import limit_items
 from solution.evaluation.measure import EvaluationError, Pictures
 from solution.evaluation.pages import Explained, Map, MemberView, Pages
 from solution.io import write_atomically
-from solution.models.towers import WeightsError
 from solution.records import FaceBox
 from solution.scoring import ensemble as predict
 from solution.scoring.ensemble import Ensemble
@@ -499,23 +498,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@door("explain", interrupted="interrupted; drift goes on from here by the same command")
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 2 usage or unreadable data, 3 environment or weights, 130 interrupted."""
     args = _parser().parse_args(argv)
     try:
         print(run_drift(args) if args.command == "drift" else run_pictures(args))
-    except (ManifestError, InputError, EvaluationError, UnreadableInput) as error:
-        print(f"explain: {error}", file=sys.stderr)
-        return 2
-    except (WeightsError, ConfigError, FaceDetectorMissing, OSError) as error:
-        print(f"explain: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted; drift goes on from here by the same command",
-            file=sys.stderr,
-        )
-        return 130
+    except UnreadableInput as error:
+        raise EvaluationError(str(error)) from None
     return 0
 
 

@@ -52,17 +52,8 @@ from solution.config import (
     to_dict,
 )
 from solution.data.epochs import Sample, plan_epoch
-from solution.data.faces import FaceDetectorMissing
 from solution.data.images import UnreadableInput, decode_image, stable_seed
-from solution.data.manifest import (
-    DropReport,
-    Item,
-    ManifestError,
-    draw_items,
-    manifest_splits,
-    read_manifest,
-    select,
-)
+from solution.data.manifest import DropReport, Item, ManifestError, draw_items, manifest_splits, read_manifest, select
 from solution.data.training import (
     TrainingViews,
     ValidationViews,
@@ -71,6 +62,7 @@ from solution.data.training import (
     training_loader,
     validation_loader,
 )
+from solution.errors import KitError, door
 from solution.evaluation.metrics import auc, auc_by_source
 from solution.io import atomic_file, write_atomically
 from solution.models.member import Member
@@ -93,7 +85,7 @@ from solution.models.towers import (
 from solution.records import Batch, MemberOutput
 
 
-class TrainingError(RuntimeError):
+class TrainingError(KitError, RuntimeError):
     """Training that cannot go on; the message says what was found and what to do."""
 
 
@@ -834,34 +826,23 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
     )
 
 
+@door("train", interrupted="interrupted; the same command goes on from here")
 def main(argv: list[str] | None = None) -> int:
     """Train one member; exit codes: 0 done, 2 usage, 3 environment or weights, 130 interrupted and resumable."""
     args = parse(argv)
     device = pick_device(args.device)
-    try:
-        with processes(device) as world:
-            run = prepare(args, world, device)
+    with processes(device) as world:
+        run = prepare(args, world, device)
 
-            def stop(*_: Any) -> None:
-                run.stopping = True
+        def stop(*_: Any) -> None:
+            run.stopping = True
 
-            previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-            try:
-                state = run.run()
-            finally:
-                for number, handler in previous.items():
-                    signal.signal(number, handler)
-    except (ConfigError, ManifestError) as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 2
-    except (
-        WeightsError,
-        TrainingError,
-        UnreadableInput,
-        FaceDetectorMissing,
-    ) as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 3
+        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            state = run.run()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
     if run.stopping:
         print("train: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -18,7 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from solution.config import NTIRE26_REPOSITORY, ConfigError
+from solution.config import NTIRE26_REPOSITORY
+from solution.errors import door, tell
 
 # What needs torch is imported inside functions: --help answers at once.
 
@@ -72,27 +73,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@door("weights", interrupted="interrupted; what arrived whole is kept")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; 0 done, 2 usage, 3 environment or weights, 130 interrupted."""
     arguments = _parser().parse_args(argv)
-    from solution.models.towers import WeightsError
-
-    run = {
+    {
         "import-ntire26": _import,
         "pull": _pull,
         "push": _push,
         "verify": _verify,
         "show": _show,
         "golden": _golden,
-    }[arguments.command]
-    try:
-        run(arguments)
-    except (WeightsError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        print("interrupted; what arrived whole is kept", file=sys.stderr)
-        return 130
+    }[arguments.command](arguments)
     return 0
 
 
@@ -122,16 +114,12 @@ def _import(arguments: argparse.Namespace) -> None:
         dino=arguments.dino,
         clip=arguments.clip,
         keep_tower=arguments.keep_tower,
-        report=_tell,
+        report=tell,
     )
     if not arguments.no_golden:
-        _tell("computing the self-test's logits")
+        tell("computing the self-test's logits")
         bundle = add_golden(bundle)
     print(show(bundle))
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _pull(arguments: argparse.Namespace) -> None:
@@ -142,8 +130,8 @@ def _pull(arguments: argparse.Namespace) -> None:
     if arguments.weights.startswith("hf:"):
         bundle = store.download(hub.parse_ref(arguments.weights), force=arguments.force)
     else:
-        bundle = store.open_bundle(arguments.weights, report=_tell)
-    store.fetch_towers(bundle, report=_tell)
+        bundle = store.open_bundle(arguments.weights, report=tell)
+    store.fetch_towers(bundle, report=tell)
     if arguments.out:
         for name in (*bundle.files, MANIFEST):
             target = arguments.out / name

@@ -47,6 +47,7 @@ import numpy as np
 
 from solution.config import OPS, DegradationConfig
 from solution.data import degradation_ops as ops
+from solution.errors import door
 
 
 class Op(NamedTuple):
@@ -296,6 +297,7 @@ def _label(text: str, width: int, height: int) -> np.ndarray:
     return label
 
 
+@door("degradation")
 def main(argv: list[str] | None = None) -> int:
     """Draw every op and twelve random recipes on `--image`, or the recipes of `--recipe`, into `--out`."""
     parser = argparse.ArgumentParser(

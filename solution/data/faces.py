@@ -16,6 +16,7 @@ import numpy as np
 
 from solution.config import FaceConfig, ViewConfig
 from solution.data.images import resize_image
+from solution.errors import KitError
 from solution.records import FaceBox
 
 _SMALLEST_CANVAS = 64  # px
@@ -23,7 +24,7 @@ _SMALLEST_SIDE = 16  # px; a copy smaller than this holds no face that YuNet see
 _SAME_FACE = 0.2  # IoU of boxes in sampled frames of one video, up to a few seconds apart
 
 
-class FaceDetectorMissing(RuntimeError):
+class FaceDetectorMissing(KitError, RuntimeError):
     """The detector's model file or OpenCV's class for it is not there; says what to install."""
 
 

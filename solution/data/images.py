@@ -22,6 +22,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageFile, features
 
+from solution.errors import KitError, UsageError
+
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"}
 )
@@ -45,11 +47,11 @@ _DIMMEST_MASK = 16  # of 255; below it the values of a mask are numbers of class
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-class InputError(ValueError):
+class InputError(UsageError):
     """Nothing to score, or a list that cannot be read: names the path, what was found and what was expected."""
 
 
-class UnreadableInput(Exception):
+class UnreadableInput(KitError):
     """One picture or video that cannot be read: `path`, and `reason` (what was found, what was expected)."""
 
     def __init__(self, path: Path | str, reason: str = "") -> None:

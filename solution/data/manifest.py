@@ -26,6 +26,7 @@ from solution.config import ConfigError, SamplingConfig
 from solution.data.images import IMAGE_SUFFIXES, is_hidden, printable, stable_seed
 from solution.data.labels import EXPECTED, is_split, label_of, split_of
 from solution.data.videos import middle_places
+from solution.errors import UsageError
 
 # The splits that training draws from and is judged on; `unseen` has generators that training has not.
 TRAIN, HELD_OUT = "train", ("val", "unseen", "test")
@@ -34,7 +35,7 @@ _END = 256  # bytes at the end of a file that two different pictures hardly shar
 HIDDEN = "hidden or not the data set's (a dot file or folder, __MACOSX)"
 
 
-class ManifestError(ValueError):
+class ManifestError(UsageError):
     """A manifest that cannot be used: names the file, the row, what was found and what was expected."""
 
 

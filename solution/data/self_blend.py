@@ -18,8 +18,9 @@ import cv2
 import numpy as np
 
 from solution.config import FaceConfig
-from solution.data.faces import FaceDetectorMissing, FaceLocator, choose_face
-from solution.data.images import InputError, UnreadableInput, decode_image, find_inputs
+from solution.data.faces import FaceLocator, choose_face
+from solution.data.images import UnreadableInput, decode_image, find_inputs
+from solution.errors import KitError, door, tell
 from solution.records import FaceBox
 
 # A frontal face in units of the eye distance, origin between the eyes, x to the viewer's right, y down.
@@ -303,36 +304,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@door("self_blend")
 def main(argv: list[str] | None = None) -> int:
-    """Write the examples; exit codes: 0 done, 2 usage, 3 no face detector, 4 done with unreadable pictures."""
+    """Write the examples; exit codes: 0 done, 2 usage, 3 no face detector or no place, 4 done with unreadable pictures."""
     args = parse(argv)
     cv2.setNumThreads(1)
     config = FaceConfig()
     locator, failed, written = FaceLocator(config), 0, 0
-    try:
-        inputs = [i for i in find_inputs(args.input) if i.kind == "image"]
-        args.out.mkdir(parents=True, exist_ok=True)
-        for number, item in enumerate(inputs[: args.count]):
-            try:
-                image = decode_image(item.path)
-            except UnreadableInput as error:
-                print(f"pseudo_fakes: {error}", file=sys.stderr)
-                failed += 1
-                continue
-            faces = locator.locate(image)
-            face = choose_face(faces, *image.shape[:2], config)
-            rng = np.random.default_rng([args.seed, number])
-            panel = side_by_side(image, *self_blend(image, face, rng))
-            path = args.out / f"{item.name.replace('/', '_')}.png"
-            if not cv2.imwrite(str(path), panel[:, :, ::-1]):
-                raise OSError(f"{path}: cannot be written")
-            written += 1
-    except (InputError, OSError) as error:
-        print(f"pseudo_fakes: {error}", file=sys.stderr)
-        return 2
-    except FaceDetectorMissing as error:
-        print(f"pseudo_fakes: {error}", file=sys.stderr)
-        return 3
+    inputs = [i for i in find_inputs(args.input) if i.kind == "image"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    for number, item in enumerate(inputs[: args.count]):
+        try:
+            image = decode_image(item.path)
+        except UnreadableInput as error:
+            tell(f"self_blend: {error}")
+            failed += 1
+            continue
+        faces = locator.locate(image)
+        face = choose_face(faces, *image.shape[:2], config)
+        rng = np.random.default_rng([args.seed, number])
+        panel = side_by_side(image, *self_blend(image, face, rng))
+        path = args.out / f"{item.name.replace('/', '_')}.png"
+        if not cv2.imwrite(str(path), panel[:, :, ::-1]):
+            raise KitError(f"{path}: cannot be written")
+        written += 1
     print(f"{written} examples in {args.out}, {failed} pictures unreadable")
     return 4 if failed else 0
 

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from solution.config import DegradationConfig
+from solution.errors import UsageError
 from solution.evaluation import metrics
 
 ENSEMBLE = "ensemble"
 WORST = 16  # pictures shown per kind of error
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UsageError):
     """Something that cannot be evaluated: names the file, what was found and what to do."""
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from solution.errors import DeviceError, UsageError
 from solution.models.member import Member
 from solution.models.towers import (
     Block,
@@ -40,13 +41,28 @@ def pick_device(name: str) -> torch.device:
     """`auto`: a GPU when there is one, else the CPU; otherwise the device of that name.
 
     Ranks that torchrun starts on one machine take one GPU each.
+
+    Raises:
+        UsageError: a word that names no device. DeviceError: one that this machine does not have.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.device_count() > 1:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         name = f"cuda:{local % torch.cuda.device_count()}"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"--device {name}: no such device; expected auto, cpu, cuda, cuda:1 or mps")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"--device {name}: torch sees no GPU here; --device cpu, or see python -m solution.doctor")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError(f"--device {name}: this machine has none; --device cpu")
+    return device
 
 
 def pick_precision(device: torch.device) -> str:

@@ -29,12 +29,13 @@ from solution.config import (
     Dinov2Arch,
     TowerConfig,
 )
+from solution.errors import KitError
 
 ROLES = ("q", "k", "v", "o")
 _STATISTICS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "clip": (CLIP_MEAN, CLIP_STD)}
 
 
-class WeightsError(RuntimeError):
+class WeightsError(KitError, RuntimeError):
     """Weights that do not fit: the message names the file or key, what was found and expected, and what to do."""
 
 

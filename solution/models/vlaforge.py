@@ -492,9 +492,7 @@ class Vlaforge(Member):
             adapted=seen.adapted,
         )
 
-    def perceive(
-        self, images: torch.Tensor, seen: ClipPass
-    ) -> tuple[PerceiverOutput, torch.Tensor, torch.Tensor]:
+    def perceive(self, images: torch.Tensor, seen: ClipPass) -> tuple[PerceiverOutput, torch.Tensor, torch.Tensor]:
         """The ForgePerceiver on pictures (B, 3, S, S) in [0, 1] and what CLIP saw of them.
 
         Returns its tokens, the localisation maps (B, Q, h, w) and the attention biases (B, heads, Q, N).
@@ -506,9 +504,7 @@ class Vlaforge(Member):
         maps, bias = self.decoder(perceived.queries, perceived.patches)
         return perceived, self._as_map(maps), bias
 
-    def global_score(
-        self, seen: ClipPass, bias: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def global_score(self, seen: ClipPass, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """s_g of class tokens directed by bias (B, heads, Q, N): features (B, E) and two logits (B, 2)."""
         copies, gain = self.directed_classes(seen, bias), self.config.vlaforge.copy_gain
         if gain != 1:

@@ -41,6 +41,7 @@ from solution.data.views import (
     open_picture,
     quiet_worker,
 )
+from solution.errors import KitError
 from solution.models import merging as fastpath
 from solution.models.calibration import Calibrator
 from solution.models.member import Member
@@ -62,7 +63,7 @@ SECOND_LOOK_BYTES = 1 << 31  # on CPU: no second copy, in float32, of larger tow
 COMPILE_FROM = 50_000
 
 
-class ScoringError(RuntimeError):
+class ScoringError(KitError, RuntimeError):
     """Scores that cannot be had: names the member, what was found and what to do."""
 
 

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from solution.errors import UsageError, door
 from solution.io import atomic_file, write_atomically
 
 FORMATS = (".csv", ".txt", ".zip")
@@ -31,7 +32,7 @@ MEMBER_NAME = "submission.txt"  # the challenge's name for the zip's only member
 STATUSES = ("ok", "failed")
 
 
-class SubmissionError(ValueError):
+class SubmissionError(UsageError):
     """A file of scores that cannot be written, read or accepted: names it, what was found and what was expected."""
 
 
@@ -409,6 +410,7 @@ def _merge_sidecars(paths: Sequence[Path], out: Path) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------- entry
+@door("files")
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry. Returns 0 done, 2 a file that is refused, 4 merged but with rows that failed when they were scored."""
     parser = argparse.ArgumentParser(prog="python -m solution.scoring.files")
@@ -420,19 +422,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     checking.add_argument("file", type=Path)
     checking.add_argument("--count", type=int, help="how many scores are expected")
     given = parser.parse_args(argv)
-    try:
-        if given.command == "merge":
-            failed = merge(given.parts, given.out)
-            found = check_submission(given.out)
-            print(f"{given.out}: {found.count} scores from {len(given.parts)} parts")
-            if failed:
-                print(f"{failed} rows failed when scored, see their error", end=" ")
-                print(f"in {members_path(given.out)}")
-            return 4 if failed else 0
-        found = check_submission(given.file, given.count)
-    except SubmissionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if given.command == "merge":
+        failed = merge(given.parts, given.out)
+        found = check_submission(given.out)
+        print(f"{given.out}: {found.count} scores from {len(given.parts)} parts")
+        if failed:
+            print(f"{failed} rows failed when scored, see their error", end=" ")
+            print(f"in {members_path(given.out)}")
+        return 4 if failed else 0
+    found = check_submission(given.file, given.count)
     print(f"{given.file}: {found.count} scores, {found.lowest:g} to {found.highest:g}, {found.distinct} distinct")
     return 0
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from solution.data.manifest import ManifestError
+from solution.errors import UsageError, door
 from solution.evaluation import metrics
 from solution.io import write_atomically
 
@@ -188,6 +189,7 @@ def _plain(auc: float) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ entry
+@door("ablate")
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 usage, 130 interrupted and resumable, or that of the training that failed."""
     argv = sys.argv[1:] if argv is None else argv
@@ -217,14 +219,9 @@ def main(argv: list[str] | None = None) -> int:
                     file=sys.stderr,
                 )
                 return code
-    try:
-        rows = compare(folder, study)
-    except ManifestError as error:
-        print(f"ablate: {error}", file=sys.stderr)
-        return 2
+    rows = compare(folder, study)
     if not rows:
-        print(f"ablate: {folder}: no finished run", file=sys.stderr)
-        return 2
+        raise UsageError(f"{folder}: no finished run")
     content = {"study": args.study, "shared": study.shared, "rows": rows}
     write_atomically(args.out / f"{args.study}.json", json.dumps(content, indent=1))
     print(table(rows))

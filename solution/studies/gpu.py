@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from solution.errors import DeviceError, UsageError
 from solution.models.flops import member_flops
 from solution.studies.throughput import drawn_face
 
@@ -113,12 +114,10 @@ def run_gpu(args: argparse.Namespace) -> int:
     from solution.data.degradation import use_one_opencv_thread
 
     if not (args.tiny or torch.cuda.is_available()):
-        print("error: no GPU that torch can use; --tiny rehearses on CPU")
-        return 3
+        raise DeviceError("no GPU that torch can use; --tiny rehearses on CPU")
     names = args.stages.split(",") if args.stages else list(STAGES)
     if unknown := [name for name in names if name not in STAGES]:
-        print(f"error: no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
-        return 2
+        raise UsageError(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
     use_one_opencv_thread()
     args.out.mkdir(parents=True, exist_ok=True)
     sizes = TINY if args.tiny else Sizes()

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from solution.config import preset
+from solution.errors import door
 from solution.evaluation import metrics
 from solution.models.qtfp import (
     Prototypes,
@@ -442,6 +443,7 @@ def _print_batch_16(small: StepCost, large: StepCost) -> None:
         )
 
 
+@door("qtfp_tokens")
 def main(argv: list[str] | None = None) -> int:
     """`--study`: the synthetic study. `--memory`: peak memory and step time at giant scale."""
     parser = argparse.ArgumentParser(prog="python -m solution.studies.qtfp_tokens", description=main.__doc__)

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from solution.config import FaceConfig, ViewConfig
 from solution.data.faces import make_view
-from solution.data.images import UnreadableInput, decode_image
+from solution.data.images import decode_image
 from solution.data.manifest import Item, ManifestError, read_manifest
+from solution.errors import door
 from solution.evaluation import metrics
 
 FILE = ("file bytes", "file pixels", "file JPEG quality")
@@ -129,6 +130,7 @@ def report(
     return rows
 
 
+@door("shortcuts", refused=(ValueError,))
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 usage, 3 an unreadable picture."""
     parser = argparse.ArgumentParser(prog="python -m solution.studies.shortcuts", description=__doc__.splitlines()[0])
@@ -137,29 +139,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--side", type=int, default=112, help="px of the member's view")
     parser.add_argument("--scores", type=Path, help="scores.csv of an evaluation")
     args = parser.parse_args(argv)
-    try:
-        items, lost = read_manifest(args.data, split=args.split)
-        if lost.dropped:
-            print(lost.summary(), file=sys.stderr)
-        scores = None
-        if args.scores is not None:
-            known = read_ensemble(args.scores)
-            if missing := [i.name for i in items if i.name not in known]:
-                raise ManifestError(
-                    f"{args.scores}: no clean score of {len(missing)} pictures of {args.data}, e.g. {missing[0]}; "
-                    "evaluate the same split"
-                )
-            scores = np.array([known[item.name] for item in items])
-        each = [traces(item, args.side) for item in tqdm(items, unit="picture")]
-        labels = np.array([item.label for item in items])
-        found = {name: np.array([t[name] for t in each]) for name in FILE + VIEW}
-        rows = report(labels, [item.source for item in items], found, scores)
-    except (ManifestError, ValueError) as error:
-        print(f"shortcuts: {error}", file=sys.stderr)
-        return 2
-    except UnreadableInput as error:
-        print(f"shortcuts: {error}", file=sys.stderr)
-        return 3
+    items, lost = read_manifest(args.data, split=args.split)
+    if lost.dropped:
+        print(lost.summary(), file=sys.stderr)
+    scores = None
+    if args.scores is not None:
+        known = read_ensemble(args.scores)
+        if missing := [i.name for i in items if i.name not in known]:
+            raise ManifestError(
+                f"{args.scores}: no clean score of {len(missing)} pictures of {args.data}, e.g. {missing[0]}; "
+                "evaluate the same split"
+            )
+        scores = np.array([known[item.name] for item in items])
+    each = [traces(item, args.side) for item in tqdm(items, unit="picture")]
+    labels = np.array([item.label for item in items])
+    found = {name: np.array([t[name] for t in each]) for name in FILE + VIEW}
+    rows = report(labels, [item.source for item in items], found, scores)
     head = ["source", "real + fake", *found]
     if scores is not None:
         head += ["ensemble", "ensemble, views alike"]

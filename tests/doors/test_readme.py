@@ -228,3 +228,17 @@ def test_what_ablates_runs(place, tmp_path, monkeypatch, capsys):
         more = ["--workers", "0", "--quiet"]
         assert run("studies.ablate", [*made[:split], *few, *made[split:], *more]) == 0, words
         assert f"| {other} | 0 |" in capsys.readouterr().out
+
+
+def test_the_lines_of_python_score_pictures(place, monkeypatch):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert '"weights/compact"' in code
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(code.replace("weights/compact", str(place / "compact")), names)  # noqa: S102
+    assert len(names["scores"]) == len(list((ROOT / "tests/photos").iterdir()))
+    assert all(0 <= score <= 1 for score in names["scores"])
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1100

@@ -236,7 +236,7 @@ def test_the_report_is_written(tiny, tmp_path):
 def refused(code, match, tiny, source, out, *more, capsys):
     before = sorted(out.parent.iterdir()) if out.parent.is_dir() else None
     assert run(tiny, source, out, *more) == code
-    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("submit: ")]
     assert len(errors) == 1 and match in errors[0], errors
     if before is not None:
         assert sorted(out.parent.iterdir()) == before

@@ -19,6 +19,8 @@ from solution import evaluate
 from solution.config import MEMBERS, NTIRE26_VOTE, OPS, DegradationConfig, VoteConfig
 from solution.data.manifest import Item
 from solution.evaluation import fit, measure, metrics, report
+from solution.evaluation.conditions import degraded_conditions, limit_frames, limit_items, sweep_conditions
+from solution.evaluation.measure import CLEAN
 from solution.models.calibration import Calibrator, sigmoid
 from solution.scoring.vote import combine
 
@@ -77,7 +79,7 @@ def evaluated(out, *, drawn=False, **changes):
         "scorer": Scorer(),
         "ensemble": bundle(),
         "out": out,
-        "conditions": [evaluate.CLEAN, *evaluate.degraded_conditions([1, 2])],
+        "conditions": [CLEAN, *degraded_conditions([1, 2])],
         "protocol": PROTOCOL,
         "draws": 50,
         "progress": False,
@@ -145,7 +147,7 @@ def test_videos_are_source_label_and_name(tmp_path):
 
 
 def test_every_number_has_its_protocol(tmp_path):
-    results = evaluated(tmp_path, conditions=[evaluate.CLEAN, *sweep()])
+    results = evaluated(tmp_path, conditions=[CLEAN, *sweep()])
     assert results["robustness"] and results["rows"]
     for row in results["rows"] + results["single_class"] + results["robustness"]:
         assert f"{row['n']} pictures" in row["protocol"]
@@ -172,7 +174,7 @@ def test_comparisons_name_both_methods_and_agree(tmp_path):
 def sweep():
     """The sweep's first and last levels of the mix, one op, JPEG and noise."""
     wanted = {"mix", "blur", "jpeg_quality", "noise_sigma"}
-    found = [c for c in evaluate.sweep_conditions(7) if c.family in wanted]
+    found = [c for c in sweep_conditions(7) if c.family in wanted]
     ends = []
     for family in wanted:
         of_family = [c for c in found if c.family == family]
@@ -181,7 +183,7 @@ def sweep():
 
 
 def test_the_sweep_has_every_op_the_mix_jpeg_and_noise():
-    conditions = evaluate.sweep_conditions(7)
+    conditions = sweep_conditions(7)
     by_family = {}
     for condition in conditions:
         by_family.setdefault(condition.family, []).append(condition)
@@ -202,7 +204,7 @@ def test_the_sweep_reaches_the_pixels():
     """The engine does what a condition says: quality 5 is worse than 100, sigma 60 has a deviation of 60."""
     from solution.data.degradation import degrade
 
-    conditions = {c.name: c.degradation for c in evaluate.sweep_conditions(7)}
+    conditions = {c.name: c.degradation for c in sweep_conditions(7)}
     ramp = np.linspace(0, 255, 64)
     picture = np.stack([np.add.outer(ramp, ramp) / 2] * 3, axis=2).astype(np.uint8)
 
@@ -220,7 +222,7 @@ def test_the_sweep_reaches_the_pixels():
 
 
 def test_change_and_flips_are_against_the_clean_picture(tmp_path):
-    results = evaluated(tmp_path, conditions=[evaluate.CLEAN, *sweep()])
+    results = evaluated(tmp_path, conditions=[CLEAN, *sweep()])
     rows = {(r["family"], r["level"], r["who"]): r for r in results["robustness"]}
     same = rows["clean", 0.0, "face"]
     assert (same["score_change"], same["flips"]) == (0, 0)
@@ -240,7 +242,7 @@ def test_change_and_flips_are_against_the_clean_picture(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ resuming
 def test_a_sweep_resumes_and_never_scores_twice(tmp_path):
-    conditions = [evaluate.CLEAN, *sweep()]
+    conditions = [CLEAN, *sweep()]
     broken = Scorer(fail_after=3 * 120)
     with pytest.raises(KeyboardInterrupt):
         evaluated(tmp_path, scorer=broken, conditions=conditions)
@@ -256,31 +258,31 @@ def test_a_sweep_resumes_and_never_scores_twice(tmp_path):
 
 
 def test_other_weights_pictures_or_seeds_score_anew(tmp_path):
-    evaluated(tmp_path, conditions=[evaluate.CLEAN])
+    evaluated(tmp_path, conditions=[CLEAN])
     other = bundle()
     other.hash = "cd" * 32
     changes = [
         {"ensemble": other},
         {"items": items(110)},
-        {"conditions": evaluate.degraded_conditions([1])},
-        {"conditions": evaluate.degraded_conditions([2])},
+        {"conditions": degraded_conditions([1])},
+        {"conditions": degraded_conditions([2])},
     ]
     for change in changes:
         scorer = Scorer()
-        evaluated(tmp_path, **{"conditions": [evaluate.CLEAN], "scorer": scorer} | change)
+        evaluated(tmp_path, **{"conditions": [CLEAN], "scorer": scorer} | change)
         assert scorer.asked > 0, change
     # Another vote or calibrator over the same weights' logits needs no scoring.
     scorer = Scorer(fail_after=0)
     again = bundle(mean="probability")
-    evaluated(tmp_path, conditions=[evaluate.CLEAN], scorer=scorer, ensemble=again)
+    evaluated(tmp_path, conditions=[CLEAN], scorer=scorer, ensemble=again)
 
 
 def test_a_damaged_score_file_is_named(tmp_path):
-    evaluated(tmp_path, conditions=[evaluate.CLEAN])
+    evaluated(tmp_path, conditions=[CLEAN])
     (path,) = (tmp_path / "scores").glob("*.npz")
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(evaluate.EvaluationError, match="delete it and run again"):
-        evaluated(tmp_path, conditions=[evaluate.CLEAN])
+        evaluated(tmp_path, conditions=[CLEAN])
 
 
 def test_logits_that_are_not_finite_or_not_all_there_refuse(tmp_path):
@@ -300,19 +302,19 @@ def test_logits_that_are_not_finite_or_not_all_there_refuse(tmp_path):
 # ------------------------------------------------------------------------------------------------ pictures
 def test_limit_keeps_the_proportions_and_the_order():
     given = items()
-    few = evaluate.limit_items(given, 30, seed=0)
+    few = limit_items(given, 30, seed=0)
     assert len(few) == 30 and [given.index(i) for i in few] == sorted(given.index(i) for i in few)
     share = np.mean([i.source == "one" for i in given])
     assert np.mean([i.source == "one" for i in few]) == pytest.approx(share, abs=0.05)
-    assert few == evaluate.limit_items(given, 30, seed=0)
-    assert few != evaluate.limit_items(given, 30, seed=1)
-    assert evaluate.limit_items(given, 0, 0) == given
-    assert evaluate.limit_items(given, 999, 0) == given
+    assert few == limit_items(given, 30, seed=0)
+    assert few != limit_items(given, 30, seed=1)
+    assert limit_items(given, 0, 0) == given
+    assert limit_items(given, 999, 0) == given
 
 
 def test_frames_are_spread_over_each_video():
     given = items(videos=True)
-    few = evaluate.limit_frames(given, 2)
+    few = limit_frames(given, 2)
     for key in {(i.source, i.label, i.video) for i in given if i.video}:
         of_video = [i for i in given if (i.source, i.label, i.video) == key]
         kept = [i for i in few if (i.source, i.label, i.video) == key]
@@ -400,7 +402,7 @@ def test_the_command_refuses_in_a_line(tmp_path, kit, capsys):
     capsys.readouterr()
     kit.load_ensemble = missing
     assert evaluate.main(f"--data {path} --weights w {out}".split()) == 3
-    assert capsys.readouterr().err == "w: no bundle there\n"
+    assert capsys.readouterr().err == "evaluate: w: no bundle there\n"
 
 
 def test_video_files_become_frames_once(tmp_path, kit):
@@ -528,7 +530,7 @@ def outline(path):
 def test_the_report_stands_alone_and_follows_light_and_dark(tmp_path):
     given = items(60, folder=tmp_path)
     manifest(tmp_path, given)
-    conditions = [evaluate.CLEAN, *sweep()]
+    conditions = [CLEAN, *sweep()]
     evaluated(tmp_path, items=given, conditions=conditions, drawn=True)
     found = outline(tmp_path / "report.html")
     assert found.links and all(x.startswith(("#", "data:")) for x in found.links)
@@ -556,7 +558,7 @@ def test_names_cannot_break_the_page(tmp_path):
     given = items(60)
     evil = '<script>alert(1)</script>&".png'
     given = [Item(f"{i.name}{evil}", i.path, i.label, source=evil) for i in given]
-    evaluated(tmp_path, items=given, conditions=[evaluate.CLEAN], drawn=True)
+    evaluated(tmp_path, items=given, conditions=[CLEAN], drawn=True)
     assert "script" not in outline(tmp_path / "report.html").seen
 
 
@@ -642,7 +644,7 @@ def test_the_threshold_holds_its_rate_and_the_band_its_share(fitted):
     scores = np.concatenate(
         [
             evaluate.calibrated(
-                evaluate.CLEAN,
+                CLEAN,
                 logits,
                 SimpleNamespace(calibrators=calibrators, vote=vote, hash=""),
             ).p["ensemble"]

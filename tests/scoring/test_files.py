@@ -340,4 +340,4 @@ def test_the_module_runs_and_stays_light():
         text=True,
     )
     assert done.returncode == 2, done.stderr
-    assert done.stderr == "error: gone.csv: No such file or directory\n"
+    assert done.stderr == "files: gone.csv: No such file or directory\n"

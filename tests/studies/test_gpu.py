@@ -72,7 +72,7 @@ def test_a_stage_that_fails_is_recorded_and_the_others_go_on(tmp_path, monkeypat
 def test_an_unknown_stage_is_named(tmp_path, capsys):
     words = ["gpu", "--tiny", "--out", str(tmp_path), "--stages", "card,nonsense"]
     assert benchmark.main(words) == 2
-    assert "nonsense" in capsys.readouterr().out
+    assert "nonsense" in capsys.readouterr().err
 
 
 def test_a_rate_leaves_out_what_all_workers_begin_with(monkeypatch):

@@ -91,7 +91,7 @@ print("ready", flush=True)
 time.sleep(20)
 """
     words = [sys.executable, "-c", child, str(tmp_path / "saved")]
-    code = f"from solution import ablate; raise SystemExit(ablate.run_to_its_end({words!r}))"
+    code = f"from solution.studies import ablate; raise SystemExit(ablate.run_to_its_end({words!r}))"
     whole = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -11,21 +11,20 @@ import pytest
 import torch
 from tiny_bundle import make_pictures
 
-from solution import mechanisms, predict
-from solution.backbones import WeightsError, tower_state
-from solution.bundle import write_bundle
-from solution.calibration import Calibrator
+from solution.bundles.bundle import write_bundle
+from solution.bundles.members import build_member, dump_tower, random_towers, save_member
 from solution.config import VoteConfig, preset
-from solution.data import Item, read_manifest
-from solution.evaluate import CLEAN, degraded_conditions
-from solution.faces import FaceLocator
-from solution.measure import EvaluationError
-from solution.mechanisms import BUILT, Draws, Given, Pool, Scores
-from solution.members import build_member, dump_tower, random_towers, save_member
+from solution.data.faces import FaceLocator
+from solution.data.manifest import Item, read_manifest
+from solution.evaluation.conditions import degraded_conditions
+from solution.evaluation.measure import CLEAN, EvaluationError
+from solution.models.calibration import Calibrator
+from solution.models.towers import WeightsError, tower_state
+from solution.scoring import ensemble as predict
+from solution.studies import mechanisms
+from solution.studies.mechanisms import BUILT, Draws, Given, Pool, Scores
 
-needs_detector = pytest.mark.skipif(
-    not FaceLocator.available(), reason="the face detector's package is not installed"
-)
+needs_detector = pytest.mark.skipif(not FaceLocator.available(), reason="the face detector's package is not installed")
 DRAWS = Draws(0, 200)
 
 
@@ -84,9 +83,7 @@ def vlaforge():
 
 
 @torch.inference_mode()
-def test_vlaforge_interventions_are_what_its_forward_gives_when_a_part_is_replaced(
-    vlaforge, monkeypatch
-):
+def test_vlaforge_interventions_are_what_its_forward_gives_when_a_part_is_replaced(vlaforge, monkeypatch):
     batch = given(vlaforge)
     other, logits = batch.other, probed(vlaforge, batch).logits
     assert torch.allclose(logits[BUILT], vlaforge(batch.images).logit, atol=1e-6)
@@ -103,15 +100,11 @@ def test_vlaforge_interventions_are_what_its_forward_gives_when_a_part_is_replac
         "bias zeroed": with_perceived(lambda maps, bias: (maps, bias * 0)),
         "bias of another picture": with_perceived(lambda m, bias: (m, bias[other])),
         "maps of another picture": with_perceived(lambda m, bias: (m[other], bias)),
-        "perceiver without pixels": {
-            "perceive": lambda images, seen: perceive(images * 0 + 0.5, seen)
-        },
+        "perceiver without pixels": {"perceive": lambda images, seen: perceive(images * 0 + 0.5, seen)},
         "identity zeroed": {"sentences": lambda classes: say(classes * 0)},
         "identity of another picture": {"sentences": lambda c: say(c[other])},
         "prompts swapped": {"sentences": lambda classes: say(classes).flip(1)},
-        "VLA map of another picture": {
-            "read": lambda seen: (read(seen)[0], read(seen)[1][other])
-        },
+        "VLA map of another picture": {"read": lambda seen: (read(seen)[0], read(seen)[1][other])},
     }
     for mechanism, parts in ways.items():
         with monkeypatch.context() as patch:
@@ -397,21 +390,15 @@ def test_members_are_measured_as_they_are_scored(bundle, manifest):
     ensemble = predict.load_ensemble(bundle, "cpu", exact=True)
     eyes = mechanisms.Eyes(bundle.configs)
     for how in (CLEAN, *degraded_conditions([3])):
-        found = mechanisms.measure_pool(
-            ensemble.members, eyes, Pool("val", tuple(items)), how, seed=0, batch=4
-        )
-        expected = predict.score_pictures(
-            ensemble, items, degradation=how.degradation, seed=how.seed, progress=False
-        )
+        found = mechanisms.measure_pool(ensemble.members, eyes, Pool("val", tuple(items)), how, seed=0, batch=4)
+        expected = predict.score_pictures(ensemble, items, degradation=how.degradation, seed=how.seed, progress=False)
         assert found.labels.tolist() == [item.label for item in items]
         for name, logits in expected.items():
             assert np.allclose(found.logits[name][BUILT], logits, atol=1e-4)
 
 
 @needs_detector
-def test_the_command_calls_the_dead_dead_and_holds_claims_to_it(
-    bundle, manifest, tmp_path, capsys, monkeypatch
-):
+def test_the_command_calls_the_dead_dead_and_holds_claims_to_it(bundle, manifest, tmp_path, capsys, monkeypatch):
     call = ["--weights", str(bundle.folder), "--data", str(manifest), "--quiet"]
     call += ["--out", str(tmp_path / "out"), "--draws", "50", "--device", "cpu"]
     claims = bundle.folder / "claims.json"
@@ -422,9 +409,7 @@ def test_the_command_calls_the_dead_dead_and_holds_claims_to_it(
     assert results["claims"]["reads/bias zeroed"].startswith("acts")
     assert list(results["pools"]) == ["val", "val, self-blended"]
     pool = results["pools"]["val"]
-    words = {
-        f"{r['member']}/{r['mechanism']}": r["word"] for r in pool["interventions"]
-    }
+    words = {f"{r['member']}/{r['mechanism']}": r["word"] for r in pool["interventions"]}
     assert words["reads/local score at its mean"] == "dead"
     assert words["reads/VLA map of another picture"] == "dead"
     for name in ("ensemble/without first", "two/first half at its mean"):

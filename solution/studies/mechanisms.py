@@ -1,6 +1,6 @@
 """Entry: does a trained bundle use what its papers claim? Each mechanism taken away, and what that does to the scores.
 
-    python -m solution.mechanisms --weights BUNDLE --data MANIFEST [--split val,unseen] [--limit 200] --out DIR
+    python -m solution.studies.mechanisms --weights BUNDLE --data MANIFEST [--split val,unseen] [--limit 200] --out DIR
 
 The pictures of every split, and beside them self-blended fakes of its real ones, go clean and degraded through every
 member as it is and under each intervention. Leaves in DIR `mechanisms.json`, the same as tables (`mechanisms.md`, also
@@ -27,56 +27,47 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import rankdata
 
-from solution import fastpath, metrics
-from solution.backbones import WeightsError
-from solution.bundle import Bundle
-from solution.calibration import sigmoid
+from solution.bundles.bundle import Bundle, load_members
+from solution.bundles.store import open_bundle
 from solution.config import AdapterConfig, ConfigError, FaceConfig, MemberConfig
-from solution.data import (
-    Item,
-    ManifestError,
-    degraded_picture,
-    read_manifest,
-    stable_seed,
-)
-from solution.degradation import use_one_opencv_thread
-from solution.drift import Bootstrap, cosine, locators_of, see
-from solution.drift_figures import COLOURS
-from solution.evaluate import CLEAN, degraded_conditions, limit_items
-from solution.faces import FaceDetectorMissing, choose_face, locate_once, make_view
-from solution.images import UnreadableInput, decode_image
-from solution.measure import ENSEMBLE, Condition, EvaluationError, rank_correlation
-from solution.member import Member
-from solution.predict import ScoringError, View
-from solution.pseudo_fakes import self_blend
-from solution.qtfp import (
+from solution.data.degradation import use_one_opencv_thread
+from solution.data.faces import FaceDetectorMissing, choose_face, locate_once, make_view
+from solution.data.images import UnreadableInput, decode_image, stable_seed
+from solution.data.manifest import Item, ManifestError, read_manifest
+from solution.data.self_blend import self_blend
+from solution.data.views import View, degraded_picture
+from solution.evaluation import metrics
+from solution.evaluation.conditions import degraded_conditions, limit_items
+from solution.evaluation.measure import CLEAN, ENSEMBLE, Condition, EvaluationError, rank_correlation
+from solution.evaluation.report import axes_style
+from solution.models import merging as fastpath
+from solution.models.calibration import sigmoid
+from solution.models.member import Member
+from solution.models.qtfp import (
     Qtfp,
     QtfpOutput,
     fake_likelihood_weights,
     overlap,
     read_gathered,
 )
-from solution.report import axes_style
-from solution.streams import Fusion, as_two_class, two_class_logit
-from solution.submission import write_atomically
-from solution.vlaforge import Vlaforge, mix_scores
-from solution.vote import combine
-from solution.weights import load_members, open_bundle
+from solution.models.streams import Fusion, as_two_class, two_class_logit
+from solution.models.towers import WeightsError
+from solution.models.vlaforge import Vlaforge, mix_scores
+from solution.scoring.ensemble import ScoringError
+from solution.scoring.files import write_atomically
+from solution.scoring.vote import combine
+from solution.studies.drift import Bootstrap, cosine, locators_of, see
+from solution.studies.drift_figures import COLOURS
 
 BUILT = ""
 CLAIMS = "claims.json"
 LEAST_CHANGE = 0.01  # mean |change of P(fake)| from which on a mechanism acts
 ALIKE = 0.9  # correlation from which on two queries look at the same patches
 SAME = 0.9  # cosine, or predictability, from which on two halves are the same features
-FORGED_SHARE = (
-    0.1  # of a patch's area: forged from there on, as the VLAForge code has it
-)
+FORGED_SHARE = 0.1  # of a patch's area: forged from there on, as the VLAForge code has it
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MIXTURES = {
-    share: {0.0: "local score alone", 1.0: "global score alone"}.get(
-        share, f"alpha {share:g}"
-    )
-    for share in ALPHAS
+    share: {0.0: "local score alone", 1.0: "global score alone"}.get(share, f"alpha {share:g}") for share in ALPHAS
 }
 SCORES = ("global score", "local score")
 HALVES = ("first half", "second half")
@@ -159,9 +150,7 @@ def halves_at_mean(member: Fusion, pooled: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
-def scores_at_mean(
-    alpha: float, told: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def scores_at_mean(alpha: float, told: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Logits (N,) of VLAForge's mixture, each of its two `SCORES` in turn the same for all: its mean P(fake).
 
     Other than with alpha 0 or 1, what is mixed in keeps its weight, so that a constant score changes nothing.
@@ -390,10 +379,7 @@ class Eyes:
         fake, mask = self_blend(picture, next(iter(faces.values())), rng)
 
         def cut(image: np.ndarray) -> list[np.ndarray]:
-            return [
-                make_view(image, view, faces.get(config), config or FaceConfig())
-                for view, config in self.views
-            ]
+            return [make_view(image, view, faces.get(config), config or FaceConfig()) for view, config in self.views]
 
         # Resizing may overshoot.
         masks = [m.clip(0, 1) for m in cut(mask)]
@@ -446,9 +432,7 @@ def measure_pool(
     for number, items in enumerate(pool.chunks(batch)):
         shown: list[Shown] = []
         for item in items:
-            shown += (
-                eyes.blended(item, how, seed) if pool.blended else eyes.plain(item, how)
-            )
+            shown += eyes.blended(item, how, seed) if pool.blended else eyes.plain(item, how)
         labels += [s.label for s in shown]
         other = others([s.name for s in shown], np.random.default_rng([seed, number]))
         for name, member in members.items():
@@ -496,10 +480,7 @@ def _given(
 
 def _joined(parts: Sequence[Probed]) -> tuple[dict[str, np.ndarray], ...]:
     """Batches one after the other: logits and told."""
-    return tuple(
-        {key: np.concatenate([_numpy(p[i][key]) for p in parts]) for key in parts[0][i]}
-        for i in (0, 1)
-    )
+    return tuple({key: np.concatenate([_numpy(p[i][key]) for p in parts]) for key in parts[0][i]} for i in (0, 1))
 
 
 # ------------------------------------------------------------------------------------------------ numbers and words
@@ -562,17 +543,14 @@ def word_of(conditions: Mapping[str, Numbers]) -> str:
     return "acts" if acts else "dead"
 
 
-def interventions(
-    measured: Mapping[str, Measured], bundle: Bundle, draws: Draws
-) -> Rows:
+def interventions(measured: Mapping[str, Measured], bundle: Bundle, draws: Draws) -> Rows:
     """A row for every member and mechanism, and for the vote less each voter; measured: by condition."""
     rows: dict[tuple[str, str], dict[str, Numbers]] = {}
     for condition, found in measured.items():
         for name, logits in found.logits.items():
             # Ranked by logit: where P(fake) saturates, ties are none of the member's.
             scores = {
-                mechanism: Scores(z, bundle.calibrators[name].apply(z), sigmoid(z))
-                for mechanism, z in logits.items()
+                mechanism: Scores(z, bundle.calibrators[name].apply(z), sigmoid(z)) for mechanism, z in logits.items()
             }
             before = scores.pop(BUILT)
             for mechanism in set(MIXTURES.values()) & set(scores):
@@ -597,9 +575,7 @@ def in_order(p: np.ndarray, logits: np.ndarray) -> np.ndarray:
     return np.interp(rankdata(logits) - 1, np.arange(len(p)), np.sort(p))
 
 
-def _without_each(
-    found: Measured, bundle: Bundle, draws: Draws
-) -> Iterator[tuple[str, Numbers]]:
+def _without_each(found: Measured, bundle: Bundle, draws: Draws) -> Iterator[tuple[str, Numbers]]:
     """The vote less each of its voters, the others' votes as they are."""
     vote = bundle.vote
     p = {n: bundle.calibrators[n].apply(found.logits[n][BUILT]) for n in vote.weights}
@@ -611,23 +587,18 @@ def _without_each(
         yield f"without {name}", compare(found.labels, *scores, draws)
 
 
-def measurements(
-    measured: Mapping[str, Measured], members: Mapping[str, Member], draws: Draws
-) -> Rows:
+def measurements(measured: Mapping[str, Measured], members: Mapping[str, Member], draws: Draws) -> Rows:
     """What members do as they are: queries that differ, maps that find the forgery, halves that are two."""
     rows: dict[tuple[str, str], dict[str, Numbers]] = {}
     for condition, found in measured.items():
         for name, told in found.told.items():
-            quantities = dict(
-                _quantities(found.labels, told, members[name].tower.width)
-            )
+            quantities = dict(_quantities(found.labels, told, members[name].tower.width))
             for quantity, values in quantities.items():
                 numbers = draws.mean(values) if values.ndim else _plain(values)
                 if numbers is not None:
                     rows.setdefault((name, quantity), {})[condition] = numbers
     return [
-        {"member": who, "mechanism": what, "word": measured_word(what, told)}
-        | {"conditions": told}
+        {"member": who, "mechanism": what, "word": measured_word(what, told)} | {"conditions": told}
         for (who, what), told in rows.items()
     ]
 
@@ -636,9 +607,7 @@ def _plain(value: np.ndarray) -> Numbers:
     return {"mean": float(value), "low": None, "high": None, "n": None}
 
 
-def _quantities(
-    labels: np.ndarray, told: Mapping[str, np.ndarray], cut: int
-) -> Iterator[tuple[str, np.ndarray]]:
+def _quantities(labels: np.ndarray, told: Mapping[str, np.ndarray], cut: int) -> Iterator[tuple[str, np.ndarray]]:
     """(name, (N,) or a lone number) of everything told; cut: where the joined features' second half starts."""
     for name, values in told.items():
         if name == "correlation":
@@ -705,9 +674,7 @@ def correlations(measured: Mapping[str, Measured]) -> Rows:
         {
             "condition": condition,
             "members": list(found.logits),
-            "rank_correlation": rank_correlation(
-                [z[BUILT] for z in found.logits.values()]
-            ),
+            "rank_correlation": rank_correlation([z[BUILT] for z in found.logits.values()]),
         }
         for condition, found in measured.items()
     ]
@@ -732,9 +699,7 @@ def read_claims(bundle: Bundle) -> list[str]:
     known = {*bundle.configs, ENSEMBLE}
     for claim in claims:
         if claim.partition("/")[0] not in known:
-            raise WeightsError(
-                f"{path}: {claim!r} names no member; there are {', '.join(sorted(known))}"
-            )
+            raise WeightsError(f"{path}: {claim!r} names no member; there are {', '.join(sorted(known))}")
     return claims
 
 
@@ -806,9 +771,7 @@ def _interval(told: Mapping[str, Any] | None, form: str) -> str:
         return "-"
     if told["low"] is None:
         return format(told["mean"], form)
-    return "{} ({} to {})".format(
-        *(format(told[k], form) for k in ("mean", "low", "high"))
-    )
+    return "{} ({} to {})".format(*(format(told[k], form) for k in ("mean", "low", "high")))
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -859,9 +822,7 @@ def _points(axes: Any, y: np.ndarray, told: Sequence[Numbers | None], colour: st
 
 def _label(left: Any, right: Any, rows: Rows, colours: Mapping[str, Any]) -> None:
     """Names at the left, words at the right, a line between members."""
-    left.set_yticks(
-        range(len(rows)), [f"{row['member']}: {row['mechanism']}" for row in rows]
-    )
+    left.set_yticks(range(len(rows)), [f"{row['member']}: {row['mechanism']}" for row in rows])
     left.set_ylim(len(rows) - 0.4, -0.6)
     left.set_xlim(left=0)
     for axes in (left, right):
@@ -898,9 +859,7 @@ def pools_of(data: Path, splits: Sequence[str], limit: int, seed: int) -> list[P
     return pools
 
 
-def study(
-    bundle: Bundle, members: Mapping[str, Member], pools: Sequence[Pool], args: Any
-) -> dict[str, Any]:
+def study(bundle: Bundle, members: Mapping[str, Member], pools: Sequence[Pool], args: Any) -> dict[str, Any]:
     """Everything that `mechanisms.json` holds but the protocol and the claims: by pool."""
     from tqdm import tqdm
 
@@ -916,10 +875,7 @@ def study(
         for pool in pools:
             bar.set_description(pool.name)
             options = {"seed": args.seed, "batch": args.batch_size, "done": bar.update}
-            measured = {
-                name: measure_pool(members, eyes, pool, how, **options)
-                for name, how in conditions.items()
-            }
+            measured = {name: measure_pool(members, eyes, pool, how, **options) for name, how in conditions.items()}
             labels = measured["clean"].labels
             found[pool.name] = {
                 "pictures": f"{np.sum(labels == 0)} real, {np.sum(labels == 1)} fake",
@@ -972,11 +928,7 @@ def run(args: argparse.Namespace) -> int:
     device = fastpath.pick_device(args.device)
     members = load_members(bundle, device=device)
     found = study(bundle, members, pools, args)
-    rows = [
-        row
-        for pool in found.values()
-        for row in (*pool["interventions"], *pool["measurements"])
-    ]
+    rows = [row for pool in found.values() for row in (*pool["interventions"], *pool["measurements"])]
     words = judge_claims(claims, rows)
     results = {
         "protocol": _protocol(args, bundle, device),
@@ -1000,7 +952,7 @@ def _count(text: str, least: int = 0) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m solution.mechanisms",
+        prog="python -m solution.studies.mechanisms",
         description="Take every mechanism of a trained bundle away, and say what that changes.",
     )
     add = parser.add_argument
