@@ -68,6 +68,11 @@ class DropReport:
     def add(self, name: str, reason: str) -> None:
         self.dropped.append((name, reason))
 
+    def take(self, other: DropReport, *told: DropReport) -> None:
+        """Add the rows of `other` that are neither here nor in `told`: what a folder hides is found at every reading."""
+        known = {row for report in (self, *told) for row in report.dropped}
+        self.dropped += [row for row in other.dropped if row not in known]
+
     def summary(self) -> str:
         """The notes, and one line a reason, with its count and an example."""
         examples: dict[str, str] = {}
