@@ -415,12 +415,13 @@ def _folder_rows(source: Path, report: DropReport) -> Iterator[Item]:
         )
     counts: Counter[tuple[str, int]] = Counter()
     for folder, label, split, dataset in sorted(found, key=lambda entry: (entry[1], entry[0])):
-        for path in _files(folder, report, source):
-            relative = path.relative_to(source)
-            inner = path.relative_to(folder).parts[0]
-            own = split or (split_of(inner) if is_split(inner) and path.parent != folder else "")
-            counts[folder.relative_to(source).as_posix(), label] += 1
-            yield Item(printable(relative.as_posix()), path, label, source=dataset, split=own)
+        prefix = folder.relative_to(source).as_posix()
+        for inside in _files(str(folder), "", prefix, report):
+            first, _, more = inside.partition("/")
+            own = split or (split_of(first) if more and is_split(first) else "")
+            counts[prefix, label] += 1
+            name = f"{prefix}/{inside}"
+            yield Item(printable(name), source / name, label, source=dataset, split=own)
     for (folder, label), count in counts.items():
         report.notes.append(f"{folder}/ is {('real', 'fake')[label]}: {count} files")
 
@@ -457,18 +458,24 @@ def _subfolders(folder: Path) -> list[tuple[str, Path]]:
     return [(name, folder / name) for name in names if not is_hidden(name)]
 
 
-def _files(folder: Path, report: DropReport, root: Path, above: frozenset = frozenset()) -> Iterator[Path]:
-    """The files below `folder`, sorted, links followed but never in a circle; what is hidden goes into `report`."""
-    here = _identity(folder)
+def _files(
+    folder: str, inside: str, prefix: str, report: DropReport, above: frozenset[tuple] = frozenset()
+) -> Iterator[str]:
+    """The files below `folder`, each with `inside` before it, sorted; links are followed but never in a circle.
+
+    What is hidden goes into `report`, with `prefix` before it.
+    """
+    found = os.stat(folder)
+    here = found.st_dev, found.st_ino
     if here in above:
         return
-    for entry in sorted(folder.iterdir()):
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if is_hidden(entry.name):
-            report.add(printable(entry.relative_to(root).as_posix()), HIDDEN)
-        elif entry.is_dir():
-            yield from _files(entry, report, root, above | {here})
+            report.add(printable(f"{prefix}/{inside}{entry.name}"), HIDDEN)
+        elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            yield from _files(entry.path, f"{inside}{entry.name}/", prefix, report, above | {here})
         else:
-            yield entry
+            yield inside + entry.name
 
 
 def _deepfakebench_rows(source: Path) -> Iterator[Item]:
