@@ -693,21 +693,25 @@ def readable(items: list[Item], config: MemberConfig, report: DropReport, *, pro
 
 
 def validation_pictures(
-    args: argparse.Namespace, config: MemberConfig, *, progress: bool
+    args: argparse.Namespace, config: MemberConfig, told: DropReport, *, progress: bool
 ) -> tuple[list[Item], DropReport]:
     """The readable pictures to validate on, at most `--validation-limit` of each split (a fixed draw), and what was left out.
 
     Those of the splits `val` (generators that occur in training, other pictures) and `unseen` (other generators).
+    told: what reading the training pictures has left out already.
     """
     items, lost = [], DropReport()
     present = manifest_splits(args.data)
     for split in [split for split in ("val", "unseen") if split in present]:
         part, left_out = read_manifest(args.data, split=split)
         items += draw_items(part, args.validation_limit, config.train.validation_seed)
-        lost.dropped += left_out.dropped
+        lost.take(left_out, told)
     items = readable(items, config, lost, progress=progress)
     if len({item.label for item in items}) < 2:
-        raise ManifestError(f"{args.data}: the val split needs real and fake pictures, found {len(items)} of one class")
+        raise ManifestError(
+            f"{args.data}: the val split needs real and fake pictures, found {len(items)} of one class; name the splits "
+            "train and val in a column or by folders, or give either class pictures of more than one video or sub-folder"
+        )
     return items, lost
 
 
@@ -765,7 +769,7 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
     items, report = read_manifest(args.data, split="train")
     items, capped = select(items, config.sampling, config.train.seed)
     progress = world.leads and not args.quiet
-    validation, lost = validation_pictures(args, config, progress=progress)
+    validation, lost = validation_pictures(args, config, report, progress=progress)
     sources = dict(text.partition("=")[::2] for text in args.tower)
     towers = tower_configs([config]).values()
     known = {t.name for t in towers} | {t.source.partition(":")[2] for t in towers}
