@@ -17,12 +17,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from solution.errors import FAILURES, door
+
 # The libraries are imported where they are used: --help comes at once.
 if TYPE_CHECKING:
-    from solution.data.layouts import Found
+    from solution.data.raw import Found
 
 LAYOUTS = ["ff++", "celeb-df", "dfdc", "dfdcp", "deepfakebench", "wilddeepfake", "df40", "folders", "kaggle", "ntire"]
-DONE, USAGE, ENVIRONMENT, FAILURES, INTERRUPTED = 0, 2, 3, 4, 130
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,6 +49,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=_count, default=0, help="of the splits that are dealt (default 0)")
     parser.add_argument("--quality", type=_quality, default=95, help="of the JPEGs, 1 to 100 (default 95)")
+    parser.add_argument("--limit", type=_count, default=600, help="seconds of one file; 0: none (default 600)")
     parser.add_argument(
         "--restart", action="store_true", help="remove what an earlier run left in --out, and begin anew"
     )
@@ -116,7 +118,8 @@ def prepare(args: argparse.Namespace) -> int:
     journal = preparing.Journal(out, preparing.settings_of(source, found.layout, settings), restart=args.restart)
     start = time.perf_counter()
     entries = [entry for entry, _ in placed]
-    preparing.prepare_entries(entries, root, out, settings, journal, workers=args.workers, progress=not args.quiet)
+    how = {"workers": args.workers, "limit": args.limit, "progress": not args.quiet}
+    preparing.prepare_entries(entries, root, out, settings, journal, **how)
     wall = time.perf_counter() - start
     rows = preparing.manifest_rows(placed, journal.records)
     preparing.write_manifest(out / preparing.MANIFEST, rows)
@@ -126,7 +129,7 @@ def prepare(args: argparse.Namespace) -> int:
     }
     _write_report(out / "prepare.json", report)
     _say_done(out, report)
-    return FAILURES if report["failed"] or not rows else DONE
+    return FAILURES if report["failed"] or not rows else 0
 
 
 def _say_found(found: Found, settings: Any) -> None:
@@ -203,24 +206,10 @@ def _say_done(out: Path, report: dict[str, Any]) -> None:
     )
 
 
+@door("prepare", interrupted="interrupted; the same command goes on from here")
 def main(argv: list[str] | None = None) -> int:
     """Prepare; exit codes: 0 done, 2 usage, 3 environment, 4 done with failures, 130 interrupted and resumable."""
-    args = parse(argv)
-    from solution.data.faces import FaceDetectorMissing
-    from solution.data.layouts import LayoutError
-    from solution.data.preparing import PrepareError
-
-    try:
-        return prepare(args)
-    except (LayoutError, PrepareError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return USAGE
-    except (FaceDetectorMissing, OSError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return ENVIRONMENT
-    except KeyboardInterrupt:
-        print("prepare: interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
+    return prepare(parse(argv))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from solution.config import FaceConfig
 from solution.data.faces import FaceLocator, choose_face, choose_track
 from solution.data.images import UnreadableInput, decode_image
-from solution.data.layouts import WHOLE, Entry
+from solution.data.raw import WHOLE, Entry
 from solution.data.videos import middle_places, sample_frames
 from solution.io import atomic_file
 from solution.records import FaceBox
@@ -71,17 +72,18 @@ class Record:
 
 
 def stamp(root: Path, entry: Entry) -> tuple[int, int]:
-    """Bytes and newest change (ns) of an entry's files; (-1, -1) where one is not there."""
+    """Bytes and newest change (ns) of an entry's files and masks; (-1, -1) where one is not there."""
     try:
-        found = [(root / name).stat() for name in entry.files]
+        found = [(root / name).stat() for name in (*entry.files, *entry.masks) if name != WHOLE]
     except OSError:
         return -1, -1
     return sum(f.st_size for f in found), max(f.st_mtime_ns for f in found)
 
 
 def safe_name(name: str) -> str:
-    """An entry's name as a path that every file system and CSV takes."""
-    return re.sub(r"[^\w./+@=-]", "_", name.encode("utf-8", "replace").decode(), flags=re.ASCII)
+    """An entry's name as a path that every file system and CSV takes; other names stay different ones."""
+    safe = re.sub(r"[^\w./+@=-]", "_", name, flags=re.ASCII)
+    return safe if safe == name else f"{safe}-{zlib.crc32(name.encode('utf-8', 'surrogateescape')):08x}"
 
 
 class Cropper:

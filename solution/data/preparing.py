@@ -25,15 +25,16 @@ from PIL import Image, ImageDraw
 
 from solution.data.cropping import Cropper, CropSettings, Record, stamp
 from solution.data.images import decode_image, resize_image
-from solution.data.layouts import WHOLE, Entry
+from solution.data.raw import JOURNAL, WHOLE, Entry
+from solution.errors import UsageError
 from solution.io import atomic_file
 
-JOURNAL, MANIFEST, PREVIEW = "prepared.jsonl", "manifest.csv", "preview.png"
+MANIFEST, PREVIEW = "manifest.csv", "preview.png"
 COLUMNS = ("path", "label", "source", "split", "generator", "group", "mask", "video")
 _CHUNK = 16  # pictures of one job: handing over one at a time costs more than a small picture's decoding
 
 
-class PrepareError(ValueError):
+class PrepareError(UsageError):
     """An output folder that does not belong to this run; says what differs and what to do."""
 
 
@@ -75,7 +76,7 @@ class Journal:
 
     def _read(self, settings: dict[str, Any]) -> None:
         lines = self.path.read_text(encoding="utf-8").splitlines()
-        before = json.loads(lines[0])["settings"]
+        before = json.loads(lines[0])["settings"] if lines else {}
         if before != settings:
             differ = [
                 f"{k} {before.get(k)!r}, now {settings.get(k)!r}" for k in settings if before.get(k) != settings.get(k)
@@ -107,6 +108,8 @@ class Journal:
 
 # ---------------------------------------------------------------------------------------------------- processes
 _cropper: Cropper | None = None  # of a worker process
+_limit = 0  # seconds, of a worker process
+Setup = tuple[Path, Path, CropSettings, int]  # root, output, settings, limit
 
 
 def prepare_entries(
@@ -117,9 +120,12 @@ def prepare_entries(
     journal: Journal,
     *,
     workers: int,
+    limit: int = 0,
     progress: bool = True,
 ) -> None:
     """Prepare what `journal` does not have yet, in `workers` processes (0: in this one), and keep it there.
+
+    limit: seconds after which a file's process is ended (0: none; none without processes).
 
     Raises:
         FaceDetectorMissing: no face detector here. OSError: the output cannot be written.
@@ -131,15 +137,16 @@ def prepare_entries(
         _remove(out, journal.records.get(entry.name))
     total = sum(len(job.entries) for job in jobs)
     with tqdm(total=total, desc="prepare", unit="file", disable=not progress or not total) as bar:
-        for records in _run(jobs, (root, out, settings), min(workers, len(jobs))):
+        for records in _run(jobs, (root, out, settings, limit), min(workers, len(jobs))):
             journal.add(records)
             bar.update(len(records))
 
 
 def plan_jobs(entries: Sequence[Entry], root: Path, journal: Journal) -> list[Job]:
     """Jobs of what is not done: a real video before the fakes that take its place, pictures a few at a time."""
-    todo = [entry for entry in entries if not journal.done(root, entry)]
-    waiting = {entry.name for entry in todo}
+    waiting = {entry.name for entry in entries if not journal.done(root, entry)}
+    # A pair is cut at one place: where the real video is new, its fakes are too.
+    todo = [entry for entry in entries if entry.name in waiting or entry.place in waiting]
     families: dict[str, list[Entry]] = defaultdict(list)
     singles: list[Entry] = []
     for entry in todo:
@@ -164,28 +171,34 @@ def _remove(out: Path, record: Record | None) -> None:
                 (out / name).unlink(missing_ok=True)
 
 
-def _start(root: Path, out: Path, settings: CropSettings) -> None:
-    global _cropper
+def _start(root: Path, out: Path, settings: CropSettings, limit: int) -> None:
+    global _cropper, _limit
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     cv2.setNumThreads(1)
-    _cropper = Cropper(root, out, settings)
+    # An alarm that nobody handles ends the process, in the middle of a decoder too.
+    _cropper, _limit = Cropper(root, out, settings), limit if hasattr(signal, "alarm") else 0
 
 
 def _work(job: Job, cropper: Cropper | None = None) -> list[Record]:
     cropper = cropper or _cropper
     assert cropper is not None
+    limit = _limit if cropper is _cropper else 0
     known = {} if job.place is None else {job.place.name: job.place}
     records = []
     for entry in job.entries:
+        if limit:
+            signal.alarm(limit)
         record = cropper.prepare(entry, known.get(entry.place))
         known[entry.name] = record
         records.append(record)
+    if limit:
+        signal.alarm(0)
     return records
 
 
-def _run(jobs: Sequence[Job], setup: tuple[Path, Path, CropSettings], workers: int) -> Iterator[list[Record]]:
+def _run(jobs: Sequence[Job], setup: Setup, workers: int) -> Iterator[list[Record]]:
     if workers < 1:
-        cropper = Cropper(*setup)
+        cropper = Cropper(*setup[:3])
         yield from (_work(job, cropper) for job in jobs)
         return
     rest = list(reversed(jobs))
@@ -213,7 +226,7 @@ def _run(jobs: Sequence[Job], setup: tuple[Path, Path, CropSettings], workers: i
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _pool(setup: tuple[Path, Path, CropSettings], workers: int) -> ProcessPoolExecutor:
+def _pool(setup: Setup, workers: int) -> ProcessPoolExecutor:
     # A fork of this process would inherit OpenCV's threads and hang; a server imports once and forks clean children.
     kinds = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")
@@ -222,7 +235,7 @@ def _pool(setup: tuple[Path, Path, CropSettings], workers: int) -> ProcessPoolEx
     return ProcessPoolExecutor(workers, context, initializer=_start, initargs=setup)
 
 
-def _one_by_one(job: Job, setup: tuple[Path, Path, CropSettings]) -> list[Record]:
+def _one_by_one(job: Job, setup: Setup) -> list[Record]:
     known = {} if job.place is None else {job.place.name: job.place}
     records = []
     for entry in job.entries:
@@ -230,10 +243,14 @@ def _one_by_one(job: Job, setup: tuple[Path, Path, CropSettings]) -> list[Record
             try:
                 (record,) = pool.submit(_work, Job((entry,), known.get(entry.place))).result()
             except BrokenProcessPool:
-                record = Record(entry.name, stamp(setup[0], entry), failed="reading it killed its process")
+                record = Record(entry.name, stamp(setup[0], entry), failed=_killed(setup[3]))
         known[entry.name] = record
         records.append(record)
     return records
+
+
+def _killed(limit: int) -> str:
+    return "reading it killed its process" + (f", or took more than {limit} s" if limit else "")
 
 
 # ---------------------------------------------------------------------------------------------------- what is told

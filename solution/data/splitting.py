@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from solution.data.layouts import Entry, PassedOver
+from solution.data.raw import Entry, PassedOver
 
 POLICIES = ("official", "group", "random")
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
+_FEW = 1.5  # people in test's share, below which train needs them more
 _CUT = 0.5  # of all entries: a larger group is cut by person
 
 
@@ -161,6 +162,8 @@ def _cut(
     labels, total = {e.label for e in entries}, sum(shares.values())
     free, side = [people[i] for i in rng.permutation(len(people))], dict.fromkeys(people, "train")
     for split in (s for s in shares if s != "train"):
+        if split == "test" and shares[split] / total * len(people) < _FEW:
+            continue
         chosen: list[str] = []
         wanted, most = max(1, round(shares[split] / total * len(people))), len(free) // 2
         while len(chosen) < most:

@@ -3,7 +3,8 @@
 import pytest
 from raw_sets import empty, write_json
 
-from solution.data.layouts import LayoutError, PassedOver, find_entries, folder_meaning, known_label
+from solution.data.layouts import LAYOUTS, find_entries
+from solution.data.raw import LayoutError, PassedOver, folder_meaning, known_label
 from solution.data.splitting import components, split_entries
 
 
@@ -285,6 +286,14 @@ def test_folders_of_videos_frames(tmp_path):
     assert entries["fake/000_001"].kind == "frames" and entries["real/000"].people == ("ff++:000",)
 
 
+def test_videos_named_as_faceforensics_names_them_are_pairs(tmp_path):
+    empty(tmp_path, "real/519.mp4", "fake/Deepfakes_519_515.mp4", "fake/FaceSwap_634_660.mp4")
+    entries = by_name(find_entries(tmp_path))
+    fake = entries["fake/Deepfakes_519_515"]
+    assert (fake.people, fake.place, fake.generator) == (("ff++:519", "ff++:515"), "real/519", "Deepfakes")
+    assert entries["fake/FaceSwap_634_660"].place == ""
+
+
 def test_folders_of_people_are_groups(tmp_path):
     empty(tmp_path, *(f"real/person{p}/{n}.jpg" for p in range(5) for n in range(2)), "fake/1.png", "fake/2.png")
     entries = find_entries(tmp_path).entries
@@ -311,6 +320,21 @@ def test_several_data_sets_are_refused(tmp_path):
     empty(tmp_path, "ff/original_sequences/youtube/c23/videos/000.mp4", "celeb/Celeb-synthesis/id0_id1_0000.mp4")
     with pytest.raises(LayoutError, match="several data sets"):
         find_entries(tmp_path)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "folders"])
+def test_a_layout_that_does_not_fit_is_refused(tmp_path, layout):
+    empty(tmp_path, "real/a.png", "fake/b.png")
+    with pytest.raises(LayoutError):
+        find_entries(tmp_path, layout)
+
+
+def test_what_prepare_made_is_no_data_set(tmp_path):
+    empty(tmp_path, "real/a.png", "fake/b.png", "out/images/real/a.jpg", "out/prepared.jsonl")
+    found = find_entries(tmp_path)
+    assert len(found.entries) == 2 and reasons(found) == {"output of an earlier prepare": 1}
+    with pytest.raises(LayoutError, match="train on its manifest.csv"):
+        find_entries(tmp_path / "out")
 
 
 def test_one_name_with_two_suffixes(tmp_path):

@@ -135,6 +135,19 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
     assert manifest != (out / "manifest.csv").read_bytes()
 
 
+@DETECTOR
+def test_a_new_real_takes_its_fakes_along(tmp_path):
+    source, out = faceforensics(tmp_path / "set", pairs=2, count=3), tmp_path / "out"
+    assert run(source, out) == 0
+    clip(source / "original_sequences/youtube/c23/videos/000.mp4", count=4)
+    assert run(source, out) == 0
+    assert report(out)["speed"]["pictures"] == 3 + 3
+    # A mask that changed is a change of its video.
+    clip(source / "manipulated_sequences/Deepfakes/masks/videos/001_000.mp4", mask=True, count=3)
+    assert run(source, out) == 0
+    assert report(out)["speed"]["pictures"] == 3
+
+
 def test_other_settings_are_refused_and_restart_begins_anew(tmp_path, capsys):
     source, out = tree(tmp_path / "set"), tmp_path / "out"
     assert run(source, out, "--crop", "none") == 0
@@ -202,8 +215,21 @@ def test_a_file_that_kills_its_process_ends_no_run(tmp_path):
         check=False,
     )
     assert done.returncode == 4, done.stderr
-    assert report(out)["failed"] == [{"file": "real/1.mp4", "reason": "reading it killed its process"}]
+    assert report(out)["failed"] == [
+        {"file": "real/1.mp4", "reason": "reading it killed its process, or took more than 600 s"}
+    ]
     assert len(rows(out)) == 9
+
+
+def test_names_of_any_kind(tmp_path):
+    for n, name in enumerate((b"a b.png", b"\xc4.png", b"\xd6.png", "ä.png".encode())):
+        for label in ("real", "fake"):
+            path = Path(os.fsdecode(bytes(tmp_path / "set" / label) + b"/" + name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(tmp_path / "plain.png", n).rename(path)
+    assert run(tmp_path / "set", tmp_path / "out", "--crop", "none") == 0
+    paths = [r["path"] for r in rows(tmp_path / "out")]
+    assert len(set(paths)) == 8 and all(path.isascii() and (tmp_path / "out" / path).is_file() for path in paths)
 
 
 @DETECTOR

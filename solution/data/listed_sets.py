@@ -1,0 +1,339 @@
+"""Layouts that are not one data set's: DeepfakeBench's JSON, folders of real and fake, tables, names that say the label.
+
+Each reader takes a `Tree` and gives `Entry`s. Folders and tables say label and split by words of the house's table.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from solution.data.data_sets import CELEB_STEM, FF_STEM, celeb_people, ff_people, names_a_video
+from solution.data.images import printable
+from solution.data.labels import EXPECTED, is_split
+from solution.data.raw import (
+    KNOWN,
+    WHOLE,
+    Entry,
+    LayoutError,
+    Tree,
+    folder_label,
+    folder_meaning,
+    known_label,
+    known_split,
+    plain,
+    read_json,
+    read_table,
+    stem,
+)
+
+
+# ---------------------------------------------------------------------------------------------------- DeepfakeBench
+def _bench_json(content: Any) -> bool:
+    """Whether a JSON is dataset -> label -> split -> [compression] -> video -> {label, frames}."""
+    for _ in range(6):
+        if not isinstance(content, dict) or not content:
+            return False
+        if "frames" in content:
+            return True
+        content = next((v for v in content.values() if v), None)
+    return False
+
+
+_OTHER_LISTS = frozenset(("metadata.json", "dataset.json", "train.json", "val.json", "test.json"))
+
+
+def bench_content(tree: Tree, name: str) -> Any:
+    """What a DeepfakeBench JSON holds; None for another file. One that is named outright must be JSON."""
+    if not name.lower().endswith(".json") or name.rpartition("/")[2].lower() in _OTHER_LISTS:
+        return None
+    try:
+        content = read_json(tree.root / name)
+    except LayoutError:
+        if len(tree.lists) == 1:
+            raise
+        tree.passed.add("a list that is no JSON", name)
+        return None
+    return content if _bench_json(content) else None
+
+
+def _bench_videos(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, dict) and "frames" in value:
+            yield (*path, key), value
+        else:
+            yield from _bench_videos(value, (*path, key))
+
+
+def deepfakebench(tree: Tree) -> Iterator[Entry]:
+    """Every DeepfakeBench JSON of the tree; a video that several lists or splits name is taken once."""
+    videos: dict[str, tuple[Entry, set[str]]] = {}
+    for name in tree.lists:
+        content = bench_content(tree, name)
+        if content is None:
+            continue
+        for path, row in _bench_videos(content):
+            entry, split = _bench_entry(tree, name, path, row)
+            if entry is None:
+                continue
+            known = videos.setdefault(entry.name, (entry, set()))
+            if known[0].label != entry.label:
+                raise LayoutError(f"{name}: {entry.name} is real in one list and fake in another")
+            known[1].add(split)
+    everywhere = {e.source for e, s in videos.values()} - {e.source for e, s in videos.values() if len(s) < 3}
+    for entry, splits in videos.values():
+        if entry.source in everywhere:
+            # DFD's list names every video in all three: that is no split.
+            split = ""
+        else:
+            split = next((s for s in ("test", "val", "train") if s in splits), "")
+            if len(splits) > 1:
+                tree.passed.add(f"also listed in another split than {split}", entry.name)
+        yield replace(entry, split=split)
+
+
+def _bench_entry(tree: Tree, name: str, path: tuple[str, ...], row: dict) -> tuple[Entry | None, str]:
+    data_set, label_name, video = path[0], path[1] if len(path) > 2 else "", path[-1]
+    split = next((known_split(p) for p in path[2:-1] if is_split(p)), "")
+    said = row.get("label", label_name)
+    label = known_label(said)
+    if label is None:
+        raise LayoutError(f"{name}: {'/'.join(path)} has the label {said!r}; {EXPECTED}")
+    frames = [f for f in (_bench_file(tree, name, str(f)) for f in row["frames"] or ()) if f]
+    if not frames:
+        tree.passed.add(f"no frame of the video is there ({name})", "/".join(path))
+        return None, split
+    masks = [m for m in (_bench_file(tree, name, str(m)) for m in row.get("masks") or ()) if m]
+    if label and not masks:
+        beside = [_swap_part(frame, "frames", "masks") for frame in frames]
+        masks = [m for m in beside if m and (tree.root / m).is_file()]
+    folder = frames[0].rpartition("/")[0]
+    entry_name = folder if len(frames) > 1 else stem(frames[0])
+    people = ff_people(video) or celeb_people(video) or (f"{data_set}:{video}",)
+    generator = label_name if label else ""
+    kind = "frames" if len(frames) > 1 else "picture"
+    return Entry(entry_name, tuple(frames), kind, label, data_set, "", generator, people, tuple(masks)), split
+
+
+def _bench_file(tree: Tree, name: str, frame: str) -> str | None:
+    """A listed file, relative to the root: beside its list, below the root, or below it without the list's own folders."""
+    frame = frame.replace("\\", "/")
+    beside = os.path.normpath(os.path.join(os.path.dirname(name), frame)).replace(os.sep, "/")
+    parts = frame.strip("/").split("/")
+    for candidate in (beside, *("/".join(parts[at:]) for at in range(len(parts)))):
+        if not candidate.startswith("..") and (tree.root / candidate).is_file():
+            return os.path.relpath(tree.root / candidate, tree.root).replace(os.sep, "/")
+    return None
+
+
+def _swap_part(path: str, old: str, new: str) -> str | None:
+    parts = path.split("/")
+    if old not in parts:
+        return None
+    parts[len(parts) - 1 - parts[::-1].index(old)] = new
+    return stem("/".join(parts)) + ".png"
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+_MANY = 4  # sub-folders of a label from which each is taken for one thing that no split may cut
+
+
+def folders(tree: Tree) -> Iterator[Entry]:
+    """Folders of the usual names, with or without train, val and test; sub-folders are videos, people or generators."""
+    yield from _paired(_in_folders(tree))
+
+
+def _in_folders(tree: Tree) -> Iterator[Entry]:
+    names = [name for name in (*tree.pictures, *tree.videos) if not _is_mask(name)]
+    meanings = {name: folder_label(name) for name in names}
+    if bad := [name for name, (label, _, _) in meanings.items() if label is None]:
+        folders = sorted({name.rpartition("/")[0] or "." for name in bad})
+        raise LayoutError(
+            f"{len(bad)} files lie in no folder of a known label, in {', '.join(map(printable, folders[:8]))}"
+            f"{' ...' if len(folders) > 8 else ''}. Known are {KNOWN}"
+        )
+    masks, source = _masks_by_path(tree), tree.root.resolve().name
+    inner: dict[int, set[str]] = {0: set(), 1: set()}
+    for path, kind, files in tree.units():
+        if not _is_mask(files[0]) and kind == "frames" and len(path.split("/")) > meanings[files[0]][2]:
+            inner[meanings[files[0]][0] or 0].add(path)
+    for path, kind, files in tree.units():
+        if _is_mask(files[0]):
+            continue
+        label, split, below = meanings[files[0]]
+        folders = files[0].split("/")[below:-1]
+        own = path.rpartition("/")[2]
+        mask = tuple(m for name in files for m in masks.get(_mask_key(name), ())) if label else ()
+        generator = folders[0] if label and folders else ""
+        if kind == "video" or (folders and names_a_video(own)):
+            generator = "" if kind == "frames" and len(folders) < 2 else generator
+            yield Entry(path, tuple(files), kind, label, source, split, generator, _people(own, path), mask)
+            continue
+        shared = (f"folder:{path}",) if folders and len(inner[label]) >= _MANY else ()
+        for name in files:
+            mask = masks.get(_mask_key(name), ()) if label else ()
+            who = shared or _people(stem(name).rpartition("/")[2], stem(name))
+            yield Entry(stem(name), (name,), "picture", label, source, split, generator, who, mask)
+
+
+_FF_METHOD = re.compile(r"(deepfakes|face2face|faceswap|neuraltextures|faceshifter)[_-](\d{3}_\d{3})", re.IGNORECASE)
+
+
+def _people(own: str, path: str) -> tuple[str, ...]:
+    """The identities in a name of FaceForensics++, DFD or Celeb-DF, a method before it or not; else the file is its own."""
+    if found := _FF_METHOD.fullmatch(own):
+        return ff_people(found[2])
+    numbers = FF_STEM.fullmatch(own)
+    return (ff_people(own) if not numbers or len(numbers[1]) == 3 else ()) or celeb_people(own) or (f"file:{path}",)
+
+
+def _paired(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Videos of plain folders that are named as FaceForensics++ or Celeb-DF name them, each fake at its real's place."""
+    entries = list(entries)
+    reals = {e.name.rpartition("/")[2]: e for e in entries if not e.label and e.kind != "picture"}
+    for entry in entries:
+        own = entry.name.rpartition("/")[2]
+        method, celeb = _FF_METHOD.fullmatch(own), CELEB_STEM.fullmatch(own)
+        first = (method[2] if method else own).partition("_")[0]
+        real = reals.get(f"id{celeb[1]}_{celeb[3]}" if celeb else first) if entry.label and entry.people else None
+        if real is None or real.kind != entry.kind or not set(real.people) & set(entry.people):
+            yield entry
+        else:
+            generator = entry.generator or (method[1] if method else "")
+            yield replace(entry, place=real.name, generator=generator)
+
+
+def _is_mask(name: str) -> bool:
+    return any(plain(part) in ("mask", "masks") for part in name.split("/")[:-1])
+
+
+def _mask_key(name: str) -> str:
+    """A path without its suffix and without the folders that say mask or label: equal for a picture and its mask."""
+    *folders, own = stem(name).split("/")
+    kept = [p for p in folders if plain(p) not in ("mask", "masks") and folder_meaning(p)[0] is None]
+    return "/".join((*kept, own))
+
+
+def _masks_by_path(tree: Tree) -> dict[str, tuple[str, ...]]:
+    masks: dict[str, tuple[str, ...]] = {}
+    for name in (*tree.pictures, *tree.videos):
+        if _is_mask(name):
+            masks[_mask_key(name)] = (*masks.get(_mask_key(name), ()), name)
+    for key in [key for key, names in masks.items() if len(names) > 1]:
+        tree.passed.add("several masks of one name", masks.pop(key)[0])
+    return masks
+
+
+NTIRE_NAME = re.compile(r"(\d+)_(real|fake)", re.IGNORECASE)
+
+
+def ntire(tree: Tree) -> Iterator[Entry]:
+    """The challenge's training pictures, 0000_real.png and 0000_fake.png, in one folder."""
+    for name in (*tree.pictures, *tree.videos):
+        found = NTIRE_NAME.fullmatch(stem(name).rpartition("/")[2])
+        if found is None:
+            tree.passed.add("not named NUMBER_real or NUMBER_fake", name)
+            continue
+        label = int(found[2].lower() == "fake")
+        yield Entry(
+            stem(name), (name,), "picture", label, "ntire26", "", "ntire26" if label else "", (f"ntire:{found[1]}",)
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+_PATHS = (
+    "path",
+    "image_path",
+    "file_path",
+    "filepath",
+    "image",
+    "img",
+    "filename",
+    "file_name",
+    "file",
+    "video",
+    "name",
+    "id",
+    "image_id",
+)
+_WORDS = ("label_str", "label_name", "class_name")  # a label in words, which no convention can turn round
+_NUMBERS = ("label", "target", "class", "is_fake", "fake", "y", "labels")
+
+
+def table_columns(rows: list[dict[str, str]]) -> tuple[str, str] | None:
+    """The columns of the path and of the label; None when the table has none."""
+    if not rows:
+        return None
+    path = next((c for c in _PATHS if c in rows[0]), None)
+    label = next((c for c in (*_WORDS, *_NUMBERS) if c in rows[0]), None)
+    return (path, label) if path and label else None
+
+
+def kaggle(tree: Tree) -> Iterator[Entry]:
+    """CSVs with a path and a label a row, beside or above their files; a file name such as train.csv says the split."""
+    files = {stem(name): name for name in (*tree.pictures, *tree.videos)}
+    files |= {name: name for name in (*tree.pictures, *tree.videos)}
+    taken: dict[str, Entry] = {}
+    for name in tree.lists:
+        if not name.lower().endswith(".csv"):
+            continue
+        rows = read_table(tree.root / name)
+        columns = table_columns(rows)
+        if columns is None:
+            tree.passed.add("a table without path and label", name)
+            continue
+        for number, row in enumerate(rows, start=2):
+            entry = _kaggle_entry(tree, name, number, row, columns, files)
+            if entry is None:
+                continue
+            if entry.label != taken.setdefault(entry.name, entry).label:
+                raise LayoutError(f"{name}, line {number}: {entry.name} has both labels")
+            if entry.split != taken[entry.name].split:
+                tree.passed.add(f"listed again, in {entry.split or 'no split'}", entry.name)
+    yield from taken.values()
+    for path in sorted({files[k] for k in files} - {e.files[0] for e in taken.values()}):
+        if not _is_mask(path):
+            tree.passed.add("in no table", path)
+
+
+def _kaggle_entry(
+    tree: Tree, name: str, number: int, row: dict[str, str], columns: tuple[str, str], files: dict[str, str]
+) -> Entry | None:
+    path_column, label_column = columns
+    said, label = row[label_column], known_label(row[label_column])
+    if label is None:
+        raise LayoutError(f"{name}, line {number}: {label_column} is {said!r}; {EXPECTED}")
+    folder = name.rpartition("/")[0]
+    path = row[path_column].replace("\\", "/").removeprefix("./")
+    file = next((files[p] for p in (f"{folder}/{path}" if folder else path, path) if p in files), None)
+    file = file or _by_tail(path, files)
+    if file is None:
+        tree.passed.add(f"in {name}, but not there", path)
+        return None
+    folders = {folder_meaning(p)[0] for p in file.split("/")[:-1]} - {None}
+    if folders and folders != {label}:
+        raise LayoutError(
+            f"{name}, line {number}: {label_column} is {said!r}, but {file} lies in a folder of the other label. Here 0 is "
+            "real and 1 fake: turn the column round, or use --layout folders to go by the folders"
+        )
+    split = known_split(row.get("split", "")) or known_split(Path(name).stem)
+    kind = "video" if file in tree.videos else "picture"
+    mask = row.get("mask", "")
+    mask = next(
+        (files[p] for p in (f"{folder}/{mask}" if folder else mask, mask) if p in files), mask if mask == WHOLE else ""
+    )
+    who = row.get("group") or row.get("video_id") or ""
+    people = (f"group:{who}",) if who else _people(stem(file).rpartition("/")[2], stem(file))
+    generator = (row.get("generator") or row.get("method") or "") if label else ""
+    source = row.get("source") or tree.root.resolve().name
+    return Entry(stem(file), (file,), kind, label, source, split, generator, people, (mask,) if mask and label else ())
+
+
+def _by_tail(path: str, files: dict[str, str]) -> str | None:
+    """A file that the end of `path` names below the root: tables are written where their author had the files."""
+    parts = path.split("/")
+    return next((files[p] for at in range(1, len(parts)) if (p := "/".join(parts[at:])) in files), None)
