@@ -19,7 +19,7 @@ from solution.bundles.bundle import write_bundle
 from solution.bundles.members import read_config
 from solution.bundles.selftest import add_golden
 from solution.config import DegradationConfig, VoteConfig
-from solution.data.training import draw_items, read_manifest
+from solution.data.manifest import draw_items, read_manifest
 from solution.errors import door
 from solution.evaluation.fit import fit_ensemble
 from solution.io import write_atomically

@@ -39,10 +39,10 @@ from solution.data.images import (
     find_inputs,
     resize_image,
 )
-from solution.data.training import Item, read_manifest
+from solution.data.manifest import Item, read_manifest
 from solution.errors import door
-from solution.evaluate import limit_items
 from solution.evaluation import maps
+from solution.evaluation.conditions import limit_items
 from solution.evaluation.measure import EvaluationError, Pictures
 from solution.evaluation.pages import Explained, Map, MemberView, Pages
 from solution.io import write_atomically

@@ -42,22 +42,14 @@ from solution.bundles.members import (
     tower_configs,
 )
 from solution.config import KINDS, MEMBERS, ConfigError, DegradationConfig, MemberConfig, override, to_dict
-from solution.data.images import UnreadableInput, decode_image
+from solution.data.epochs import Sample, plan_epoch
+from solution.data.images import UnreadableInput, decode_image, stable_seed
+from solution.data.manifest import DropReport, Item, ManifestError, draw_items, manifest_splits, read_manifest, select
 from solution.data.training import (
-    DropReport,
-    Item,
-    ManifestError,
-    Sample,
     TrainingViews,
     ValidationViews,
-    draw_items,
-    known_masks,
     locate_faces,
-    manifest_splits,
-    plan_epoch,
-    read_manifest,
-    select,
-    stable_seed,
+    tell_masks,
     training_loader,
     validation_loader,
 )
@@ -809,8 +801,7 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
             file=sys.stderr,
         )
         if config.needs_masks:
-            known, fakes = known_masks(items, config.sampling)
-            print(f"masks: {known} of {fakes} fakes", file=sys.stderr)
+            print(tell_masks(items, config.sampling), file=sys.stderr)
     return Run(
         member,
         items,

@@ -1,4 +1,4 @@
-"""Find and decode pictures and video frames to uint8 RGB HWC, or fail naming the file.
+"""Find pictures and videos; decode pictures to uint8 RGB HWC, or fail naming the file.
 
 Takes paths; returns `Input` records and (H, W, 3) uint8 RGB arrays, row 0 at the top as a viewer shows the picture.
 Pictures go through Pillow: OpenCV's JPEG decoder gives the same pixels 1.4 times as fast (0.19 ms against 0.27 ms on
@@ -7,25 +7,30 @@ Pictures go through Pillow: OpenCV's JPEG decoder gives the same pixels 1.4 time
 
 from __future__ import annotations
 
-import bisect
-import contextlib
+import codecs
 import os
 import re
 import stat
 import warnings
-from collections.abc import Iterator, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, overload
 
 import cv2
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 
 from solution.errors import KitError, UsageError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"}
+)
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm"})
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow's names
+# The brands in the first box of an AVIF and of a HEIC file.
+_AVIF, _HEIF = {b"avif", b"avis"}, {b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"}
 MAX_PIXELS = 1 << 27  # 134 M: a 108-megapixel phone picture passes, 400 MB decoded
 
 _TURN = {  # EXIF orientation -> what makes the picture upright
@@ -37,8 +42,8 @@ _TURN = {  # EXIF orientation -> what makes the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ERRORS_ONLY = 2  # of OpenCV's log levels
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag
+_DIMMEST_MASK = 16  # of 255; below it the values of a mask are numbers of classes
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -67,10 +72,17 @@ class Input(NamedTuple):
 
 
 class Inputs(Sequence[Input]):
-    """A read-only list of `Input` that keeps names only, so that a million of them cost about 100 MB and no more."""
+    """A read-only list of `Input` that keeps names only, so that a million of them cost about 100 MB and no more.
 
-    def __init__(self, root: Path, names: list[str], renamed: dict[str, str]) -> None:
+    passed_over: how many files of a folder are no inputs, by suffix, and under `hidden` the dot files, dot folders and
+    `__MACOSX` folders.
+    """
+
+    def __init__(
+        self, root: Path, names: list[str], renamed: dict[str, str], passed_over: Mapping[str, int] | None = None
+    ) -> None:
         self._root, self._names, self._renamed = root, names, renamed
+        self.passed_over = dict(passed_over or {})
 
     def __len__(self) -> int:
         return len(self._names)
@@ -81,7 +93,7 @@ class Inputs(Sequence[Input]):
     def __getitem__(self, index: slice) -> Inputs: ...
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return Inputs(self._root, self._names[index], self._renamed)
+            return Inputs(self._root, self._names[index], self._renamed, self.passed_over)
         name = self._names[index]
         return Input(name, self._root / self._renamed.get(name, name), _kind(name))
 
@@ -99,14 +111,22 @@ def printable(name: str) -> str:
     return _UNPRINTABLE.sub(lambda m: f"\\x{ord(m[0]) & 0xFF:02x}", name)
 
 
+def stable_seed(name: str) -> int:
+    """A 32-bit number that depends on the name alone: what is drawn for a picture is drawn from it."""
+    return zlib.crc32(name.encode("utf-8", "surrogateescape"))
+
+
 # ---------------------------------------------------------------------------------------------------- finding
 def find_inputs(source: Path) -> Inputs:
     """The pictures and videos that `source` names, sorted by name.
 
     source: a folder (walked with its sub-folders and links), a picture, a video, or a .txt file with one path a line
-        (relative to the list's folder; blank lines and lines that begin with # are skipped; what it names is taken for
-        a picture unless its suffix says video).
+        (relative to the list's folder; or one path before each NUL, as `find -print0` writes; blank lines and lines
+        that begin with # are skipped; what it names is taken for a picture unless its suffix says video). Where a line
+        as it stands names no file, blanks at its end and quotes around it are left out and `\\` is read as `/`, if that
+        names one. UTF-8, or UTF-16 with its mark.
 
+    Dot files, dot folders and `__MACOSX` in a folder are passed over (`Inputs.passed_over`).
     What a suffix of `IMAGE_SUFFIXES` or `VIDEO_SUFFIXES` promises is listed even if it turns out unreadable, an empty
     folder called x.png included. A name with control characters or bytes that are not UTF-8 is written with \\xNN.
 
@@ -122,11 +142,12 @@ def find_inputs(source: Path) -> Inputs:
             "or a .txt list of paths"
         ) from None
     if stat.S_ISDIR(mode):
-        names = list(_walk(str(source), "", frozenset()))
+        passed: Counter[str] = Counter()
+        names = list(_walk(str(source), "", frozenset(), passed))
         if not names:
             known = " ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
             raise InputError(f"{source}: no pictures or videos in it; looked for {known}")
-        return _inputs(source, names)
+        return _inputs(source, names, passed)
     if _suffix(source.name) == ".txt":
         return _inputs(source.parent, _read_list(source))
     if _suffix(source.name) in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
@@ -138,7 +159,7 @@ def find_inputs(source: Path) -> Inputs:
     )
 
 
-def _inputs(root: Path, names: list[str]) -> Inputs:
+def _inputs(root: Path, names: list[str], passed_over: Mapping[str, int] | None = None) -> Inputs:
     """Names as the file system has them -> `Inputs` whose names print and are unique."""
     taken, renamed, shown = set(names), {}, []
     for name in sorted(names):
@@ -149,11 +170,19 @@ def _inputs(root: Path, names: list[str]) -> Inputs:
             taken.add(clean)
             renamed[clean] = name
         shown.append(clean)
-    return Inputs(root, sorted(shown), renamed)
+    return Inputs(root, sorted(shown), renamed, passed_over)
 
 
-def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """POSIX names below `folder`, each with `prefix`; `above` are the folders around it, so that a link cannot loop."""
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is none of the data: a dot file or folder, or what macOS packs beside it."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]], passed: Counter[str]) -> Iterator[str]:
+    """POSIX names below `folder`, each with `prefix`; what is no input is counted in `passed`.
+
+    `above` are the folders around it, so that a link cannot loop.
+    """
     known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     try:
         here = os.stat(folder)
@@ -165,15 +194,20 @@ def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterat
             "make it readable or take it out"
         ) from None
     for entry in entries:
-        empty = True
-        if _is_folder(entry):
+        if is_hidden(entry.name):
+            passed["hidden"] += 1
+            continue
+        empty, is_folder = True, _is_folder(entry)
+        if is_folder:
             found = os.stat(entry.path)
             if (found.st_dev, found.st_ino) not in inside:
-                for name in _walk(entry.path, f"{prefix}{entry.name}/", inside):
+                for name in _walk(entry.path, f"{prefix}{entry.name}/", inside, passed):
                     empty = False
                     yield name
         if empty and _suffix(entry.name) in known:
             yield prefix + entry.name
+        elif not is_folder:
+            passed[_suffix(entry.name) or "no suffix"] += 1
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -185,12 +219,21 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _read_list(source: Path) -> list[str]:
     try:
-        text = source.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        content = source.read_bytes()
     except OSError as error:
         raise InputError(f"{source}: {error.strerror or error}") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            text = content.decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{source}: begins as UTF-16 does, but is not ({error.reason}); save it as UTF-8"
+            ) from None
+    else:
+        text = content.decode("utf-8-sig", errors="surrogateescape")
     seen: dict[str, int] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        line = line.rstrip("\r")
+    for number, line in enumerate(text.split("\0" if "\0" in text else "\n"), start=1):
+        line = _as_file(source.parent, line.strip("\n") if "\0" in text else line.rstrip("\r"))
         if not line.strip() or line.startswith("#"):
             continue
         name = PurePosixPath(line).as_posix()
@@ -203,6 +246,19 @@ def _read_list(source: Path) -> list[str]:
     if not seen:
         raise InputError(f"{source}: the list is empty; expected one path a line")
     return list(seen)
+
+
+def _as_file(folder: Path, line: str) -> str:
+    """A line of a list, without its trailing blanks and quotes and with `/` for a backslash where only so it is a file."""
+    plain = line.rstrip()
+    if plain[:1] == plain[-1:] and plain[:1] in ("'", '"') and len(plain) > 2:
+        plain = plain[1:-1]
+    if plain == line and "\\" not in line or os.path.exists(folder / line):
+        return line
+    for changed in (plain, plain.replace("\\", "/")):
+        if os.path.exists(folder / changed):
+            return changed
+    return line
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
@@ -218,11 +274,11 @@ def decode_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
     Raises:
         UnreadableInput: no regular file, no picture, truncated (never a part of a picture), damaged, too large.
     """
-    with _open(path) as file, warnings.catch_warnings():
+    with open_regular(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Pillow warns of is either harmless or refused here
         ImageFile.LOAD_TRUNCATED_IMAGES = False  # a process-wide switch that some libraries leave on
         try:
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(file, formats=_formats(path, file)) as image:
                 if image.width * image.height > max_pixels:
                     raise UnreadableInput(
                         path,
@@ -240,8 +296,35 @@ def decode_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
             raise UnreadableInput(path, f"damaged picture ({type(error).__name__}: {error})") from error
 
 
-def _open(path: Path | str) -> BinaryIO:
-    """A regular, non-empty file, opened; a named pipe would wait for ever and a device never end."""
+def decode_mask(path: Path | str) -> np.ndarray:
+    """The forgery mask at `path` as (H, W) float32 in [0, 1], 1 where forged.
+
+    Grey from 0 to 255, or 0 and 1, or black and one other colour, which marks what is forged.
+
+    Raises:
+        UnreadableInput: see `decode_image`; several colours, or grey values that say classes rather than how forged.
+    """
+    image = decode_image(path)
+    grey = image[:, :, 0]
+    if (image != grey[:, :, None]).any():
+        lit = image.reshape(-1, 3)[image.any(axis=2).ravel()]
+        if (lit != lit[0]).any():
+            raise UnreadableInput(
+                path, "a mask of several colours; expected grey, 0 for what is real to 255 for forged"
+            )
+        return image.any(axis=2).astype(np.float32)
+    highest = int(grey.max())
+    if 1 < highest < _DIMMEST_MASK:
+        raise UnreadableInput(path, f"a mask with values up to {highest}; expected 0 to 255, or 0 and 1")
+    return grey.astype(np.float32) / (1 if highest == 1 else 255)
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """A regular, non-empty file, opened; a named pipe would wait for ever and a device never end.
+
+    Raises:
+        UnreadableInput: no file, a folder, no regular file, an empty one, or one that may not be read.
+    """
     try:
         found = os.stat(path)
         if stat.S_ISDIR(found.st_mode):
@@ -253,6 +336,25 @@ def _open(path: Path | str) -> BinaryIO:
         return open(path, "rb")
     except OSError as error:
         raise UnreadableInput(path, error.strerror or str(error)) from None
+
+
+def _formats(path: Path | str, file: BinaryIO) -> tuple[str, ...]:
+    """Pillow's names of the kinds that this file may be; AVIF and HEIC where it begins like one and can be read here."""
+    head = file.read(12)
+    file.seek(0)
+    brand = head[8:] if head[4:8] == b"ftyp" else b""
+    if brand in _AVIF:
+        if not features.check("avif"):
+            raise UnreadableInput(path, 'an AVIF picture; to read it: pip install "pillow>=11.3"')
+        return (*FORMATS, "AVIF")
+    if brand in _HEIF:
+        try:
+            import pillow_heif
+        except ModuleNotFoundError:
+            raise UnreadableInput(path, "a HEIC picture; to read it: pip install pillow-heif") from None
+        pillow_heif.register_heif_opener()
+        return (*FORMATS, "HEIF")
+    return FORMATS
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -291,121 +393,3 @@ def resize_image(image: np.ndarray, width: int, height: int) -> np.ndarray:
         if (h, w) != image.shape[:2]:
             image = cv2.resize(image, (w, h), interpolation=how)
     return image
-
-
-# ---------------------------------------------------------------------------------------------------- video
-class _Clip(NamedTuple):
-    """What a pass over the packets tells, without decoding any: 5 to 15 ms for a ten-second clip."""
-
-    times: list[float]  # ms, of each frame in the order shown
-    keyframes: list[int]  # positions among the packets where decoding can begin
-    claimed: int  # frames that the header promises, 0 when it does not say
-    fps: float
-
-
-def sample_frames(path: Path | str, count: int) -> list[tuple[int, np.ndarray]]:
-    """`count` evenly spaced frames of a video: (frame number from 0, (H, W, 3) uint8 RGB), in order.
-
-    The middle frames of `count` equal parts; every frame when the video has no more than `count`. Stored rotation is
-    applied. Frames are skipped by seeking where a keyframe lies on the way (going from frame to frame is 3 to 6 times
-    as fast as asking OpenCV to seek to each of 32 frames of a ten-second clip with keyframes 250 apart), and a frame
-    found by seeking must carry the expected time stamp, else the video is read from its beginning. Memory: the
-    frames, 6 MB each at 1920x1080.
-
-    Raises:
-        UnreadableInput: no regular file, no video, no frames, or more than 2 % of what the header promises is missing.
-    """
-    if count < 1:
-        raise ValueError(f"count is {count}; at least one frame must be asked for")
-    with _open(path) as file, _quiet():
-        clip = _scan(path, file)
-        total = len(clip.times)
-        wanted = [int((i + 0.5) * total / count) for i in range(count)]
-        if total <= count:
-            wanted = list(range(total))
-        frames, _ = _read_frames(path, file, wanted, clip, seek=True)
-        if frames is None:
-            frames, reached = _read_frames(path, file, wanted, clip, seek=False)
-        if frames is None:
-            raise UnreadableInput(
-                path,
-                f"frame {reached} of {total} cannot be decoded; the video is damaged",
-            )
-    return frames
-
-
-def _open_video(path: Path | str, file: BinaryIO, *options: int) -> cv2.VideoCapture:
-    # From a stream: OpenCV cannot take a name that is not UTF-8, and FFmpeg gives some names a meaning.
-    file.seek(0)
-    capture = cv2.VideoCapture(file, cv2.CAP_FFMPEG, list(options))
-    if not capture.isOpened():
-        raise UnreadableInput(path, "not a video that can be read, or truncated before its index")
-    return capture
-
-
-def _scan(path: Path | str, file: BinaryIO) -> _Clip:
-    raw = _open_video(path, file, cv2.CAP_PROP_FORMAT, -1)  # packets, not pictures
-    claimed = max(0, int(raw.get(cv2.CAP_PROP_FRAME_COUNT)))
-    fps = raw.get(cv2.CAP_PROP_FPS)
-    times, keyframes = [], []
-    while raw.grab():
-        if raw.get(cv2.CAP_PROP_LRF_HAS_KEY_FRAME):
-            keyframes.append(len(times))
-        times.append(raw.get(cv2.CAP_PROP_POS_MSEC))
-    raw.release()
-    times.sort()  # packets come in decoding order
-    if not times:
-        raise UnreadableInput(path, "no video frames in it; empty or truncated")
-    # A stored count is exact; one estimated from duration and rate can be far off (variable rate), the time is not.
-    frame = 1000 / fps if fps > 0 else 0.0
-    short = claimed - len(times) > max(2, 0.02 * claimed)
-    if short and times[-1] - times[0] + 3 * frame < 0.98 * claimed * frame:
-        raise UnreadableInput(path, f"truncated: {len(times)} of {claimed} frames are there")
-    return _Clip(times, keyframes, claimed, fps)
-
-
-def _read_frames(
-    path: Path | str, file: BinaryIO, wanted: list[int], clip: _Clip, *, seek: bool
-) -> tuple[list[tuple[int, np.ndarray]] | None, int]:
-    """The frames `wanted` (rising), or None when one is not there or not the right one; and how far it came."""
-    capture = _open_video(path, file)
-    frames, position = [], 0  # position: number of the frame that grab() gives next
-    for index in wanted:
-        jumped = seek and _seek_pays(clip.keyframes, position, index)
-        if jumped:
-            if not capture.set(cv2.CAP_PROP_POS_FRAMES, index):
-                return None, position
-            position = index
-        while position <= index:
-            if not capture.grab():
-                return None, position
-            position += 1
-        if jumped and abs(capture.get(cv2.CAP_PROP_POS_MSEC) - clip.times[index]) > 1.0:
-            return None, position
-        ok, frame = capture.retrieve()
-        if not ok:
-            return None, position
-        frames.append((index, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)))
-    capture.release()
-    return frames, position
-
-
-def _seek_pays(keyframes: list[int], position: int, index: int) -> bool:
-    # OpenCV seeks to the last keyframe at least 16 frames ahead of the goal and decodes from there; it must skip
-    # some frames to be worth the decoder's restart.
-    before = bisect.bisect_right(keyframes, index - 16)
-    return before > 0 and keyframes[before - 1] > position + 16
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No messages of OpenCV and FFmpeg on stderr: what goes wrong is raised."""
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read once, at the first video
-    # OpenCV 4.12 has these two at its top, 4.14 there alone.
-    logging = getattr(cv2.utils, "logging", cv2)
-    level = logging.getLogLevel()
-    logging.setLogLevel(_ERRORS_ONLY)
-    try:
-        yield
-    finally:
-        logging.setLogLevel(level)

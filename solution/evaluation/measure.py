@@ -40,6 +40,9 @@ class Condition:
     degradation: DegradationConfig | None = None
 
 
+CLEAN = Condition("clean", "clean", "as they are")
+
+
 @dataclass(frozen=True)
 class Pictures:
     """What is known of the N pictures. `labels` (N,) int; every other field has one entry per picture."""

@@ -473,18 +473,9 @@ class Vlaforge(Member):
         if images.dtype == torch.uint8:
             images = images.to(self.tower.mean.dtype) / 255
         seen = self.look(images)
-        dtype = self.to_joint.weight.dtype  # of the member's own parts
-        patches = [seen.hidden[n].to(dtype) for n in settings.fusion_layers]
-        pixels = self.tower.normalize(images).to(dtype)
-        perceived = self.perceiver(pixels, patches)
-        maps, bias = self.decoder(perceived.queries, perceived.patches)
-        copies = self.directed_classes(seen, bias)
-        if settings.copy_gain != 1:
-            undirected = self.project(seen.cls_token)[:, None]
-            copies = undirected + settings.copy_gain * (copies - undirected)
-        features, global_logits = self.global_head(copies.to(dtype))
+        perceived, maps, bias = self.perceive(images, seen)
+        features, global_logits = self.global_score(seen, bias)
         embeddings, vla_logits = self.read(seen)
-        maps = self._as_map(maps)  # (B, Q, h, w)
         vla = vla_logits.softmax(dim=1)[:, 1:]
         local_logits = self.local_score(maps, vla_logits)
         localization = self.localize(maps).float().sigmoid()
@@ -501,6 +492,26 @@ class Vlaforge(Member):
             patch_embeddings=embeddings,
             adapted=seen.adapted,
         )
+
+    def perceive(self, images: torch.Tensor, seen: ClipPass) -> tuple[PerceiverOutput, torch.Tensor, torch.Tensor]:
+        """The ForgePerceiver on pictures (B, 3, S, S) in [0, 1] and what CLIP saw of them.
+
+        Returns its tokens, the localisation maps (B, Q, h, w) and the attention biases (B, heads, Q, N).
+        """
+        dtype = self.to_joint.weight.dtype  # of the member's own parts
+        patches = [seen.hidden[n].to(dtype) for n in self.config.vlaforge.fusion_layers]
+        pixels = self.tower.normalize(images).to(dtype)
+        perceived = self.perceiver(pixels, patches)
+        maps, bias = self.decoder(perceived.queries, perceived.patches)
+        return perceived, self._as_map(maps), bias
+
+    def global_score(self, seen: ClipPass, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """s_g of class tokens directed by bias (B, heads, Q, N): features (B, E) and two logits (B, 2)."""
+        copies, gain = self.directed_classes(seen, bias), self.config.vlaforge.copy_gain
+        if gain != 1:
+            undirected = self.project(seen.cls_token)[:, None]
+            copies = undirected + gain * (copies - undirected)
+        return self.global_head(copies.to(self.to_joint.weight.dtype))
 
     def local_score(self, maps: torch.Tensor, vla_logits: torch.Tensor) -> torch.Tensor:
         """s_VLA, two logits (B, 2): the maps (B, Q, h, w) weighted by A_VLA's fake channel, mixed and averaged.

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import copy
 import json
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,28 +27,20 @@ from solution.bundles.selftest import golden_pictures
 from solution.bundles.store import open_bundle
 from solution.config import (
     DegradationConfig,
-    FaceConfig,
     MemberConfig,
-    ViewConfig,
     VoteConfig,
 )
 from solution.data.degradation import use_one_opencv_thread
-from solution.data.faces import (
-    choose_face,
-    choose_track,
-    locate_once,
-    make_view,
-    share_locators,
+from solution.data.images import VIDEO_SUFFIXES, Input, Inputs, UnreadableInput
+from solution.data.views import (
+    View,
+    choose_in_all,
+    cut_views,
+    locators_for,
+    open_frames,
+    open_picture,
+    quiet_worker,
 )
-from solution.data.images import (
-    VIDEO_SUFFIXES,
-    Input,
-    Inputs,
-    UnreadableInput,
-    decode_image,
-    sample_frames,
-)
-from solution.data.training import degraded_picture
 from solution.errors import KitError
 from solution.models import merging as fastpath
 from solution.models.calibration import Calibrator
@@ -74,13 +65,6 @@ COMPILE_FROM = 50_000
 
 class ScoringError(KitError, RuntimeError):
     """Scores that cannot be had: names the member, what was found and what to do."""
-
-
-class View(NamedTuple):
-    """What some members see. face: how faces are located for it; None: it needs none."""
-
-    view: ViewConfig
-    face: FaceConfig | None
 
 
 # ------------------------------------------------------------------------------------------------ the ensemble
@@ -111,9 +95,7 @@ class Ensemble:
     def __post_init__(self) -> None:
         self.limit = self.batch_size
         self.looks = dict.fromkeys(self.members, 0)
-        by_member = {
-            name: View(c.view, c.face if c.view.source == "face" else None) for name, c in self.configs.items()
-        }
+        by_member = {name: View.of(config) for name, config in self.configs.items()}
         self.views = tuple(dict.fromkeys(by_member.values()))
         self.view_of = {name: self.views.index(v) for name, v in by_member.items()}
 
@@ -387,7 +369,7 @@ class Prepared:
 class Reader(Dataset):
     """Batches of (index, Input) to `Prepared`: decoded once, one face search, each distinct view cut once.
 
-    degradation, seed: degrade pictures first, drawn from (seed, name) (`data.degraded_picture`). faces: False leaves
+    degradation, seed: degrade pictures first, drawn from (seed, name) (`views.degraded_picture`). faces: False leaves
     faces out (there is no detector): every view shows the whole picture.
     """
 
@@ -402,8 +384,7 @@ class Reader(Dataset):
     ) -> None:
         self.views, self.frames = tuple(views), frames
         self.degradation, self.seed = degradation, seed
-        searches = [v.face for v in views if v.face is not None and faces]
-        self.locators = share_locators(searches)
+        self.locators = locators_for(self.views) if faces else {}
 
     def __getitem__(self, batch: Sequence[tuple[int, Input]]) -> Prepared:
         rows: list[Scored] = []
@@ -415,11 +396,11 @@ class Reader(Dataset):
             except UnreadableInput as error:
                 rows.append(row._replace(error=error.reason))
                 continue
-            boxes = self._locate(pictures, video=item.kind == "video")
-            for place, (view, face) in enumerate(self.views):
-                for picture, box in zip(pictures, boxes.get(face, [None] * len(pictures))):
-                    cut[place].append(make_view(picture, view, box, face or FaceConfig()))
-            shown = next(iter(boxes.values()), [None] * len(pictures))
+            faces = choose_in_all(pictures, self.locators, video=item.kind == "video")
+            for picture, chosen in zip(pictures, faces):
+                for place, view in enumerate(cut_views(picture, self.views, chosen)):
+                    cut[place].append(view)
+            shown = [next(iter(chosen.values()), None) for chosen in faces]
             rows.append(row._replace(frames=numbers, faces=[_brief(b) for b in shown]))
         views = [
             torch.from_numpy(np.stack(c)) if c else torch.empty(0, v.view.side, v.view.side, 3, dtype=torch.uint8)
@@ -429,36 +410,15 @@ class Reader(Dataset):
 
     def _decode(self, item: Input) -> tuple[list[int], list[np.ndarray]]:
         """Frame numbers (none for a picture) and pictures."""
+        how = self.degradation, self.seed
         if item.kind == "video":
-            found = sample_frames(item.path, self.frames)
-            numbers, pictures = [n for n, _ in found], [p for _, p in found]
-        else:
-            numbers, pictures = [], [decode_image(item.path)]
-        if self.degradation is not None:
-            names = [f"{item.name}#{n}" for n in numbers] or [item.name]
-            pictures = [degraded_picture(p, name, self.degradation, self.seed) for p, name in zip(pictures, names)]
-        return numbers, pictures
-
-    def _locate(self, pictures: list[np.ndarray], *, video: bool) -> dict[FaceConfig, list[FaceBox | None]]:
-        """By face configuration, the chosen face of every picture; of a video, one person's."""
-        size = pictures[0].shape[:2]
-        seen = [locate_once(self.locators, picture) for picture in pictures]
-        found = {}
-        for config in self.locators:
-            faces = [of_picture[config] for of_picture in seen]
-            found[config] = choose_track(faces, *size, config) if video else [choose_face(faces[0], *size, config)]
-        return found
+            return open_frames(item.path, item.name, self.frames, *how)
+        return [], [open_picture(item.path, item.name, *how)]
 
 
 def _brief(face: FaceBox | None) -> list[float] | None:
     """Box in hundredths of a pixel and score: what the journal and the sidecar keep of a face."""
     return None if face is None else [*(round(v, 2) for v in face[:4]), round(face[4], 5)]
-
-
-def _worker(_: int) -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def automatic_workers(device: torch.device) -> int:
@@ -532,7 +492,7 @@ def stream(
         sampler=batches,
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=_worker,
+        worker_init_fn=quiet_worker,
         pin_memory=cuda,
         prefetch_factor=2 if workers else None,
     )

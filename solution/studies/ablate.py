@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from solution.data.training import ManifestError
+from solution.data.manifest import ManifestError
 from solution.errors import UsageError, door
 from solution.evaluation import metrics
 from solution.io import write_atomically

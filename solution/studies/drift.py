@@ -23,25 +23,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from solution.config import OPS, DegradationConfig, FaceConfig
 from solution.data.degradation import use_one_opencv_thread
-from solution.data.faces import (
-    FaceLocator,
-    choose_face,
-    locate_once,
-    make_view,
-    share_locators,
-    view_box,
-)
-from solution.data.images import decode_image
-from solution.data.training import Item, degraded_picture, stable_seed
+from solution.data.faces import FaceLocator, choose_face, locate_once, share_locators, view_box
+from solution.data.images import stable_seed
+from solution.data.manifest import Item
+from solution.data.views import View, choose_faces, cut_views, open_picture, quiet_worker
 from solution.evaluation import maps
 from solution.evaluation.maps import Probe
-from solution.evaluation.measure import ENSEMBLE, Condition, EvaluationError, Pictures
+from solution.evaluation.measure import CLEAN, ENSEMBLE, Condition, EvaluationError, Pictures
 from solution.io import atomic_file, source_hash
 from solution.records import FaceBox
-from solution.scoring.ensemble import Ensemble, View
+from solution.scoring.ensemble import Ensemble
 from solution.scoring.vote import combine
 
-CLEAN = Condition("clean", "clean", "as they are")
 RANDOM = 3  # random maps a picture, the control of deletion and insertion
 DRAWS = 1000  # of the bootstrap
 GROUPS = 20  # of the jackknife
@@ -99,15 +92,10 @@ def see(picture: np.ndarray, views: Sequence[View], locators: Mapping[FaceConfig
     """Cut every view of a picture (H, W, 3), faces located in it as submission does; no locators: no faces."""
     size = picture.shape[:2]
     found = locate_once(locators, picture)
-    cut, rects = [], []
-    for view, config in views:
-        face = None
-        if config in found:
-            face = choose_face(found[config], *size, config)
-        cut.append(make_view(picture, view, face, config or FaceConfig()))
-        box = view_box(view, face, size, config or FaceConfig())
-        rects.append(maps.seen_rect(view, size, box))
-    return Seen(cut, np.array(rects), _any_face(found, size))
+    chosen = choose_faces(found, size)
+    boxes = [view_box(view, chosen.get(config), size, config or FaceConfig()) for view, config in views]
+    rects = [maps.seen_rect(view, size, box) for (view, _), box in zip(views, boxes)]
+    return Seen(cut_views(picture, views, chosen), np.array(rects), _any_face(found, size))
 
 
 def _any_face(found: Mapping[FaceConfig, list[FaceBox]], size: tuple[int, int]):
@@ -134,14 +122,8 @@ class _Pictures(Dataset):
 
     def __getitem__(self, index: int) -> Seen:
         item, how = self.items[index], self.condition
-        picture = decode_image(item.path)
-        if how.degradation is not None:
-            picture = degraded_picture(picture, item.name, how.degradation, how.seed)
+        picture = open_picture(item.path, item.name, how.degradation, how.seed)
         return see(picture, self.views, self.locators)
-
-
-def _worker(_: int) -> None:
-    torch.set_num_threads(1)
 
 
 def _batches(data: _Pictures, size: int, workers: int) -> Iterator[tuple[slice, list[Seen]]]:
@@ -150,7 +132,7 @@ def _batches(data: _Pictures, size: int, workers: int) -> Iterator[tuple[slice, 
         batch_size=size,
         num_workers=workers,
         collate_fn=list,
-        worker_init_fn=_worker,
+        worker_init_fn=quiet_worker,
         generator=torch.Generator(),
     )
     start = 0
@@ -344,7 +326,7 @@ def measure_all(
     return measured
 
 
-_CODE = ("studies.drift", "evaluation.maps", "data.degradation", "data.degradation_ops", "data.faces")
+_CODE = ("studies.drift", "evaluation.maps", "data.degradation", "data.degradation_ops", "data.faces", "data.views")
 
 
 def stored_path(folder, ensemble, items, condition, chosen, settings) -> Path:

@@ -807,6 +807,7 @@ def loader_only(bench: Bench, views: Sequence, batches: list) -> float:
     """Pictures/s of the scoring loader alone: decoding, faces, views, by its workers."""
     from torch.utils.data import DataLoader
 
+    from solution.data.views import quiet_worker
     from solution.scoring import ensemble as predict
 
     loader = DataLoader(
@@ -814,7 +815,7 @@ def loader_only(bench: Bench, views: Sequence, batches: list) -> float:
         sampler=batches,
         batch_size=None,
         num_workers=bench.workers,
-        worker_init_fn=predict._worker,
+        worker_init_fn=quiet_worker,
         pin_memory=bench.device.type == "cuda",
         prefetch_factor=2,
     )
@@ -961,7 +962,7 @@ def engine(config: Any) -> Any:
 def stage_compact_parity(bench: Bench, entry: dict) -> None:
     """The trained bundle on the bundled photographs, degraded many ways: default and plain half against float32."""
     from solution.config import DegradationConfig
-    from solution.data.training import Item
+    from solution.data.manifest import Item
     from solution.scoring import ensemble as predict
 
     need_bundle(bench)
@@ -1108,7 +1109,9 @@ def step_seconds(bench: Bench, member: Any, optimizer: Any, data: Any, reads: st
 
 def stage_training_loader(bench: Bench, entry: dict) -> None:
     """Pictures/s of the training loader alone (decoding, augmentation, the engine), beside the steps' rates."""
-    from solution.data.training import Item, Sample, TrainingViews, training_loader
+    from solution.data.epochs import Sample
+    from solution.data.manifest import Item
+    from solution.data.training import TrainingViews, training_loader
 
     items = [Item(given.name, given.path, index % 2) for index, given in enumerate(draw_files(bench))]
     batch, entry["workers"] = min(32, bench.sizes.whole), bench.workers

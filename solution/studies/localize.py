@@ -23,16 +23,11 @@ from solution.bundles.bundle import load_members
 from solution.bundles.store import open_bundle
 from solution.config import DegradationConfig, MemberConfig
 from solution.data.degradation import use_one_opencv_thread
-from solution.data.faces import FaceDetectorMissing, FaceLocator, choose_face, make_view
-from solution.data.images import UnreadableInput, decode_image
+from solution.data.faces import FaceDetectorMissing, FaceLocator, make_view
+from solution.data.images import UnreadableInput, stable_seed
+from solution.data.manifest import Item, ManifestError, draw_items, read_manifest
 from solution.data.self_blend import self_blend, side_by_side
-from solution.data.training import (
-    Item,
-    ManifestError,
-    degraded_picture,
-    read_manifest,
-    stable_seed,
-)
+from solution.data.views import degraded_picture, find_face, open_picture
 from solution.evaluation import metrics
 from solution.models.towers import WeightsError
 from solution.models.vlaforge import Vlaforge
@@ -62,8 +57,8 @@ def blends(
     """
     locator = FaceLocator(config.face)
     for item in items:
-        image = decode_image(item.path)
-        face = choose_face(locator.locate(image), *image.shape[:2], config.face)
+        image = open_picture(item.path, item.name)
+        face = find_face(image, locator)
         rng = np.random.default_rng([seed, stable_seed(item.name)])
         fake, mask = self_blend(image, face, rng)
         views = []
@@ -170,8 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         items = [item for item in items if item.label == 0]
         if not items:
             raise ManifestError(f"{args.data}: no real picture of split {args.split!r}")
-        order = np.random.default_rng(args.seed).permutation(len(items))
-        chosen = [items[i] for i in sorted(order[: args.count])]
+        chosen = draw_items(items, args.count, args.seed)
         bundle = open_bundle(args.weights)
         member = load_members(bundle, ["vlaforge"], device=args.device)["vlaforge"]
         args.out.mkdir(parents=True, exist_ok=True)

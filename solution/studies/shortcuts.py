@@ -22,7 +22,7 @@ from tqdm import tqdm
 from solution.config import FaceConfig, ViewConfig
 from solution.data.faces import make_view
 from solution.data.images import decode_image
-from solution.data.training import Item, ManifestError, read_manifest
+from solution.data.manifest import Item, ManifestError, read_manifest
 from solution.errors import door
 from solution.evaluation import metrics
 

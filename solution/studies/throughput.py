@@ -138,25 +138,22 @@ def _preparation(ensemble, inputs) -> list:
     """Time decoding, faces and views on one core, and the transfer; returns a batch of views on the device."""
     import torch
 
-    from solution.data.faces import FaceLocator, choose_face, detector_file, make_view
-    from solution.data.images import decode_image
+    from solution.data.faces import detector_file
+    from solution.data.views import choose_in_all, cut_views, locators_for, open_picture
 
     begun = time.perf_counter()
-    pictures = [decode_image(item.path) for item in inputs]
+    pictures = [open_picture(item.path, item.name) for item in inputs]
     _line("decode", len(pictures) / (time.perf_counter() - begun), "one core")
-    config = next(iter(ensemble.configs.values())).face
-    faces = [None] * len(pictures)
-    if any(view.face for view in ensemble.views):
+    locators = locators_for(ensemble.views)
+    faces = [{} for _ in pictures]
+    if locators:
         detector_file()
-        locator = FaceLocator(config)
-        locator.locate(pictures[0])  # loads the network
+        choose_in_all(pictures[:1], locators, video=False)  # loads the network
         begun = time.perf_counter()
-        faces = [choose_face(locator.locate(p), *p.shape[:2], config) for p in pictures]
+        faces = choose_in_all(pictures, locators, video=False)
         _line("faces", len(pictures) / (time.perf_counter() - begun), "one core")
     begun = time.perf_counter()
-    cut = [
-        [make_view(p, view, face, own or config) for p, face in zip(pictures, faces)] for view, own in ensemble.views
-    ]
+    cut = list(zip(*(cut_views(p, ensemble.views, chosen) for p, chosen in zip(pictures, faces))))
     spent = time.perf_counter() - begun
     _line("views", len(pictures) / spent, f"{len(cut)} distinct, one core")
     size = ensemble.batch_size
@@ -202,8 +199,7 @@ def _authors(args: argparse.Namespace) -> dict:
     import torch
 
     from solution.bundles.members import build_member, random_towers
-    from solution.data.faces import FaceLocator, choose_face, make_view
-    from solution.data.images import decode_image
+    from solution.data.views import View, locators_for, open_picture, see, stack_views
     from solution.models import merging as fastpath
     from solution.presets import preset
 
@@ -220,18 +216,12 @@ def _authors(args: argparse.Namespace) -> dict:
             held += sum(p.numel() * p.element_size() for p in member.parameters())
             size = args.batch or automatic_size(member, device)
             inputs = _draw_files(Path(folder), args.pictures or 2 * size, args.side)
-            locator = FaceLocator(config.face)
+            seen = (View.of(config),)
+            locators = locators_for(seen)
 
-            def views(batch, config=config, locator=locator):
-                cut = []
-                for item in batch:
-                    picture, face = decode_image(item.path), None
-                    if config.view.source == "face":
-                        found = locator.locate(picture)
-                        face = choose_face(found, *picture.shape[:2], config.face)
-                    cut.append(make_view(picture, config.view, face, config.face))
-                stacked = torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2)
-                return stacked.contiguous().to(device)
+            def views(batch, seen=seen, locators=locators):
+                pictures = [open_picture(item.path, item.name) for item in batch]
+                return stack_views([see(p, seen, locators)[0] for p in pictures]).to(device)
 
             with torch.inference_mode():
                 member(views(inputs[:size])).logit.cpu()  # warms up
@@ -428,7 +418,7 @@ def run_parity(args: argparse.Namespace) -> int:
     Too far: more than 0.1 % of a member's levels differ, or its AUC by more than 0.0005.
     """
     from solution.bundles.store import open_bundle
-    from solution.data.training import draw_items, read_manifest
+    from solution.data.manifest import draw_items, read_manifest
     from solution.scoring import ensemble as predict
 
     bundle = open_bundle(args.weights)
@@ -449,15 +439,15 @@ def run_parity(args: argparse.Namespace) -> int:
         looks[way] = ensemble.looks
         print(f"{way:8} {len(items) / spent:8.2f} pictures/s   {ensemble.describe()}")
     print(f"{'':20} max |dp|  mean |dp|  levels changed  AUC difference  second looks")
-    worst = True
+    within = True
     for way in ("default", "fast"):
         for name, p in found[way].items():
             fits, text = compared(p, found["float32"][name], labels, bundle.vote.step)
-            worst &= fits or way == "fast"
+            within &= fits or way == "fast"
             again = f"{looks[way][name] / len(items):12.2%}"
             print(f"{way:8} {name:10} {text} {again}")
-    print("within bounds" if worst else "the default departs too far from float32")
-    return 0 if worst else 1
+    print("within bounds" if within else "the default departs too far from float32")
+    return 0 if within else 1
 
 
 def compared(p: np.ndarray, exact: np.ndarray, labels: np.ndarray, step: float) -> tuple[bool, str]:

@@ -1,0 +1,128 @@
+"""The scripts at the top: what train.sh asks for, what it leaves, and the shape of the kit."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import make_smoke_data
+import pytest
+
+import submit
+from solution import assemble, presets, train, weights
+from solution.config import MEMBERS, override
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "2"}
+
+
+def run(*command, cwd=ROOT, **environment):
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_shipped_bundle_is_whole_and_small_enough():
+    folder = ROOT / "weights/compact"
+    assert weights.main(["verify", str(folder)]) == 0
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    assert size <= 90e6
+
+
+def test_train_sh_says_what_it_misses(tmp_path):
+    for given, missing in [({}, "set DATA"), ({"DATA": "x"}, "set PRESET")]:
+        done = run("bash", "train.sh", **given)
+        assert done.returncode != 0 and missing in done.stderr
+    done = run("bash", "train.sh", DATA="x", PRESET="compact", OUT=str(tmp_path))
+    assert done.returncode != 0 and "set TOWER" in done.stderr
+    assert run("bash", "train.sh", "--fast").returncode == 2
+
+
+def asked_for(**environment):
+    """The words of every `python` command that train.sh starts, in order; PYTHON=echo prints them instead."""
+    given = ["--smoke"] if "PRESET" not in environment else []
+    done = run("bash", "train.sh", *given, PYTHON="echo", **environment)
+    assert done.returncode == 0, done.stderr
+    *commands, last = done.stdout.splitlines()
+    assert last.startswith("train.sh: done")
+    return [line.split() for line in commands]
+
+
+@pytest.mark.parametrize("preset", ["compact", "giant"])
+def test_train_sh_asks_for_what_training_takes(preset, tmp_path):
+    (tmp_path / "data.csv").touch()
+    *trainings, last = asked_for(
+        PRESET=preset,
+        DATA=str(tmp_path / "data.csv"),
+        TOWER=str(tmp_path),
+        OUT=str(tmp_path / "out"),
+    )
+    names = []
+    for _, module, *words in trainings:
+        assert module == "solution.train"
+        args = train.parse(words)
+        names.append(args.member)
+        override(presets.preset(args.preset, args.member), args.set)
+    assert set(MEMBERS) <= set(names)
+    assert last[1] == "solution.assemble"
+
+
+def scores_with_every_member(out, folder):
+    """A submission of the smoke data's validation pictures with the bundle, checked."""
+    members = json.loads((out / "bundle/ensemble.json").read_text())["members"]
+    assert members == list(MEMBERS)
+    words = ["--weights", out / "bundle", "--input", out / "data/val", "--exact"]
+    words += ["--out", folder / "preds.csv", "--members", "all", "--device", "cpu"]
+    assert submit.main([str(word) for word in words]) == 0
+    assert len(rows(folder / "preds.csv")) == 16
+    columns = rows(folder / "preds.members.csv")[0]
+    assert {f"{m}_p" for m in members} < set(columns)
+
+
+def test_what_smoke_training_asks_for_leaves_a_bundle_that_scores(tmp_path):
+    """Data, five members and the tower that two of them look through, calibration, bundle, a submission: one process."""
+    out = tmp_path / "smoke"
+    (_, *data), *trainings, last = asked_for(OUT=str(out), EXTRA="--quiet")
+    assert data == ["--out", str(out / "data")]
+    make_smoke_data.write(out / "data")
+    for _, module, *words in trainings:
+        assert module == "solution.train" and train.main(words) == 0
+    assert last[:2] == ["-m", "solution.assemble"] and assemble.main(last[2:]) == 0
+    scores_with_every_member(out, tmp_path)
+
+
+@pytest.mark.slow
+def test_smoke_training_leaves_a_bundle_that_scores(tmp_path):
+    """The same through `bash train.sh --smoke`, every step in a process of its own."""
+    out = tmp_path / "smoke"
+    done = run("bash", "train.sh", "--smoke", OUT=str(out), EXTRA="--quiet")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "train.sh: done" in done.stdout
+    scores_with_every_member(out, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["submit.py", "train.sh", "test.sh", "LICENSE"])
+def test_the_shape_of_the_kit(name):
+    assert (ROOT / name).is_file()
+    allowed = {
+        "README.md",
+        "requirements.txt",
+        "submit.py",
+        "train.sh",
+        "test.sh",
+        "LICENSE",
+    }
+    tracked = run("git", "ls-files").stdout.split()
+    assert {t for t in tracked if "/" not in t} - allowed <= {".gitignore"}
