@@ -17,12 +17,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from solution.errors import FAILURES, door
+
 # The libraries are imported where they are used: --help comes at once.
 if TYPE_CHECKING:
     from solution.data.layouts import Found
 
 LAYOUTS = ["ff++", "celeb-df", "dfdc", "dfdcp", "deepfakebench", "wilddeepfake", "df40", "folders", "kaggle", "ntire"]
-DONE, USAGE, ENVIRONMENT, FAILURES, INTERRUPTED = 0, 2, 3, 4, 130
+DONE = 0
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -203,24 +205,10 @@ def _say_done(out: Path, report: dict[str, Any]) -> None:
     )
 
 
+@door("prepare", interrupted="interrupted; the same command goes on from here")
 def main(argv: list[str] | None = None) -> int:
     """Prepare; exit codes: 0 done, 2 usage, 3 environment, 4 done with failures, 130 interrupted and resumable."""
-    args = parse(argv)
-    from solution.data.faces import FaceDetectorMissing
-    from solution.data.layouts import LayoutError
-    from solution.data.preparing import PrepareError
-
-    try:
-        return prepare(args)
-    except (LayoutError, PrepareError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return USAGE
-    except (FaceDetectorMissing, OSError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return ENVIRONMENT
-    except KeyboardInterrupt:
-        print("prepare: interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
+    return prepare(parse(argv))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from typing import Any
 
 from solution.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, printable
 from solution.data.labels import EXPECTED, FAKE, REAL, is_split, label_of, split_of
+from solution.errors import UsageError
 
 WHOLE = "whole"  # stands for the mask of a picture that is generated from edge to edge
 
 
-class LayoutError(ValueError):
+class LayoutError(UsageError):
     """A data set that cannot be read without guessing: names what was found and what is known."""
 
 

@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw
 from solution.data.cropping import Cropper, CropSettings, Record, stamp
 from solution.data.images import decode_image, resize_image
 from solution.data.layouts import WHOLE, Entry
+from solution.errors import UsageError
 from solution.io import atomic_file
 
 JOURNAL, MANIFEST, PREVIEW = "prepared.jsonl", "manifest.csv", "preview.png"
@@ -33,7 +34,7 @@ COLUMNS = ("path", "label", "source", "split", "generator", "group", "mask", "vi
 _CHUNK = 16  # pictures of one job: handing over one at a time costs more than a small picture's decoding
 
 
-class PrepareError(ValueError):
+class PrepareError(UsageError):
     """An output folder that does not belong to this run; says what differs and what to do."""
 
 
