@@ -16,7 +16,29 @@ from typing import Any
 
 from solution.errors import UsageError
 
-MEMBERS = ("global", "face", "fusion", "qtfp", "vlaforge")
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of member needs, whatever its name: rooms ask for these, never for a name.
+
+    masks: it trains with what was forged. second_tower: a frozen CLIP beside its own tower. text: its own tower is a CLIP
+    with a text encoder, and sees a view of any side. spares_parameters: a step may leave some of them without a gradient.
+    """
+
+    masks: bool = False
+    second_tower: bool = False
+    text: bool = False
+    spares_parameters: bool = False
+
+
+KINDS = {
+    "global": Kind(),
+    "face": Kind(),
+    "fusion": Kind(second_tower=True),
+    "qtfp": Kind(),
+    "vlaforge": Kind(masks=True, text=True, spares_parameters=True),
+}
+MEMBERS = tuple(KINDS)
 # Table (b) of arXiv 2604.25889, in its order; the index of an op is its number there.
 OPS = (
     "blur",
@@ -188,9 +210,24 @@ class TowerConfig:
         )
 
     @property
+    def travels(self) -> bool:
+        """Whether its weights travel in the bundle: no public repository has them."""
+        return self.source.partition(":")[0] == "bundle"
+
+    @property
     def public(self) -> bool:
         """Whether its weights come from a public repository rather than the bundle."""
-        return not self.source.startswith("bundle")
+        return not self.travels
+
+    @property
+    def derived_from(self) -> str:
+        """The DINOv2 tower of the bundle whose image weights a CLIP takes; empty: its weights are its own."""
+        return self.source.partition(":")[2] if self.travels else ""
+
+    @property
+    def stored_name(self) -> str:
+        """The tower whose file holds this one's image weights: itself, or the one that it is derived from."""
+        return self.derived_from or self.name
 
 
 @dataclass(frozen=True)
@@ -654,18 +691,29 @@ class MemberConfig:
             re.fullmatch(r"[A-Za-z0-9_-]+", self.name) is not None,
             f"member name {self.name!r}: letters, digits, - and _ only",
         )
+        needs = KINDS[self.kind]
         require(
-            self.kind == "vlaforge" or self.view.side % self.tower.arch.patch == 0,
+            needs.text or self.view.side % self.tower.arch.patch == 0,
             f"{self.name}: view.side {self.view.side} is no multiple of the tower's patch {self.tower.arch.patch}",
         )
         require(
-            (self.kind == "fusion") == (self.clip is not None),
+            needs.second_tower == (self.clip is not None),
             f"{self.name}: `clip` belongs to the fusion member alone",
         )
         require(
-            self.kind != "vlaforge" or self.tower.kind == "clip",
+            not needs.text or self.tower.kind == "clip",
             "vlaforge needs a CLIP tower with its text encoder",
         )
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether it trains with masks of what was forged."""
+        return KINDS[self.kind].masks
+
+    @property
+    def needs_faces(self) -> bool:
+        """Whether it trains with located faces: it sees them, pictures are blended there, or they bound a mask."""
+        return self.view.source == "face" or self.augment.self_blend_p > 0 or self.needs_masks
 
 
 @dataclass(frozen=True)
