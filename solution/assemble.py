@@ -13,19 +13,9 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from solution.bundles.bundle import write_bundle
-from solution.bundles.members import read_config
-from solution.bundles.selftest import add_golden
-from solution.config import DegradationConfig, VoteConfig
-from solution.data.manifest import draw_items, read_manifest
 from solution.errors import door
-from solution.evaluation.fit import fit_ensemble
-from solution.io import write_atomically
-from solution.models.calibration import Calibrator
-from solution.scoring import ensemble as predict
-from solution.train import readable
+
+# What needs torch is imported inside functions: --help answers at once.
 
 
 def assemble(
@@ -48,6 +38,19 @@ def assemble(
     degraded pictures are drawn anew for each of `seeds`.
     limit: at most so many validation pictures, seeded (smoke runs).
     """
+    import numpy as np
+
+    from solution.bundles.bundle import write_bundle
+    from solution.bundles.members import read_config
+    from solution.bundles.selftest import add_golden
+    from solution.config import DegradationConfig, VoteConfig
+    from solution.data.manifest import draw_items, read_manifest
+    from solution.evaluation.fit import fit_ensemble
+    from solution.io import write_atomically
+    from solution.models.calibration import Calibrator
+    from solution.scoring import ensemble as predict
+    from solution.train import readable
+
     items, report = read_manifest(data, split="val")
     configs = [read_config(members / name) for name in names]
     strict = [c for c in configs if c.sampling.on_unreadable == "fail"]

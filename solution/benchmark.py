@@ -176,7 +176,7 @@ def run_vlaforge(args: argparse.Namespace) -> int:
     import torch
 
     from solution.bundles.members import build_member, random_towers
-    from solution.config import preset
+    from solution.presets import preset
 
     if args.threads:
         torch.set_num_threads(args.threads)

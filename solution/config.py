@@ -1,4 +1,4 @@
-"""Every number: frozen dataclasses that check themselves; the presets `giant`, `compact`, `ntire26`.
+"""Every number's place: frozen dataclasses that check themselves; to and from JSON and `--set`. The presets: presets.py.
 
 A `MemberConfig` describes one member completely: what it sees, its tower and adapter, its losses, and how it is
 trained. It is saved beside the weights as JSON and read back from there; a bundle never depends on today's presets.
@@ -11,13 +11,36 @@ import dataclasses
 import re
 import types
 import typing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from solution.errors import UsageError
 
-MEMBERS = ("global", "face", "fusion", "qtfp", "vlaforge")
-OPS = (  # spec table (b), in its order; the index of an op is its number there
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of member needs, whatever its name: rooms ask for these, never for a name.
+
+    masks: it trains with what was forged. second_tower: a frozen CLIP beside its own tower. text: its own tower is a CLIP
+    with a text encoder, and sees a view of any side. spares_parameters: a step may leave some of them without a gradient.
+    """
+
+    masks: bool = False
+    second_tower: bool = False
+    text: bool = False
+    spares_parameters: bool = False
+
+
+KINDS = {
+    "global": Kind(),
+    "face": Kind(),
+    "fusion": Kind(second_tower=True),
+    "qtfp": Kind(),
+    "vlaforge": Kind(masks=True, text=True, spares_parameters=True),
+}
+MEMBERS = tuple(KINDS)
+# Table (b) of arXiv 2604.25889, in its order; the index of an op is its number there.
+OPS = (
     "blur",
     "motion_blur",
     "sensor_noise",
@@ -79,7 +102,7 @@ class ViewConfig:
 
 @dataclass(frozen=True)
 class FaceConfig:
-    """Face location and choice (spec, "Face crop"); `margin`, `lead` and `min_area` are the published ones.
+    """Face location and choice (arXiv 2604.25889); `margin`, `lead` and `min_area` are the published ones.
 
     The published detector was RetinaFace at 0.9; YuNet's scores are lower. Measured by `python -m solution.benchmark
     faces` on 300 validation faces and on 270 face-free pictures and tiles, both under the engine: at 0.9 85.7 % found
@@ -187,9 +210,24 @@ class TowerConfig:
         )
 
     @property
+    def travels(self) -> bool:
+        """Whether its weights travel in the bundle: no public repository has them."""
+        return self.source.partition(":")[0] == "bundle"
+
+    @property
     def public(self) -> bool:
         """Whether its weights come from a public repository rather than the bundle."""
-        return not self.source.startswith("bundle")
+        return not self.travels
+
+    @property
+    def derived_from(self) -> str:
+        """The DINOv2 tower of the bundle whose image weights a CLIP takes; empty: its weights are its own."""
+        return self.source.partition(":")[2] if self.travels else ""
+
+    @property
+    def stored_name(self) -> str:
+        """The tower whose file holds this one's image weights: itself, or the one that it is derived from."""
+        return self.derived_from or self.name
 
 
 @dataclass(frozen=True)
@@ -241,10 +279,10 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class QtfpConfig:
-    """QTFP (CVPR 2026); what the paper leaves open is named `ours` in the specification.
+    """QTFP (CVPR 2026); what the paper leaves open is marked `ours`.
 
     The defaults build the paper's plain form and are what a saved configuration without a field means; the presets ask
-    for `QTFP_LIVE` instead.
+    for `presets.QTFP_LIVE` instead.
     pool: `queries`, or `cls` for the ablation's base.
     key_width: channels of the learned key projection per head (ours); 0: none, the paper's attention.
     query_std: of the starting queries' entries. With a key projection their length has no effect, and this only sets how
@@ -300,17 +338,6 @@ class QtfpConfig:
             self.diversity >= 0 and self.raal_warmup >= 0,
             f"qtfp.diversity {self.diversity} and qtfp.raal_warmup {self.raal_warmup} cannot be negative",
         )
-
-
-# A gathering that starts distinct and far from uniform, and time to find something before RAAL pulls it to the CLS map.
-QTFP_LIVE = QtfpConfig(
-    heads=2,
-    key_width=64,
-    query_std=0.2,
-    weight_scope="picture",
-    diversity=0.1,
-    raal_warmup=1000,
-)
 
 
 @dataclass(frozen=True)
@@ -437,7 +464,7 @@ VLAFORGE_LOSSES = {
 # ---------------------------------------------------------------------------------------------------- training
 @dataclass(frozen=True)
 class DegradationConfig:
-    """The extreme compound engine (spec, "The extreme compound degradation engine").
+    """The extreme compound engine (arXiv 2604.25889).
 
     `strength` None draws s ~ Beta(beta, beta) anew for each op; a number fixes it (severity sweeps).
     `growth` bounds the working picture at this multiple of the input side.
@@ -664,23 +691,34 @@ class MemberConfig:
             re.fullmatch(r"[A-Za-z0-9_-]+", self.name) is not None,
             f"member name {self.name!r}: letters, digits, - and _ only",
         )
+        needs = KINDS[self.kind]
         require(
-            self.kind == "vlaforge" or self.view.side % self.tower.arch.patch == 0,
+            needs.text or self.view.side % self.tower.arch.patch == 0,
             f"{self.name}: view.side {self.view.side} is no multiple of the tower's patch {self.tower.arch.patch}",
         )
         require(
-            (self.kind == "fusion") == (self.clip is not None),
+            needs.second_tower == (self.clip is not None),
             f"{self.name}: `clip` belongs to the fusion member alone",
         )
         require(
-            self.kind != "vlaforge" or self.tower.kind == "clip",
+            not needs.text or self.tower.kind == "clip",
             "vlaforge needs a CLIP tower with its text encoder",
         )
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether it trains with masks of what was forged."""
+        return KINDS[self.kind].masks
+
+    @property
+    def needs_faces(self) -> bool:
+        """Whether it trains with located faces: it sees them, pictures are blended there, or they bound a mask."""
+        return self.view.source == "face" or self.augment.self_blend_p > 0 or self.needs_masks
 
 
 @dataclass(frozen=True)
 class VoteConfig:
-    """The vote (spec, "Calibrated, discretized voting").
+    """The vote (arXiv 2604.25889).
 
     weights: votes per member, by name. step: the grid of a level. mean: `levels` (discretized), `levels_rounded`
     (the mean rounded to the grid again: the published entry), `probability` or `logit` (no grid).
@@ -710,291 +748,6 @@ class VoteConfig:
             f"vote.weights {self.weights}: somebody must vote",
         )
         require(0 < self.step <= 1, f"vote.step is {self.step}; it must lie in (0, 1]")
-
-
-# ---------------------------------------------------------------------------------------------------- presets
-def _dinov2_giant() -> TowerConfig:
-    # The commit of facebook/dinov2-giant that has safetensors: 1.14 B parameters, 4,546,005,432 bytes.
-    return TowerConfig(
-        "dinov2-giant",
-        "dinov2",
-        Dinov2Arch(),
-        source="facebook/dinov2-giant",
-        revision="611a9d42f2335e0f921f1e313ad3c1b7178d206d",
-        sha256="917d3c470db999d32a312f8542149be91c7cbac61ee8fb4b67ae3d82b79ce21f",
-    )
-
-
-def _clip_large(statistics: str = "clip", text: bool = True) -> TowerConfig:
-    arch = ClipArch() if text else ClipArch(text_layers=0)
-    name = "clip-vit-l14" if text else "clip-vit-l14-image"
-    return TowerConfig(
-        name,
-        "clip",
-        arch,
-        source="timm/vit_large_patch14_clip_224.openai",
-        revision="18d0535469bb561bf468d76c1d73aa35156c922b",
-        statistics=statistics,
-        sha256="9ce2e8a8ebfff3793d7d375ad6d3c35cb9aebf3de7ace0fc7308accab7cd207e",
-    )
-
-
-def _giant(member: str) -> MemberConfig:
-    if member in ("global", "face"):
-        view = ViewConfig("face" if member == "face" else "image", 256, 252)
-        return MemberConfig(member, view, _dinov2_giant())
-    if member == "fusion":
-        optim = OptimConfig(lr=1e-6, warmup_steps=50)
-        train = TrainConfig(epochs=13, accumulate=8, head_epochs=3)
-        view = ViewConfig("image", 224, 224)
-        clip = _clip_large(text=False)
-        return MemberConfig("fusion", view, _dinov2_giant(), clip=clip, optim=optim, train=train)
-    if member == "qtfp":
-        optim = OptimConfig(lr=2e-4, schedule="constant", warmup_steps=0)
-        train = TrainConfig(batch=16, accumulate=1)
-        adapter = AdapterConfig("effort", rank=1, dropout=0.0)
-        tower = _clip_large(text=False)
-        return MemberConfig(
-            "qtfp",
-            ViewConfig("face", 224, 224),
-            tower,
-            adapter,
-            qtfp=QTFP_LIVE,
-            optim=optim,
-            train=train,
-        )
-    optim = OptimConfig(lr=2e-5, schedule="constant", warmup_steps=0)
-    train = TrainConfig(epochs=60, steps_per_epoch=300, batch=32, accumulate=1)
-    view = ViewConfig("face", 256, 256)  # the ForgePerceiver sees 256 px; the member resizes that to CLIP's 224 itself
-    sampling = SamplingConfig(frames=32)
-    augment = AugmentConfig(self_blend_p=0.25)
-    return MemberConfig(
-        "vlaforge",
-        view,
-        _clip_large(),
-        AdapterConfig("none"),
-        optim=optim,
-        train=train,
-        sampling=sampling,
-        augment=augment,
-    )
-
-
-COMPACT_SIDE = 168  # px: 12 x 12 patches
-FACE_SIDE = 196  # px: 14 x 14 patches of a tight crop
-SMALLEST_FACE = 0.002  # of the picture, in `compact`: 43 px in a frame of 1280 x 720
-# What makes whole faces in the data that `compact` was trained on: their forgery mask is the face.
-COMPACT_GENERATED = (
-    "stylegan1",
-    "mobilestylegan",
-    "stylegan2_tpdne",
-    "stylegan_generatedphotos_like",
-    "sd21",
-    "sdxl",
-    "flux1_schnell",
-)
-
-
-def _compact_tower(name: str) -> TowerConfig:
-    """A DINOv2 ViT-S/14 that the bundle brings, trained by the member it is named after."""
-    arch = Dinov2Arch(width=384, layers=12, heads=6, mlp_ratio=4, swiglu=False)
-    return TowerConfig(f"s14-{name}", "dinov2", arch, source="bundle")
-
-
-def _compact_clip(text: bool) -> TowerConfig:
-    """The tower `s14-semantic` in open_clip's layout; the text tower, where there is one, is small and learned."""
-    arch = ClipArch(
-        width=384,
-        layers=12,
-        heads=6,
-        patch=14,
-        image_side=COMPACT_SIDE,
-        embed_dim=256,
-        quick_gelu=False,
-        layer_scale=True,
-        pre_norm=False,
-        norm_eps=1e-6,
-        text_width=128,
-        text_layers=4 if text else 0,
-        text_heads=4,
-        context=11,  # the prompts' tokens: the member maps its few words to a table of their own
-        vocab=12,
-    )
-    name = "s14-clip" if text else "s14-clip-image"
-    return TowerConfig(name, "clip", arch, source="bundle:s14-semantic")
-
-
-def _compact(member: str) -> MemberConfig:
-    """Five members on four towers of their own, and `semantic`, which trains the tower of fusion's and vlaforge's."""
-    side = COMPACT_SIDE
-    optim = OptimConfig(
-        lr=2e-4,
-        head_lr=2e-4,
-        weight_decay=0.05,
-        decoupled=True,
-        warmup_steps=50,
-        final_lr=0.0,
-    )
-    train = TrainConfig(epochs=20, batch=128, accumulate=1, precision="bf16", average=0.99)
-    augment = AugmentConfig(crop_p=0.5, self_blend_p=0.3, colour_p=0.5, sharpness_p=0.3, side=208)
-    shared = {
-        "optim": optim,
-        "train": train,
-        "augment": augment,
-        "sampling": SamplingConfig(balance="temperature", fully_generated=COMPACT_GENERATED),
-        "stream": StreamConfig(focal_gamma=0.0),
-        # The training pictures are faces with their surroundings: a frame with a small face is cut down to that framing.
-        "face": FaceConfig(margin=1.4, min_area=SMALLEST_FACE, max_area=0.25),
-    }
-    whole, full = ViewConfig("face", side, side), AdapterConfig("full")
-    lora = AdapterConfig("lora", rank=16, alpha=32.0, dropout=0.05)
-    decayed = replace(optim, layer_decay=0.75)
-    if member == "global":
-        shared["optim"] = decayed
-        return MemberConfig("global", whole, _compact_tower("global"), full, **shared)
-    if member == "face":
-        shared |= {
-            "optim": decayed,
-            "face": FaceConfig(margin=1.15, min_area=SMALLEST_FACE),
-            "augment": replace(augment, self_blend_p=0.6, crop_p=0.0),
-        }
-        view = ViewConfig("face", FACE_SIDE, FACE_SIDE)
-        return MemberConfig("face", view, _compact_tower("face"), full, **shared)
-    if member == "semantic":
-        norm = AdapterConfig("norm")
-        shared["optim"] = replace(optim, lr=1e-3)
-        return MemberConfig("semantic", whole, _compact_tower("semantic"), norm, kind="global", **shared)
-    if member == "fusion":
-        shared["train"] = replace(train, epochs=6, head_epochs=3, head_lr=1e-3, head_warmup_steps=50)
-        return MemberConfig(
-            "fusion",
-            whole,
-            _compact_tower("global"),
-            lora,
-            clip=_compact_clip(text=False),
-            **shared,
-        )
-    if member == "qtfp":
-        shared["optim"] = replace(decayed, head_lr=5e-4)
-        shared["qtfp"] = replace(QTFP_LIVE, readout="each", raal_warmup=500)
-        return MemberConfig("qtfp", whole, _compact_tower("qtfp"), full, **shared)
-    require(
-        member == "vlaforge",
-        f"preset compact has no member {member!r}; it has {', '.join(MEMBERS)}, semantic",
-    )
-    vlaforge = VlaforgeConfig(
-        width=96,
-        blocks=4,
-        queries=32,
-        input_side=side // 14 * 16,
-        decoder_hidden=128,
-        decoder_out=64,
-        fusion_layers=(1, 4, 8),
-        train_text=True,
-        vla_scale=10.0,
-        bias_scale=4.0,
-        copy_gain=4.0,
-        adapter_after=6,
-        adapter_width=96,
-        losses="paper, focal",
-        w_focal=1.0,
-    )
-    shared["optim"] = replace(optim, lr=1e-3, head_lr=1e-3)
-    view = ViewConfig("face", side // 14 * 16, side // 14 * 16)
-    tower = _compact_clip(text=True)
-    return MemberConfig("vlaforge", view, tower, AdapterConfig("none"), vlaforge=vlaforge, **shared)
-
-
-def _tiny(member: str) -> MemberConfig:
-    """`compact` with towers of a few thousand random weights: smoke runs and tests of the whole path; it detects nothing."""
-    side = 56
-    dino = Dinov2Arch(width=32, layers=2, heads=2, swiglu=False, image_side=side)
-    clip = ClipArch(
-        width=32,
-        layers=2,
-        heads=2,
-        image_side=side,
-        embed_dim=16,
-        quick_gelu=False,
-        layer_scale=True,
-        pre_norm=False,
-        norm_eps=1e-6,
-        text_width=16,
-        text_layers=1 if member == "vlaforge" else 0,
-        text_heads=2,
-    )
-    config = _compact(member)
-    own = config.tower.name.removeprefix("s14-")  # the same towers are shared as in compact
-    tower = TowerConfig(f"tiny-{own}", "dinov2", dino)
-    clip_name = "tiny-clip" if member == "vlaforge" else "tiny-clip-image"
-    clip_tower = TowerConfig(clip_name, "clip", clip, source="bundle:tiny-semantic")
-    vlaforge = VlaforgeConfig(
-        width=24,
-        blocks=3,
-        heads=3,
-        queries=8,
-        input_side=64,
-        decoder_hidden=16,
-        decoder_out=8,
-        fusion_after=(1,),
-        fusion_layers=(1,),
-        train_text=True,
-        vla_scale=10.0,
-        bias_scale=4.0,
-        copy_gain=4.0,
-        adapter_after=1,
-        adapter_width=24,
-        losses="paper, focal",
-        w_focal=1.0,
-    )
-    small = 64 if member == "vlaforge" else side
-    return replace(
-        config,
-        qtfp=replace(config.qtfp, key_width=8) if member == "qtfp" else config.qtfp,
-        view=ViewConfig(config.view.source, small, small),
-        tower=clip_tower if member == "vlaforge" else tower,
-        clip=clip_tower if member == "fusion" else None,
-        vlaforge=vlaforge,
-        optim=replace(config.optim, warmup_steps=2),
-        train=replace(
-            config.train,
-            epochs=2,
-            batch=4,
-            precision="float32",
-            head_epochs=min(1, config.train.head_epochs),
-            head_warmup_steps=2,
-            average=0.5,
-        ),
-    )
-
-
-def _ntire26(member: str) -> MemberConfig:
-    """The published entry: `giant`'s three streams, with ImageNet statistics into CLIP as its weights were trained."""
-    require(
-        member in ("global", "face", "fusion"),
-        f"the published entry has no member {member!r}",
-    )
-    config = _giant(member)
-    if config.clip is not None:
-        config = replace(
-            config,
-            clip=replace(_clip_large("imagenet", text=False), name="clip-vit-l14-image-ntire26"),
-        )
-    return config
-
-
-PRESETS = {"giant": _giant, "compact": _compact, "tiny": _tiny, "ntire26": _ntire26}
-# Where its authors published its weights.
-NTIRE26_REPOSITORY = "hf:lpmkhoa/hcmusaqua-ntire26-weights"
-NTIRE26_VOTE = VoteConfig({"global": 2, "face": 1, "fusion": 2}, mean="levels_rounded")
-
-
-def preset(name: str, member: str) -> MemberConfig:
-    """The configuration of `member` in the preset `name` (`giant`, `compact`, `ntire26`)."""
-    require(name in PRESETS, f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
-    known = (*MEMBERS, "semantic") if name in ("compact", "tiny") else MEMBERS
-    require(member in known, f"member {member!r} is unknown; {name} has {', '.join(known)}")
-    return PRESETS[name](member)
 
 
 # ---------------------------------------------------------------------------------------------------- to and from JSON

@@ -233,12 +233,12 @@ def check_hub() -> Check:
     """How the Hub would be reached, and which public towers and bundles are here already. No request is made."""
     from huggingface_hub import constants, get_token
 
-    from solution import config
+    from solution import presets
     from solution.bundles import hub
     from solution.bundles.store import published_home
 
     here = ["ntire26 bundle"] if published_home().is_dir() else []
-    fusion = config.preset("ntire26", "fusion")
+    fusion = presets.preset("ntire26", "fusion")
     for tower in (fusion.tower, fusion.clip):
         ref = hub.HubRef(tower.source, tower.revision)
         files = ("model.safetensors", "open_clip_model.safetensors")
@@ -295,7 +295,7 @@ def check_forward(device: str | None) -> Check:
     import torch
 
     from solution.bundles.members import build_member, random_towers
-    from solution.config import preset
+    from solution.presets import preset
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = preset("tiny", "global")

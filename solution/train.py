@@ -41,16 +41,7 @@ from solution.bundles.members import (
     save_member,
     tower_configs,
 )
-from solution.config import (
-    MEMBERS,
-    PRESETS,
-    ConfigError,
-    DegradationConfig,
-    MemberConfig,
-    override,
-    preset,
-    to_dict,
-)
+from solution.config import KINDS, MEMBERS, ConfigError, DegradationConfig, MemberConfig, override, to_dict
 from solution.data.epochs import Sample, plan_epoch
 from solution.data.images import UnreadableInput, decode_image, stable_seed
 from solution.data.manifest import DropReport, Item, ManifestError, draw_items, manifest_splits, read_manifest, select
@@ -82,6 +73,7 @@ from solution.models.towers import (
     load_state,
     tower_parameters,
 )
+from solution.presets import PRESETS, preset
 from solution.records import Batch, MemberOutput
 
 
@@ -262,7 +254,7 @@ class Run:
         step_module: nn.Module = TrainingStep(self.member)
         if self.world.size > 1:
             step_module = nn.parallel.DistributedDataParallel(
-                step_module, find_unused_parameters=self.config.kind == "vlaforge"
+                step_module, find_unused_parameters=KINDS[self.config.kind].spares_parameters
             )
         bar = tqdm(
             total=total,
@@ -555,10 +547,10 @@ def make_towers(config: MemberConfig, sources: dict[str, str], *, random: bool =
     """The member's towers with their starting weights: `sources` by tower name, else where the config says."""
     towers = {}
     for name, tower in tower_configs([config]).items():
-        other = tower.source.partition(":")[2] if tower.source.startswith("bundle:") else name
+        other = tower.stored_name
         if random:
             towers[name] = build_tower(tower)
-        elif tower.source.startswith("bundle") and not (other in sources or name in sources):
+        elif tower.travels and not (other in sources or name in sources):
             raise WeightsError(
                 f"tower {other!r} has no public source; pass --tower {other}=PATH (a folder as on the Hub, or the "
                 ".safetensors of an earlier training)"
@@ -701,21 +693,25 @@ def readable(items: list[Item], config: MemberConfig, report: DropReport, *, pro
 
 
 def validation_pictures(
-    args: argparse.Namespace, config: MemberConfig, *, progress: bool
+    args: argparse.Namespace, config: MemberConfig, told: DropReport, *, progress: bool
 ) -> tuple[list[Item], DropReport]:
     """The readable pictures to validate on, at most `--validation-limit` of each split (a fixed draw), and what was left out.
 
     Those of the splits `val` (generators that occur in training, other pictures) and `unseen` (other generators).
+    told: what reading the training pictures has left out already.
     """
     items, lost = [], DropReport()
     present = manifest_splits(args.data)
     for split in [split for split in ("val", "unseen") if split in present]:
         part, left_out = read_manifest(args.data, split=split)
         items += draw_items(part, args.validation_limit, config.train.validation_seed)
-        lost.dropped += left_out.dropped
+        lost.take(left_out, told)
     items = readable(items, config, lost, progress=progress)
     if len({item.label for item in items}) < 2:
-        raise ManifestError(f"{args.data}: the val split needs real and fake pictures, found {len(items)} of one class")
+        raise ManifestError(
+            f"{args.data}: the val split needs real and fake pictures, found {len(items)} of one class; name the splits "
+            "train and val in a column or by folders, or give either class pictures of more than one video or sub-folder"
+        )
     return items, lost
 
 
@@ -727,8 +723,7 @@ def with_faces(
     report: DropReport,
 ) -> tuple[list[Item], dict]:
     """The training pictures, and their faces where the member needs them; the unreadable ones go into `report`."""
-    crops = config.view.source == "face"
-    if not (crops or config.augment.self_blend_p or config.kind == "vlaforge"):
+    if not config.needs_faces:
         return items, {}  # the loader counts what it cannot read
     located = replace(config.face, margin=1.0, max_area=1.0)  # what does not matter
     settings = json.dumps([to_dict(located), str(args.data.resolve())])
@@ -773,10 +768,10 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
     items, report = read_manifest(args.data, split="train")
     items, capped = select(items, config.sampling, config.train.seed)
     progress = world.leads and not args.quiet
-    validation, lost = validation_pictures(args, config, progress=progress)
+    validation, lost = validation_pictures(args, config, report, progress=progress)
     sources = dict(text.partition("=")[::2] for text in args.tower)
     towers = tower_configs([config]).values()
-    known = {t.name for t in towers} | {t.source.partition(":")[2] for t in towers}
+    known = {t.name for t in towers} | {t.stored_name for t in towers}
     if unknown := set(sources) - known:
         raise ConfigError(
             f"--tower {', '.join(sorted(unknown))}: {config.name} has no such tower; it has {', '.join(sorted(known - {''}))}"
@@ -809,7 +804,7 @@ def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run
             f"{trainable:,} of {total:,} parameters train",
             file=sys.stderr,
         )
-        if config.name == "vlaforge":
+        if config.needs_masks:
             print(tell_masks(items, config.sampling), file=sys.stderr)
     return Run(
         member,

@@ -18,8 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from solution.config import NTIRE26_REPOSITORY
 from solution.errors import door, tell
+from solution.presets import NTIRE26_REPOSITORY
 
 # What needs torch is imported inside functions: --help answers at once.
 

@@ -12,8 +12,9 @@ from skimage import data as photos
 
 from solution.bundles.bundle import Bundle, write_bundle
 from solution.bundles.members import build_member, random_towers, save_member
-from solution.config import MEMBERS, ClipArch, MemberConfig, VlaforgeConfig, VoteConfig, preset
+from solution.config import MEMBERS, ClipArch, MemberConfig, VlaforgeConfig, VoteConfig
 from solution.models.calibration import Calibrator
+from solution.presets import preset
 
 CLIP = ClipArch(
     width=32,

@@ -41,7 +41,7 @@ from solution.io import write_atomically
 from solution.models import calibration
 from solution.models.calibration import Calibrator
 from solution.models.member import Member
-from solution.models.towers import WeightsError, to_stable
+from solution.models.towers import WeightsError, is_text, to_stable
 
 LABEL_ORDER = ("real", "fake")
 MANIFEST, GOLDEN = "ensemble.json", "golden.json"
@@ -73,7 +73,7 @@ class StableFile(Mapping[str, torch.Tensor]):
         self._source: dict[str, str] = {}  # stable key -> key in the file
         for key, shape in shapes.items():
             for name in self._split(key, torch.empty(shape, device="meta")):
-                if not (image_only and (name.startswith("text.") or name == "proj")):
+                if not (image_only and is_text(name)):
                     self._source[name] = key
 
     def _split(self, key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -118,12 +118,6 @@ TOWER_FILES = {
 }
 
 
-def stored_name(config: TowerConfig) -> str:
-    """The tower whose file holds this one's image weights: itself, or the DINOv2 tower that a CLIP is derived from."""
-    derived = config.source.startswith("bundle:")
-    return config.source.partition(":")[2] if derived else config.name
-
-
 def tower_weights(config: TowerConfig, source_override: str | None = None, *, offline: bool = False) -> StableFile:
     """The weights a tower starts from, under stable keys, for `members.fill_tower`.
 
@@ -136,14 +130,13 @@ def tower_weights(config: TowerConfig, source_override: str | None = None, *, of
         WeightsError: nothing there, another architecture, or the Hub's refusal, with what to do.
     """
     path = resolve_tower(config, source_override, offline=offline)
-    derived = config.source.startswith("bundle:")
     state = StableFile(path, image_only=config.kind == "clip" and not config.arch.text_layers)
-    wanted = "dinov2" if derived else config.kind
+    wanted = "dinov2" if config.derived_from else config.kind
     if state.layout != "stable" and not state.layout.endswith(wanted):
         raise WeightsError(
             f"{path}: holds a tower in the layout {state.layout}, expected a {wanted} for tower {config.name}"
         )
-    if not derived and state.layout != "stable":
+    if not config.derived_from and state.layout != "stable":
         check_geometry(path.parent, config)
     return state
 
@@ -157,13 +150,13 @@ def resolve_tower(config: TowerConfig, source_override: str | None = None, *, of
     local = Path(source)
     if local.is_file():
         return local
-    names = TOWER_FILES["dinov2" if config.source.startswith("bundle:") else config.kind]
+    names = TOWER_FILES["dinov2" if config.derived_from else config.kind]
     if local.is_dir():
         found = [local / name for name in names if (local / name).is_file()]
         if found:
             return found[0]
         raise WeightsError(f"{local}: found none of {', '.join(names)}; expected a tower in the Hub's layout")
-    if source.startswith("bundle") or local.suffix == ".safetensors":
+    if (config.travels and source_override is None) or local.suffix == ".safetensors":
         raise WeightsError(
             f"tower {config.name}: {source} is neither a file nor a public repository; name a folder in the Hub's "
             "layout, or the .safetensors of the training that made it"
@@ -402,7 +395,7 @@ def write_bundle(
     towers = {
         tower.name: {"source": tower.source, "revision": _commit(tower)}
         if tower.public
-        else {"file": f"towers/{stored_name(tower)}.safetensors"}
+        else {"file": f"towers/{tower.stored_name}.safetensors"}
         for tower in tower_configs(configs.values()).values()
     }
     files = [f"{member}/{file}" for member in members for file in _MEMBER_FILES]
@@ -436,7 +429,7 @@ def _collect(source: Path, folder: Path, members: Sequence[str]) -> None:
     configs = [read_config(source / member) for member in members]
     files = [f"{member}/{file}" for member in members for file in _MEMBER_FILES]
     files += [
-        f"towers/{stored_name(tower)}.safetensors" for tower in tower_configs(configs).values() if not tower.public
+        f"towers/{tower.stored_name}.safetensors" for tower in tower_configs(configs).values() if not tower.public
     ]
     for file in files:
         if not (source / file).is_file():
@@ -481,17 +474,17 @@ def load_members(
     if unknown:
         raise WeightsError(f"{bundle.folder}: no member {', '.join(unknown)}; it holds {', '.join(bundle.configs)}")
     overrides = dict(towers_from or {})
-    stored = {stored_name(tower) for tower in bundle.towers.values()}
+    stored = {tower.stored_name for tower in bundle.towers.values()}
     unknown = sorted(set(overrides) - set(bundle.towers) - stored)
     if unknown:
         raise WeightsError(f"{bundle.folder}: no tower {', '.join(unknown)}; it has {', '.join(bundle.towers)}")
     towers = {}
     for name, config in tower_configs(bundle.configs[n] for n in chosen).items():
-        source = overrides.get(name) or overrides.get(stored_name(config))
+        source = overrides.get(name) or overrides.get(config.stored_name)
         source = source or _own_file(bundle, config)
         state = tower_weights(config, source, offline=bundle.offline)
         # A derived tower is made in float32: casting it whole would also cast its normalisation buffers.
-        early = torch.float32 if config.source.startswith("bundle:") else dtype
+        early = torch.float32 if config.derived_from else dtype
         towers[name] = fill_tower(
             config,
             state,
@@ -512,7 +505,7 @@ def _own_file(bundle: Bundle, config: TowerConfig) -> str | None:
     """The path of a tower that travels in the bundle; None for a public one."""
     if config.public:
         return None
-    path = bundle.folder / "towers" / f"{stored_name(config)}.safetensors"
+    path = bundle.folder / "towers" / f"{config.stored_name}.safetensors"
     if not path.is_file():
         raise WeightsError(f"{path}: missing; the bundle's tower {config.name!r} is read from it")
     return str(path)

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from solution.bundles.bundle import GOLDEN, Bundle, stored_name
+from solution.bundles.bundle import GOLDEN, Bundle
 from solution.config import MemberConfig
 from solution.models.towers import WeightsError
 
@@ -29,7 +29,7 @@ def member_rows(bundle: Bundle) -> list[dict[str, Any]]:
     for name, config in bundle.configs.items():
         paths = [f"{name}/model.safetensors"]
         if config.adapter.in_place:
-            paths.append(f"towers/{stored_name(config.tower)}.safetensors")
+            paths.append(f"towers/{config.tower.stored_name}.safetensors")
         towers = [tower for tower in (config.tower, config.clip) if tower]
         rows.append(
             {
@@ -64,7 +64,7 @@ def show(bundle: Bundle) -> str:
             f"{row['bytes'] / 1e6:7.1f} {row['calibration']:12} {row['votes']:5}  {row['sha256'][:12]}"
         )
     for tower in bundle.towers.values():
-        path = f"towers/{stored_name(tower)}.safetensors"
+        path = f"towers/{tower.stored_name}.safetensors"
         place = f"{tower.source}@{tower.revision}" if tower.public else path
         digest = tower.sha256 if tower.public else bundle.files[path]
         lines.append(

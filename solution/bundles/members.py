@@ -27,15 +27,18 @@ from solution.models.towers import (
     build_tower,
     dinov2_as_clip,
     empty_tower,
+    is_text,
     load_state,
     tower_state,
 )
 from solution.models.vlaforge import Vlaforge
 
 FORMAT = 1
-_KINDS: dict[str, type[Member]] = {
+# The class of each kind in `config.KINDS`.
+CLASSES: dict[str, type[Member]] = {
     "global": Stream,
     "face": Stream,
+    "fusion": Fusion,
     "qtfp": Qtfp,
     "vlaforge": Vlaforge,
 }
@@ -67,9 +70,8 @@ def build_member(config: MemberConfig, towers: dict[str, Tower], *, decompose: b
     """
     tower = towers[config.tower.name]
     add_adapter(tower, config.name, config.adapter, decompose=decompose)
-    if config.kind == "fusion":
-        return Fusion(config, tower, towers[config.clip.name])
-    return _KINDS[config.kind](config, tower)
+    second = [towers[config.clip.name]] if config.clip else []
+    return CLASSES[config.kind](config, tower, *second)
 
 
 def random_towers(configs: Iterable[MemberConfig], *, device: str = "cpu") -> dict[str, Tower]:
@@ -91,21 +93,16 @@ def fill_tower(
     For a CLIP whose image tower is the bundle's DINOv2 tower, `state` is that tower's and the text part, which the
     member itself has trained or will train, starts at random. matrices: see `empty_tower`; not for such a CLIP.
     """
-    derived = config.source.startswith("bundle:")
-    if not derived:
+    if not config.derived_from:
         tower = empty_tower(config, device=device, dtype=dtype, matrices=matrices)
         load_state(tower_state(tower), state, what or f"tower {config.name}")
         return tower
     tower = build_tower(config).to(device)
     tower.model.to(dtype)  # not the normalisation buffers
     image = dinov2_as_clip(state, config.arch)
-    own = {k: t for k, t in tower_state(tower).items() if not _is_text(k)}
-    load_state(own, image, what or f"tower {config.name} from {config.source[7:]}")
+    own = {k: t for k, t in tower_state(tower).items() if not is_text(k)}
+    load_state(own, image, what or f"tower {config.name} from {config.derived_from}")
     return tower
-
-
-def _is_text(key: str) -> bool:
-    return key.startswith("text.") or key == "proj"
 
 
 def dump_tower(tower: Tower, path: Path, *, dtype: torch.dtype = torch.float16) -> None:

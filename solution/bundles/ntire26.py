@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from solution import config as presets
+from solution import presets
 from solution.bundles import hub
 from solution.bundles.bundle import (
     Bundle,
@@ -32,21 +32,14 @@ from solution.bundles.bundle import (
     write_bundle,
 )
 from solution.bundles.members import build_member, save_member
-from solution.config import (
-    NTIRE26_REPOSITORY,
-    NTIRE26_VOTE,
-    AdapterConfig,
-    ClipArch,
-    Dinov2Arch,
-    MemberConfig,
-    TowerConfig,
-)
+from solution.config import AdapterConfig, ClipArch, Dinov2Arch, MemberConfig, TowerConfig
 from solution.models.towers import (
     WeightsError,
     empty_tower,
     load_state,
     to_stable,
 )
+from solution.presets import NTIRE26_REPOSITORY, NTIRE26_VOTE
 
 FILES = {
     "global": "dinov2_252.pth",

@@ -30,6 +30,7 @@ from solution.errors import UsageError
 
 # The splits that training draws from and is judged on; `unseen` has generators that training has not.
 TRAIN, HELD_OUT = "train", ("val", "unseen", "test")
+_SMALLEST = 32  # bytes; what is smaller is no picture, and said to be unreadable, not a copy
 _END = 256  # bytes at the end of a file that two different pictures hardly share
 HIDDEN = "hidden or not the data set's (a dot file or folder, __MACOSX)"
 
@@ -66,6 +67,11 @@ class DropReport:
 
     def add(self, name: str, reason: str) -> None:
         self.dropped.append((name, reason))
+
+    def take(self, other: DropReport, *told: DropReport) -> None:
+        """Add the rows of `other` that are neither here nor in `told`: what a folder hides is found at every reading."""
+        known = {row for report in (self, *told) for row in report.dropped}
+        self.dropped += [row for row in other.dropped if row not in known]
 
     def summary(self) -> str:
         """The notes, and one line a reason, with its count and an example."""
@@ -211,7 +217,7 @@ def _copies(rows: Sequence[Item], splits: Sequence[str], files: Sequence[Any]) -
     """
     by_size: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     for number, (split, file) in enumerate(zip(splits, files)):
-        if file is not None and file[2] > 0 and split in (TRAIN, *HELD_OUT):
+        if file is not None and file[2] >= _SMALLEST and split in (TRAIN, *HELD_OUT):
             by_size[file[2]][split != TRAIN].append(number)
     found: dict[int, int] = {}
     for train, held_out in by_size.values():
@@ -409,12 +415,13 @@ def _folder_rows(source: Path, report: DropReport) -> Iterator[Item]:
         )
     counts: Counter[tuple[str, int]] = Counter()
     for folder, label, split, dataset in sorted(found, key=lambda entry: (entry[1], entry[0])):
-        for path in _files(folder, report, source):
-            relative = path.relative_to(source)
-            inner = path.relative_to(folder).parts[0]
-            own = split or (split_of(inner) if is_split(inner) and path.parent != folder else "")
-            counts[folder.relative_to(source).as_posix(), label] += 1
-            yield Item(printable(relative.as_posix()), path, label, source=dataset, split=own)
+        prefix = folder.relative_to(source).as_posix()
+        for inside in _files(str(folder), "", prefix, report):
+            first, _, more = inside.partition("/")
+            own = split or (split_of(first) if more and is_split(first) else "")
+            counts[prefix, label] += 1
+            name = f"{prefix}/{inside}"
+            yield Item(printable(name), source / name, label, source=dataset, split=own)
     for (folder, label), count in counts.items():
         report.notes.append(f"{folder}/ is {('real', 'fake')[label]}: {count} files")
 
@@ -451,18 +458,24 @@ def _subfolders(folder: Path) -> list[tuple[str, Path]]:
     return [(name, folder / name) for name in names if not is_hidden(name)]
 
 
-def _files(folder: Path, report: DropReport, root: Path, above: frozenset = frozenset()) -> Iterator[Path]:
-    """The files below `folder`, sorted, links followed but never in a circle; what is hidden goes into `report`."""
-    here = _identity(folder)
+def _files(
+    folder: str, inside: str, prefix: str, report: DropReport, above: frozenset[tuple] = frozenset()
+) -> Iterator[str]:
+    """The files below `folder`, each with `inside` before it, sorted; links are followed but never in a circle.
+
+    What is hidden goes into `report`, with `prefix` before it.
+    """
+    found = os.stat(folder)
+    here = found.st_dev, found.st_ino
     if here in above:
         return
-    for entry in sorted(folder.iterdir()):
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if is_hidden(entry.name):
-            report.add(printable(entry.relative_to(root).as_posix()), HIDDEN)
-        elif entry.is_dir():
-            yield from _files(entry, report, root, above | {here})
+            report.add(printable(f"{prefix}/{inside}{entry.name}"), HIDDEN)
+        elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            yield from _files(entry.path, f"{inside}{entry.name}/", prefix, report, above | {here})
         else:
-            yield entry
+            yield inside + entry.name
 
 
 def _deepfakebench_rows(source: Path) -> Iterator[Item]:

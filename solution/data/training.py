@@ -98,7 +98,7 @@ class TrainingViews(Dataset):
             faces,
             seed,
         )
-        self.with_masks = config.kind == "vlaforge"
+        self.with_masks = config.needs_masks
         self._augmentation: Augmentation | None = None
 
     def __getitem__(self, sample: Sample) -> tuple[np.ndarray, int, np.ndarray | None, bool, str] | None:

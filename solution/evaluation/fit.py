@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from solution.config import NTIRE26_VOTE, VoteConfig
+from solution.config import VoteConfig
 from solution.evaluation import metrics
 from solution.evaluation.search import VoteSearch, search_weights, threshold_at_false_alarm, unsure_band
 from solution.models import calibration
 from solution.models.calibration import Calibrator
+from solution.presets import NTIRE26_VOTE
 from solution.scoring.vote import combine
 
 WAYS = ("probability", "logit", "levels", "levels_rounded")

@@ -627,6 +627,11 @@ def add_adapter(tower: Tower, name: str, config: AdapterConfig, *, decompose: bo
     tower.use(name)
 
 
+def is_text(key: str) -> bool:
+    """Whether a tower's stable key belongs to the text tower or the projections into the joint space."""
+    return key.startswith("text.") or key == "proj"
+
+
 def is_norm(key: str) -> bool:
     """Whether a stable key names a LayerNorm's weight or bias in the image part of a tower."""
     return re.fullmatch(r"(blocks\.\d+\.norm[12]|norm|norm_pre)\.(weight|bias)", key) is not None

@@ -23,6 +23,7 @@ from solution.models.towers import (
     Block,
     Tower,
     finish_block,
+    is_text,
     split_heads,
     tower_state,
 )
@@ -425,7 +426,7 @@ class Vlaforge(Member):
         _check(config, tower)
         self.tower.requires_grad_(False)
         for key, parameter in tower_state(tower).items():
-            parameter.requires_grad_(settings.train_text and _is_text(key))
+            parameter.requires_grad_(settings.train_text and is_text(key))
         side = settings.input_side // settings.patch
         self.grid = (side, side)
         self.perceiver = ForgePerceiver(settings, tower.width)
@@ -459,7 +460,7 @@ class Vlaforge(Member):
     def trained_tower_keys(self) -> list[str]:
         """The text tower and the joint projection where they are learned, else none."""
         learned = self.config.vlaforge.train_text
-        return [k for k in tower_state(self.tower) if _is_text(k)] if learned else []
+        return [k for k in tower_state(self.tower) if is_text(k)] if learned else []
 
     # -- forward
     def forward(self, images: torch.Tensor) -> VlaforgeOutput:
@@ -640,11 +641,6 @@ class Vlaforge(Member):
             "intra": intra,
             "clip": clip,
         }
-
-
-def _is_text(key: str) -> bool:
-    """Whether a tower's stable key belongs to the text tower or the projections into the joint space."""
-    return key.startswith("text.") or key == "proj"
 
 
 def _check(config: MemberConfig, tower: Tower) -> None:

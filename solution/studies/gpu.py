@@ -265,7 +265,7 @@ def pictures(bench: Bench, count: int, side: int, seed: int = 0):
 
 def config_of(bench: Bench, preset_name: str, name: str) -> Any:
     """The member's configuration; in a rehearsal with its towers cut down, sharing and adapters as they are."""
-    from solution.config import preset
+    from solution.presets import preset
 
     config = preset(preset_name, name)
     tiny = preset("tiny", name)

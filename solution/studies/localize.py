@@ -23,13 +23,13 @@ from solution.bundles.bundle import load_members
 from solution.bundles.store import open_bundle
 from solution.config import DegradationConfig, MemberConfig
 from solution.data.degradation import use_one_opencv_thread
-from solution.data.faces import FaceDetectorMissing, FaceLocator, make_view
-from solution.data.images import UnreadableInput, stable_seed
+from solution.data.faces import FaceLocator, make_view
+from solution.data.images import stable_seed
 from solution.data.manifest import Item, ManifestError, draw_items, read_manifest
 from solution.data.self_blend import self_blend, side_by_side
 from solution.data.views import degraded_picture, find_face, open_picture
+from solution.errors import door
 from solution.evaluation import metrics
-from solution.models.towers import WeightsError
 from solution.models.vlaforge import Vlaforge
 
 THRESHOLD = 0.5  # of map and mask, for the intersection over union
@@ -156,28 +156,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@door("localize")
 def main(argv: list[str] | None = None) -> int:
     """Measure and draw; exit codes: 0 done, 2 usage, 3 environment, weights or an unreadable picture."""
     args = parse(argv)
     use_one_opencv_thread()
-    try:
-        items, _ = read_manifest(args.data, split=args.split)
-        items = [item for item in items if item.label == 0]
-        if not items:
-            raise ManifestError(f"{args.data}: no real picture of split {args.split!r}")
-        chosen = draw_items(items, args.count, args.seed)
-        bundle = open_bundle(args.weights)
-        member = load_members(bundle, ["vlaforge"], device=args.device)["vlaforge"]
-        args.out.mkdir(parents=True, exist_ok=True)
-        degradation = DegradationConfig(global_p=1.0) if args.degraded else None
-        faces = blends(chosen, member.config, args.seed, degradation)
-        figures = measure(member, faces, args.out, batch=args.batch, pictures=args.pictures)
-    except (ManifestError, OSError) as error:
-        print(f"localize: {error}", file=sys.stderr)
-        return 2
-    except (WeightsError, UnreadableInput, FaceDetectorMissing) as error:
-        print(f"localize: {error}", file=sys.stderr)
-        return 3
+    items, _ = read_manifest(args.data, split=args.split)
+    items = [item for item in items if item.label == 0]
+    if not items:
+        raise ManifestError(f"{args.data}: no real picture of split {args.split!r}")
+    chosen = draw_items(items, args.count, args.seed)
+    bundle = open_bundle(args.weights)
+    member = load_members(bundle, ["vlaforge"], device=args.device)["vlaforge"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    degradation = DegradationConfig(global_p=1.0) if args.degraded else None
+    faces = blends(chosen, member.config, args.seed, degradation)
+    figures = measure(member, faces, args.out, batch=args.batch, pictures=args.pictures)
     record = {
         "bundle": bundle.hash,
         "data": args.data.name,

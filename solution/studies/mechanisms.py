@@ -29,13 +29,14 @@ from scipy.stats import rankdata
 
 from solution.bundles.bundle import Bundle, load_members
 from solution.bundles.store import open_bundle
-from solution.config import AdapterConfig, ConfigError, FaceConfig, MemberConfig
+from solution.config import AdapterConfig, FaceConfig, MemberConfig
 from solution.data.degradation import use_one_opencv_thread
-from solution.data.faces import FaceDetectorMissing, choose_face, locate_once, make_view
-from solution.data.images import UnreadableInput, decode_image, stable_seed
-from solution.data.manifest import Item, ManifestError, read_manifest
+from solution.data.faces import choose_face, locate_once, make_view
+from solution.data.images import decode_image, stable_seed
+from solution.data.manifest import Item, read_manifest
 from solution.data.self_blend import self_blend
 from solution.data.views import View, degraded_picture
+from solution.errors import door
 from solution.evaluation import metrics
 from solution.evaluation.conditions import degraded_conditions, limit_items
 from solution.evaluation.measure import CLEAN, ENSEMBLE, Condition, EvaluationError, rank_correlation
@@ -969,27 +970,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@door("mechanisms", interrupted="interrupted; nothing was written")
 def main(argv: list[str] | None = None) -> int:
     """0 done, 1 a claim is dead, 2 usage, 3 environment, weights or an unreadable picture, 130 interrupted."""
-    args = parse(argv)
-    try:
-        return run(args)
-    except (ManifestError, EvaluationError) as error:
-        print(f"mechanisms: {error}", file=sys.stderr)
-        return 2
-    except (
-        WeightsError,
-        ConfigError,
-        ScoringError,
-        UnreadableInput,
-        FaceDetectorMissing,
-        OSError,
-    ) as error:
-        print(f"mechanisms: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        print("\nmechanisms: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    return run(parse(argv))
 
 
 if __name__ == "__main__":

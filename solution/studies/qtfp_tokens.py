@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from solution.config import preset
 from solution.errors import door
 from solution.evaluation import metrics
 from solution.models.qtfp import (
@@ -40,6 +39,7 @@ from solution.models.qtfp import (
 )
 from solution.models.streams import two_class_logit
 from solution.models.towers import add_adapter, build_tower, count_parameters
+from solution.presets import preset
 from solution.records import Batch
 
 

@@ -199,9 +199,9 @@ def _authors(args: argparse.Namespace) -> dict:
     import torch
 
     from solution.bundles.members import build_member, random_towers
-    from solution.config import preset
     from solution.data.views import View, locators_for, open_picture, see, stack_views
     from solution.models import merging as fastpath
+    from solution.presets import preset
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -250,9 +250,10 @@ def _ensemble(args: argparse.Namespace):
     import torch
 
     from solution.bundles.members import build_member, random_towers
-    from solution.config import VoteConfig, preset
+    from solution.config import VoteConfig
     from solution.models import merging as fastpath
     from solution.models.calibration import Calibrator
+    from solution.presets import preset
     from solution.scoring import ensemble as predict
 
     names = args.members.split(",")

@@ -21,19 +21,11 @@ from solution.bundles.members import (
     save_member,
 )
 from solution.bundles.store import open_bundle
-from solution.config import (
-    MEMBERS,
-    AdapterConfig,
-    ClipArch,
-    Dinov2Arch,
-    MemberConfig,
-    TowerConfig,
-    VoteConfig,
-    preset,
-)
+from solution.config import MEMBERS, AdapterConfig, ClipArch, Dinov2Arch, MemberConfig, TowerConfig, VoteConfig
 from solution.models import towers as backbones
 from solution.models.calibration import Calibrator
 from solution.models.towers import WeightsError, build_tower, tower_state
+from solution.presets import preset
 
 VOTE = VoteConfig(dict.fromkeys(MEMBERS, 1))
 

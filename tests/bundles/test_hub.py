@@ -23,8 +23,9 @@ from solution.bundles import bundle, hub, ntire26, selftest, store
 from solution.bundles.bundle import load_members
 from solution.bundles.ntire26 import FILES, import_ntire26
 from solution.bundles.store import open_bundle
-from solution.config import MemberConfig, TowerConfig, preset
+from solution.config import MemberConfig, TowerConfig
 from solution.models.towers import WeightsError, build_tower
+from solution.presets import preset
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT, OLDER = "a" * 40, "b" * 40

@@ -10,13 +10,7 @@ import numpy as np
 import pytest
 from make_smoke_data import portrait, write
 
-from solution.config import (
-    AugmentConfig,
-    ConfigError,
-    DegradationConfig,
-    SamplingConfig,
-    preset,
-)
+from solution.config import AugmentConfig, ConfigError, DegradationConfig, SamplingConfig
 from solution.data.epochs import Sample, plan_epoch
 from solution.data.images import UnreadableInput, decode_mask
 from solution.data.manifest import Item, ManifestError, read_manifest, select
@@ -30,6 +24,7 @@ from solution.data.training import (
     training_loader,
 )
 from solution.data.views import degraded_picture
+from solution.presets import preset
 
 
 def save(path, seed=0):

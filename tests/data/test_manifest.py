@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from solution.data.labels import label_of, split_of
-from solution.data.manifest import HIDDEN, ManifestError, manifest_splits, read_manifest
+from solution.data.manifest import HIDDEN, DropReport, ManifestError, manifest_splits, read_manifest
 
 
 def save(path):
@@ -284,6 +284,17 @@ def test_hidden_files_and_folders_are_passed_over_and_counted(tmp_path):
     rows = [("real/a.png", 0), ("real/._a.png", 0), ("real/__MACOSX/a.png", 0), ("fake/b.png", 1)]
     items, report = read_manifest(table(tmp_path, *rows, header="path,label"))
     assert [i.name for i in items] == ["real/a.png", "fake/b.png"] and len(report.dropped) == 2
+
+
+def test_what_two_readings_pass_over_is_told_once(tmp_path):
+    pictures(tmp_path, *(f"{kind}/{split}/{split}.png" for kind in ("real", "fake") for split in ("train", "val")))
+    (tmp_path / "real/val/notes.txt").touch()
+    (tmp_path / "real/.DS_Store").touch()
+    (_, train), (_, val) = (read_manifest(tmp_path, split=split) for split in ("train", "val"))
+    lost = DropReport()
+    lost.take(val, train)
+    assert train.dropped == [("real/.DS_Store", HIDDEN)]
+    assert lost.dropped == [("real/val/notes.txt", "not a picture (.txt)")]
 
 
 def test_linked_folders_are_followed_and_never_in_a_circle(tmp_path):

@@ -7,16 +7,15 @@ import pytest
 
 from solution.config import (
     MEMBERS,
-    PRESETS,
     ConfigError,
     DegradationConfig,
     MemberConfig,
     VoteConfig,
     from_dict,
     override,
-    preset,
     to_dict,
 )
+from solution.presets import PRESETS, preset
 
 PAIRS = [(p, m) for p in PRESETS for m in MEMBERS if not (p == "ntire26" and m in ("qtfp", "vlaforge"))]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_bundle, make_pictures
 
 import submit
 from solution import errors
@@ -29,6 +30,19 @@ DOORS = sorted(
     for path in (ROOT / "solution").rglob("*.py")
     if has_entry(path)
 )
+
+
+# Their modules import torch at the top, and so does their help.
+HEAVY = {
+    "solution.data.self_blend",
+    "solution.explain",
+    "solution.studies.ablate",
+    "solution.studies.localize",
+    "solution.studies.mechanisms",
+    "solution.studies.qtfp_tokens",
+    "solution.studies.shortcuts",
+    "solution.train",
+}
 
 
 def raising(error):
@@ -133,4 +147,26 @@ def test_help_comes_at_once(name):
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(f"{name}: {spent:.2f} s")
+    # CPU seconds, which a busy machine stretches little; importing torch alone takes more.
+    if name not in HEAVY:
+        assert spent < 1.5, f"{spent:.2f} s"
+
+
+# ------------------------------------------------------------------------------------------------ no more than needed
+def test_scoring_imports_no_studies_no_augmentation_and_no_importer(tmp_path):
+    make_bundle(tmp_path / "bundle", ("global", "face"))
+    make_pictures(tmp_path / "in", 2)
+    words = ["--weights", tmp_path / "bundle", "--input", tmp_path / "in", "--out", tmp_path / "preds.csv"]
+    words += ["--device", "cpu", "--workers", "0"]
+    code = (
+        "import sys, submit; code = submit.main(sys.argv[1:]); assert code == 0, code; "
+        "print('\\n'.join(sorted(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    modules = set(done.stdout.splitlines())
+    assert "solution.scoring.ensemble" in modules
+    unwanted = ("solution.studies", "solution.data.training", "solution.bundles.ntire26", "albumentations")
+    assert not [m for m in modules if m.startswith(unwanted)]

@@ -22,7 +22,7 @@ from tiny import make_bundle, make_faces
 
 import submit
 from solution import train
-from solution.config import preset
+from solution.presets import preset
 from solution.studies import ablate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,11 +66,11 @@ COMMANDS = [words for path in DOCUMENTS for words in commands_in(path.read_text(
 def commands_of(door):
     """The commands that start `door` (`submit.py`, or a module's last name) with options, without `python`.
 
-    What is met in a sentence as a bare name is no command to run.
+    What is met in a sentence as a bare name, or asks for help, is no command to run.
     """
     start = [door] if door.endswith(".py") else ["-m", f"solution.{door}"]
     rest = [w[len(start) :] for w in COMMANDS if w[: len(start)] == start]
-    found = [words for words in rest if any(x.startswith("--") for x in words)]
+    found = [words for words in rest if any(x.startswith("--") for x in words) and "--help" not in words]
     assert found, f"no document gives a command of {door}"
     return found
 

@@ -11,8 +11,8 @@ import make_smoke_data
 import pytest
 
 import submit
-from solution import assemble, config, train, weights
-from solution.config import override
+from solution import assemble, presets, train, weights
+from solution.config import MEMBERS, override
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "2"}
@@ -74,15 +74,15 @@ def test_train_sh_asks_for_what_training_takes(preset, tmp_path):
         assert module == "solution.train"
         args = train.parse(words)
         names.append(args.member)
-        override(config.preset(args.preset, args.member), args.set)
-    assert set(config.MEMBERS) <= set(names)
+        override(presets.preset(args.preset, args.member), args.set)
+    assert set(MEMBERS) <= set(names)
     assert last[1] == "solution.assemble"
 
 
 def scores_with_every_member(out, folder):
     """A submission of the smoke data's validation pictures with the bundle, checked."""
     members = json.loads((out / "bundle/ensemble.json").read_text())["members"]
-    assert members == list(config.MEMBERS)
+    assert members == list(MEMBERS)
     words = ["--weights", out / "bundle", "--input", out / "data/val", "--exact"]
     words += ["--out", folder / "preds.csv", "--members", "all", "--device", "cpu"]
     assert submit.main([str(word) for word in words]) == 0

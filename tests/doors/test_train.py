@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 from solution import train
 from solution.bundles.members import build_member, load_member, random_towers, read_config
-from solution.config import OptimConfig, override, preset
+from solution.config import OptimConfig, override
 from solution.data.manifest import read_manifest
 from solution.models.optimization import parameter_groups, phases, rate_factor
+from solution.presets import preset
 from solution.train import Run, World
 
 ROOT = Path(__file__).resolve().parents[2]

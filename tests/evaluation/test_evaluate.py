@@ -16,12 +16,13 @@ import pytest
 from PIL import Image
 
 from solution import evaluate
-from solution.config import MEMBERS, NTIRE26_VOTE, OPS, DegradationConfig, VoteConfig
+from solution.config import MEMBERS, OPS, DegradationConfig, VoteConfig
 from solution.data.manifest import Item
 from solution.evaluation import fit, measure, metrics, report
 from solution.evaluation.conditions import degraded_conditions, limit_frames, limit_items, sweep_conditions
 from solution.evaluation.measure import CLEAN
 from solution.models.calibration import Calibrator, sigmoid
+from solution.presets import NTIRE26_VOTE
 from solution.scoring.vote import combine
 
 PROTOCOL = {"title": "a test", "manifest": "none"}

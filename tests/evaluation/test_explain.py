@@ -16,19 +16,14 @@ from tiny import make_bundle, make_member, make_pictures
 
 from solution import explain
 from solution.bundles.members import build_member, random_towers
-from solution.config import (
-    MEMBERS,
-    AdapterConfig,
-    DegradationConfig,
-    ViewConfig,
-    preset,
-)
+from solution.config import MEMBERS, AdapterConfig, DegradationConfig, ViewConfig
 from solution.data.images import find_inputs
 from solution.data.manifest import read_manifest
 from solution.evaluation import maps
 from solution.evaluation import pages as explain_page
 from solution.evaluation.measure import Condition
 from solution.models.calibration import Calibrator
+from solution.presets import preset
 from solution.records import Batch
 from solution.scoring import ensemble as predict
 from solution.studies import drift, drift_figures

@@ -20,7 +20,6 @@ from solution.config import (
     ViewConfig,
     from_dict,
     override,
-    preset,
     to_dict,
 )
 from solution.evaluation import metrics
@@ -32,6 +31,7 @@ from solution.models.towers import (
     load_state,
     patch_attention,
 )
+from solution.presets import preset
 from solution.records import Batch
 from solution.studies import qtfp_tokens
 

@@ -7,8 +7,9 @@ import torch
 from tiny import make_member
 
 from solution.bundles.members import build_member, random_towers
-from solution.config import AdapterConfig, preset
+from solution.config import AdapterConfig
 from solution.models.streams import as_two_class, focal_loss, two_class_logit
+from solution.presets import preset
 from solution.records import Batch
 
 

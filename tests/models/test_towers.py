@@ -9,7 +9,7 @@ from open_clip import CLIP
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from transformers import Dinov2Config, Dinov2Model
 
-from solution.config import AdapterConfig, ClipArch, Dinov2Arch, TowerConfig, preset
+from solution.config import AdapterConfig, ClipArch, Dinov2Arch, TowerConfig
 from solution.models import towers as backbones
 from solution.models.towers import (
     WeightsError,
@@ -24,6 +24,7 @@ from solution.models.towers import (
     to_stable,
     tower_state,
 )
+from solution.presets import preset
 
 DINO = Dinov2Arch(width=48, layers=3, heads=4, swiglu=True, image_side=70)
 PLAIN = replace(DINO, swiglu=False)

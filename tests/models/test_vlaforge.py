@@ -21,7 +21,6 @@ from solution.config import (
     ViewConfig,
     VlaforgeConfig,
     from_dict,
-    preset,
     to_dict,
 )
 from solution.evaluation.metrics import auc
@@ -35,6 +34,7 @@ from solution.models.vlaforge import (
     mix_scores,
     run_copies,
 )
+from solution.presets import preset
 from solution.records import Batch
 
 

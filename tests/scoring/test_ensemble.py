@@ -13,13 +13,7 @@ from tiny import make_bundle, make_pictures
 from solution.bundles import bundle as bundle_room
 from solution.bundles.bundle import load_members
 from solution.bundles.members import build_member, random_towers
-from solution.config import (
-    MEMBERS,
-    AdapterConfig,
-    DegradationConfig,
-    VoteConfig,
-    preset,
-)
+from solution.config import MEMBERS, AdapterConfig, DegradationConfig, VoteConfig
 from solution.data import views
 from solution.data.faces import FaceLocator, make_view
 from solution.data.images import UnreadableInput, decode_image, find_inputs
@@ -28,6 +22,7 @@ from solution.data.training import ValidationViews
 from solution.models import merging as fastpath
 from solution.models.calibration import Calibrator
 from solution.models.towers import WeightsError
+from solution.presets import preset
 from solution.scoring import ensemble as predict
 from solution.scoring.journal import Journal, Scored, journal_path, stamp
 from solution.scoring.vote import combine, levels

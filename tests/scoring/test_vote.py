@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solution.config import NTIRE26_VOTE, VoteConfig
+from solution.config import VoteConfig
 from solution.evaluation import metrics, search
 from solution.models.calibration import sigmoid
+from solution.presets import NTIRE26_VOTE
 from solution.scoring import vote
 
 

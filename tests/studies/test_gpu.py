@@ -10,9 +10,10 @@ from tiny import make_bundle
 
 from solution import benchmark
 from solution.bundles.members import build_member, random_towers
-from solution.config import ClipArch, preset
+from solution.config import ClipArch
 from solution.evaluation import maps
 from solution.models import merging as fastpath
+from solution.presets import preset
 from solution.studies import gpu as benchmark_gpu
 
 

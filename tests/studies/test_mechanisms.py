@@ -9,17 +9,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from tiny_bundle import make_pictures
+from tiny import make_pictures
 
 from solution.bundles.bundle import write_bundle
 from solution.bundles.members import build_member, dump_tower, random_towers, save_member
-from solution.config import VoteConfig, preset
+from solution.config import VoteConfig
 from solution.data.faces import FaceLocator
 from solution.data.manifest import Item, read_manifest
 from solution.evaluation.conditions import degraded_conditions
 from solution.evaluation.measure import CLEAN, EvaluationError
 from solution.models.calibration import Calibrator
 from solution.models.towers import WeightsError, tower_state
+from solution.presets import preset
 from solution.scoring import ensemble as predict
 from solution.studies import mechanisms
 from solution.studies.mechanisms import BUILT, Draws, Given, Pool, Scores

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from solution.config import override, preset
+from solution.config import override
 from solution.data.manifest import Item, ManifestError
 from solution.evaluation import metrics
+from solution.presets import preset
 from solution.studies import ablate, shortcuts
 
 ROOT = Path(__file__).resolve().parents[2]

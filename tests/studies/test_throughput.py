@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from solution import benchmark
 from solution.bundles.bundle import load_members
 from solution.bundles.members import build_member, random_towers
-from solution.config import MEMBERS, AdapterConfig, VoteConfig, preset
+from solution.config import MEMBERS, AdapterConfig, VoteConfig
 from solution.data.faces import FaceLocator
 from solution.models.calibration import Calibrator
 from solution.models.flops import member_flops
+from solution.presets import preset
 from solution.scoring.ensemble import load_ensemble
 from solution.studies import throughput
 
