@@ -141,7 +141,9 @@ def _say_found(found: Found, settings: Any) -> None:
     print(f"crop {settings.crop or 'none'}, {settings.frames} frames of a video", flush=True)
 
 
-def _report(args, found, settings, placed, records, rows, remarks) -> dict[str, Any]:
+def _report(
+    args: argparse.Namespace, found: Found, settings: Any, placed: list, records: dict, rows: list, remarks: list[str]
+) -> dict[str, Any]:
     """What prepare.json says."""
     from dataclasses import asdict
 

@@ -101,6 +101,7 @@ def _common_split(people: Iterable[str], splits: dict[str, str]) -> str | None:
 
 
 def faceforensics(tree: Tree) -> Iterator[Entry]:
+    """original_sequences/SOURCE and manipulated_sequences/METHOD, in each compressions with videos or frames, and masks."""
     splits = ff_splits(tree)
     clips: dict[tuple[str, str, str], tuple[str, str, list[str], _Clip]] = {}
     masks: dict[tuple[str, str, str], list[str]] = {}
@@ -169,6 +170,7 @@ def _celeb_tests(tree: Tree) -> dict[str, int]:
 
 
 def celeb_df(tree: Tree) -> Iterator[Entry]:
+    """Celeb-real, YouTube-real and Celeb-synthesis, of both versions; what the test list names is test."""
     tests = _celeb_tests(tree)
     units, listed = {}, set()
     for path, kind, files in tree.units():
@@ -395,4 +397,5 @@ def _sequence(
 
 
 def names_a_video(folder: str) -> bool:
+    """Whether a folder is named as FaceForensics++, DFD or Celeb-DF name a video."""
     return bool(FF_STEM.fullmatch(folder) or CELEB_STEM.fullmatch(folder) or _DFD_STEM.fullmatch(folder))

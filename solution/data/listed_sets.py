@@ -15,7 +15,7 @@ from typing import Any
 
 from solution.data.data_sets import CELEB_STEM, FF_STEM, celeb_people, ff_people, names_a_video
 from solution.data.images import VIDEO_SUFFIXES, printable
-from solution.data.labels import EXPECTED, is_split
+from solution.data.labels import EXPECTED, NEUTRAL, is_split
 from solution.data.raw import (
     KNOWN,
     WHOLE,
@@ -164,9 +164,10 @@ def _in_folders(tree: Tree) -> Iterator[Entry]:
         label, split, below = meanings[files[0]]
         inside = files[0].split("/")[below:-1]
         own = path.rpartition("/")[2]
-        generator = inside[0] if label and inside else ""
-        if kind == "video" or (inside and names_a_video(own)):
-            generator = "" if kind == "frames" and len(inside) < 2 else generator
+        frames = kind == "frames" and bool(inside) and (names_a_video(own) or "frames" in map(plain, inside[:-1]))
+        above = [part for part in (inside[:-1] if frames else inside) if plain(part) not in NEUTRAL]
+        generator = above[0] if label and above else ""
+        if kind == "video" or frames:
             mask = tuple(m for name in files for m in masks.get(_mask_key(name), ())) if label else ()
             yield Entry(path, tuple(files), kind, label, source, split, generator, _people(own, path), mask)
             continue
@@ -275,11 +276,44 @@ def table_columns(rows: list[dict[str, str]]) -> tuple[str, str] | None:
     return (path, label) if path and label else None
 
 
+class _Files:
+    """The tree's files by what tables call them: their path, its end, each with or without its suffix."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.whole: dict[str, str | None] = {}
+        self.ends: dict[str, str | None] = {}
+        for name in names:
+            parts = name.split("/")
+            for at in range(len(parts)):
+                for key in ("/".join(parts[at:]), stem("/".join(parts[at:]))):
+                    self._keep(self.ends, key, name)
+            self._keep(self.whole, name, name)
+            self._keep(self.whole, stem(name), name)
+
+    @staticmethod
+    def _keep(table: dict[str, str | None], key: str, name: str) -> None:
+        # A name that two files have is nobody's.
+        table[key] = name if table.get(key, name) == name else None
+
+    def find(self, folder: str, path: str) -> str | None:
+        """The file that a row of a table in `folder` calls `path`; None when there is none, or more than one.
+
+        Tables are written where their author had the files: folders before the path may be others, here or there, but
+        of a path with folders one at least must agree.
+        """
+        path = path.replace("\\", "/").removeprefix("./")
+        parts = path.strip("/").split("/")
+        for key in (f"{folder}/{path}" if folder else path, path):
+            if self.whole.get(key):
+                return self.whole[key]
+        ends = ("/".join(parts[at:]) for at in range(max(1, len(parts) - 1)))
+        return next((self.ends[key] for key in ends if self.ends.get(key)), None)
+
+
 def kaggle(tree: Tree) -> Iterator[Entry]:
     """CSVs with a path and a label a row, beside or above their files; a file name such as train.csv says the split."""
-    files = {stem(name): name for name in (*tree.pictures, *tree.videos)}
-    files |= {name: name for name in (*tree.pictures, *tree.videos)}
-    taken: dict[str, Entry] = {}
+    names = [*tree.pictures, *tree.videos]
+    files, taken = _Files(names), {}
     for name in tree.lists:
         if not name.lower().endswith(".csv"):
             continue
@@ -289,53 +323,42 @@ def kaggle(tree: Tree) -> Iterator[Entry]:
             tree.passed.add("a table without path and label", name)
             continue
         for number, row in enumerate(rows, start=2):
-            entry = _kaggle_entry(tree, name, number, row, columns, files)
+            entry = _kaggle_entry(tree, f"{name}, line {number}", row, columns, files)
             if entry is None:
                 continue
-            if entry.label != taken.setdefault(entry.name, entry).label:
-                raise LayoutError(f"{name}, line {number}: {entry.name} has both labels")
-            if entry.split != taken[entry.name].split:
+            if entry.label != taken.setdefault(entry.files, entry).label:
+                raise LayoutError(f"{name}, line {number}: {entry.files[0]} has both labels")
+            if entry.split != taken[entry.files].split:
                 tree.passed.add(f"listed again, in {entry.split or 'no split'}", entry.name)
     yield from taken.values()
-    for path in sorted({files[k] for k in files} - {e.files[0] for e in taken.values()}):
-        if not _is_mask(path):
-            tree.passed.add("in no table", path)
+    for name in sorted(set(names) - {file for files in taken for file in files}):
+        if not _is_mask(name):
+            tree.passed.add("in no table", name)
 
 
-def _kaggle_entry(
-    tree: Tree, name: str, number: int, row: dict[str, str], columns: tuple[str, str], files: dict[str, str]
-) -> Entry | None:
+def _kaggle_entry(tree: Tree, where: str, row: dict[str, str], columns: tuple[str, str], files: _Files) -> Entry | None:
     path_column, label_column = columns
+    table = where.rpartition(",")[0]
+    folder = table.rpartition("/")[0]
     said, label = row[label_column], known_label(row[label_column])
     if label is None:
-        raise LayoutError(f"{name}, line {number}: {label_column} is {said!r}; {EXPECTED}")
-    folder = name.rpartition("/")[0]
-    path = row[path_column].replace("\\", "/").removeprefix("./")
-    file = next((files[p] for p in (f"{folder}/{path}" if folder else path, path) if p in files), None)
-    file = file or _by_tail(path, files)
+        raise LayoutError(f"{where}: {label_column} is {said!r}; {EXPECTED}")
+    file = files.find(folder, row[path_column])
     if file is None:
-        tree.passed.add(f"in {name}, but not there", path)
+        tree.passed.add(f"in {table}, but not there", row[path_column])
         return None
-    folders = {folder_meaning(p)[0] for p in file.split("/")[:-1]} - {None}
-    if folders and folders != {label}:
+    says = {folder_meaning(part)[0] for part in file.split("/")[:-1]} - {None}
+    if says and says != {label}:
         raise LayoutError(
-            f"{name}, line {number}: {label_column} is {said!r}, but {file} lies in a folder of the other label. Here 0 is "
-            "real and 1 fake: turn the column round, or use --layout folders to go by the folders"
+            f"{where}: {label_column} is {said!r}, but {file} lies in a folder of the other label. Here 0 is real and 1 fake: "
+            "turn the column round, or use --layout folders to go by the folders"
         )
-    split = known_split(row.get("split", "")) or known_split(Path(name).stem)
+    split = known_split(row.get("split", "")) or known_split(Path(table).stem)
     kind = "video" if os.path.splitext(file)[1].lower() in VIDEO_SUFFIXES else "picture"
     mask = row.get("mask", "")
-    mask = next(
-        (files[p] for p in (f"{folder}/{mask}" if folder else mask, mask) if p in files), mask if mask == WHOLE else ""
-    )
+    mask = mask if mask in ("", WHOLE) else files.find(folder, mask) or ""
     who = row.get("group") or row.get("video_id") or ""
     people = (f"group:{who}",) if who else _people(stem(file).rpartition("/")[2], stem(file))
     generator = (row.get("generator") or row.get("method") or "") if label else ""
     source = row.get("source") or tree.root.resolve().name
     return Entry(stem(file), (file,), kind, label, source, split, generator, people, (mask,) if mask and label else ())
-
-
-def _by_tail(path: str, files: dict[str, str]) -> str | None:
-    """A file that the end of `path` names below the root: tables are written where their author had the files."""
-    parts = path.split("/")
-    return next((files[p] for at in range(1, len(parts)) if (p := "/".join(parts[at:])) in files), None)

@@ -313,6 +313,12 @@ def test_folders_of_videos_frames(tmp_path):
     assert entries["fake/000_001"].kind == "frames" and entries["real/000"].people == ("ff++:000",)
 
 
+def test_frames_below_a_folder_of_that_name_are_videos(tmp_path):
+    empty(tmp_path, *(f"{label}/frames/0000_x/{n}.png" for label in ("real", "fake") for n in range(3)))
+    entries = by_name(find_entries(tmp_path))
+    assert entries["fake/frames/0000_x"].kind == "frames" and entries["fake/frames/0000_x"].generator == ""
+
+
 def test_videos_named_as_faceforensics_names_them_are_pairs(tmp_path):
     empty(tmp_path, "real/519.mp4", "fake/Deepfakes_519_515.mp4", "fake/FaceSwap_634_660.mp4")
     entries = by_name(find_entries(tmp_path))
@@ -374,8 +380,7 @@ def test_kaggle_table(tmp_path):
     empty(tmp_path, "images/a.jpg", "images/b.jpg", "images/extra.jpg")
     (tmp_path / "train.csv").write_text("image_id,label\na,0\nb,1.0\nlost,1\n")
     (tmp_path / "images").rename(tmp_path / "pics")
-    with pytest.raises(LayoutError, match="nothing in it"):
-        find_entries(tmp_path)
+    assert {n: e.label for n, e in by_name(find_entries(tmp_path)).items()} == {"pics/a": 0, "pics/b": 1}
     (tmp_path / "train.csv").write_text("path;label\npics/a.jpg;real\n/home/me/pics/b.jpg;FAKE\npics/lost.jpg;1\n")
     found = find_entries(tmp_path)
     assert found.layout == "kaggle"
@@ -384,6 +389,23 @@ def test_kaggle_table(tmp_path):
         "pics/b": (1, "train"),
     }
     assert reasons(found) == {"in train.csv, but not there": 1, "in no table": 1}
+
+
+def test_tables_written_where_their_author_had_the_files(tmp_path):
+    empty(tmp_path, "real_vs_fake/pics/train/real/1.jpg", "real_vs_fake/pics/train/fake/2.jpg", "real_vs_fake/0.jpg")
+    (tmp_path / "train.csv").write_text(
+        "id,path,label\n1,train/real/1.jpg,0\n2,C:\\me\\train\\fake\\2.jpg,1\n0,elsewhere/0.jpg,1\n"
+    )
+    found = find_entries(tmp_path)
+    assert sorted(e.label for e in found.entries) == [0, 1]
+    # A bare name is no reason to take a file of another folder.
+    assert reasons(found) == {"in train.csv, but not there": 1, "in no table": 1}
+
+
+def test_a_name_that_two_files_have_is_nobodys(tmp_path):
+    empty(tmp_path, "a/1.jpg", "b/1.jpg", "b/2.jpg")
+    (tmp_path / "labels.csv").write_text("id,label\n1,0\n2,1\n")
+    assert [e.name for e in find_entries(tmp_path).entries] == ["b/2"]
 
 
 def test_kaggle_words_stand_above_numbers_and_folders_contradict(tmp_path):
