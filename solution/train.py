@@ -270,10 +270,8 @@ class Run:
         if self.stopping:
             self._write_checkpoint(optimizer)
         else:
-            self.state["phase"] = number + 1
-            kept, self.state["step"], self.state["planned"] = self.state["step"], 0, 0
-            self._write_checkpoint(None)
-            self.state |= {"phase": number, "step": kept}
+            # Whoever goes on from here begins the next phase.
+            self._write_checkpoint(None, self.state | {"phase": number + 1, "step": 0, "planned": 0})
 
     def _planned(self, total: int) -> int:
         """Steps of the phase: `total`, or fewer where the budget decided so after its warm-up."""
@@ -472,13 +470,13 @@ class Run:
             "number of processes": str(self.world.size),
         }
 
-    def _write_checkpoint(self, optimizer: torch.optim.Optimizer | None) -> None:
+    def _write_checkpoint(self, optimizer: torch.optim.Optimizer | None, state: dict[str, Any] | None = None) -> None:
         if not self.world.leads:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {
             "setting": self.setting(),
-            "state": dict(self.state),
+            "state": dict(state or self.state),
             "weights": {k: t.detach() for k, t in self.member.stored_state().items()},
             "optimizer": None if optimizer is None else optimizer.state_dict(),
             "average": None if self.average is None else self.average.values,

@@ -50,7 +50,7 @@ def test_csv_manifest_reports_every_dropped_row(tmp_path):
         ("c.mp4", "1", "s", "train", "", ""),
         ("d.png", "1", "s", "val", "", ""),
     ]
-    save(tmp_path / "d.png")
+    save(tmp_path / "d.png", 1)
     items, report = read_manifest(manifest(tmp_path, rows), split="train")
     assert [(i.name, i.label, i.mask, i.video) for i in items] == [
         ("a.png", 0, "", ""),
@@ -171,7 +171,7 @@ def test_the_face_cache_knows_size_and_time_of_its_files(tmp_path):
 
 def test_rows_without_a_split_are_never_in_both(tmp_path):
     for index in range(60):
-        save(tmp_path / ("real", "fake")[index % 2] / f"{index}.png")
+        save(tmp_path / ("real", "fake")[index % 2] / f"{index}.png", index)
     train, val = ({i.name for i in read_manifest(tmp_path, split=s)[0]} for s in ("train", "val"))
     assert not train & val and len(train | val) == 60 and 1 <= len(val) <= 15
 
