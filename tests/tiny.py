@@ -12,7 +12,7 @@ from skimage import data as photos
 
 from solution.bundles.bundle import Bundle, write_bundle
 from solution.bundles.members import build_member, random_towers, save_member
-from solution.config import MEMBERS, ClipArch, MemberConfig, VlaforgeConfig, VoteConfig
+from solution.config import MEMBERS, AdapterConfig, ClipArch, MemberConfig, VlaforgeConfig, VoteConfig
 from solution.models.calibration import Calibrator
 from solution.presets import preset
 
@@ -60,6 +60,15 @@ def pack_member(folder: Path, config: MemberConfig) -> Bundle:
     return write_bundle(folder, [config.name], VoteConfig({config.name: 1}), {})
 
 
+def bundle_config(name: str) -> MemberConfig:
+    """The tiny preset's member; `face` and `qtfp` put LoRA on the tower of `global`, so that a tower is shared."""
+    config = preset("tiny", name)
+    if name in ("face", "qtfp"):
+        lora = AdapterConfig("lora", rank=16, alpha=32.0, dropout=0.05)
+        config = replace(config, tower=preset("tiny", "global").tower, adapter=lora)
+    return config
+
+
 def make_bundle(
     folder: Path,
     members: tuple[str, ...] = MEMBERS,
@@ -71,7 +80,7 @@ def make_bundle(
     torch.manual_seed(seed)
     # The towers that others share, or are laid out anew from, are stored with the members that train them.
     for name in dict.fromkeys(("global", "semantic", *members)):
-        config = preset("tiny", name)
+        config = bundle_config(name)
         member = build_member(config, random_towers([config]))
         with torch.no_grad():
             for key, value in member.stored_state().items():

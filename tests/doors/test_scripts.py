@@ -125,4 +125,4 @@ def test_the_shape_of_the_kit(name):
         "LICENSE",
     }
     tracked = run("git", "ls-files").stdout.split()
-    assert {t for t in tracked if "/" not in t} - allowed <= {".gitignore"}
+    assert {t for t in tracked if "/" not in t} - allowed <= {".gitignore", ".ruff.toml"}

@@ -153,7 +153,7 @@ def test_a_large_tower_is_read_in_half_precision_and_scores_the_same(bundle, pic
 
     monkeypatch.setattr(bundle_room, "fill_tower", spy)
     early = predict.load_ensemble(bundle, "cpu", **given)
-    assert ("tiny-dinov2", torch.bfloat16) in seen
+    assert ("tiny-global", torch.bfloat16) in seen
     assert not predict.load_ensemble(bundle, "cpu", precision="bfloat16").exact
     items = items_of(pictures)
     late.batch_size = late.limit = early.batch_size
