@@ -99,7 +99,7 @@ def spotter():
         adapter=AdapterConfig("full"),
         view=ViewConfig("image", 84, 84),
     )
-    member = train(config, 14, 120, 1e-3)
+    member = train(config, 14, 200, 1e-3)
     return member, *unseen(config, 14)
 
 
