@@ -189,7 +189,7 @@ def test_the_shipped_weights_compute_here_what_they_should(capsys):
 
 def test_what_evaluates_runs_and_so_does_what_reads_its_scores(place, tmp_path):
     seen = set()
-    sizes = ["--draws", "10", "--limit", "6", "--device", "cpu", "--workers", "0"]
+    sizes = ["--draws", "10", "--limit", "8", "--device", "cpu", "--workers", "0"]
     for words in sorted(commands_of("evaluate"), key=len, reverse=True):
         options = {x for x in words if x.startswith("--")}
         if options <= seen and "--preds" not in options:
