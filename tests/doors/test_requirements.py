@@ -39,7 +39,7 @@ def requirements(name):
 
 def imported(*patterns):
     """Distributions that these files import."""
-    own = {"solution", "submit"} | {p.stem for p in (ROOT / "tests").glob("*.py")}
+    own = {"solution", "submit"} | {p.stem for p in (ROOT / "tests").rglob("*.py")}
     names = set()
     for pattern in patterns:
         for path in ROOT.glob(pattern):
