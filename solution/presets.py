@@ -160,7 +160,7 @@ def _compact(member: str) -> MemberConfig:
         warmup_steps=50,
         final_lr=0.0,
     )
-    train = TrainConfig(epochs=20, batch=128, accumulate=1, precision="bf16", average=0.99)
+    train = TrainConfig(epochs=20, batch=128, accumulate=1, average=0.99)
     augment = AugmentConfig(crop_p=0.5, self_blend_p=0.3, colour_p=0.5, sharpness_p=0.3, side=208)
     shared = {
         "optim": optim,
