@@ -21,6 +21,5 @@ if [[ ${SKIP_SETUP:-0} != 1 ]]; then
 fi
 
 export HF_HUB_OFFLINE=1 NO_ALBUMENTATIONS_UPDATE=1
-# A process a core, each with whole files of tests; one thread each, or they wait for one another.
-exec env OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$python" -m pytest tests -m "not slow" -n "${JOBS:-2}" --dist loadfile \
-  --durations=10 "$@"
+# One thread: what two would save on these small models they lose in waiting for one another.
+exec env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest tests -m "not slow" --durations=10 "$@"
