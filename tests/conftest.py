@@ -6,9 +6,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"  # OpenCV reads it once, at the first video
 
-import threading  # noqa: E402
+import threading
 
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
 # A test that kills a forked process must not leave it holding the lock that all processes' bars share.
 tqdm.set_lock(threading.RLock())
