@@ -65,6 +65,7 @@ from solution.models.optimization import (
     phases,
     rate_factor,
 )
+from solution.models.timm_towers import named_tower, on_tower
 from solution.models.towers import (
     Tower,
     WeightsError,
@@ -573,7 +574,7 @@ def start_from(member: Member, folder: Path) -> None:
         raise WeightsError(f"{folder}: no model.safetensors; train that member first")
     given = load_file(folder / "model.safetensors")
     target = member.stored_state()
-    if member.config.adapter.in_place:  # --tower brings that
+    if member.config.stores_tower:  # --tower brings that
         target = {k: t for k, t in target.items() if not k.startswith("tower.")}
     if read_config(folder).kind != member.config.kind:
         given = {k: t for k, t in given.items() if k.startswith("adapter.")}
@@ -603,6 +604,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         metavar="NAME=PATH",
         help="starting weights of a tower",
+    )
+    parser.add_argument(
+        "--timm",
+        metavar="NAME",
+        help="another tower: a pre-trained vision transformer of timm, e.g. vit_base_patch16_dinov3.lvd1689m",
     )
     parser.add_argument(
         "--random-towers",
@@ -751,7 +757,10 @@ def write_dropped(path: Path, reports: Sequence[DropReport]) -> None:
 
 def prepare(args: argparse.Namespace, world: World, device: torch.device) -> Run:
     """Everything before the first step: config, data, faces, towers, member."""
-    config = override(preset(args.preset, args.member), args.set)
+    config = preset(args.preset, args.member)
+    if args.timm:
+        config = on_tower(config, named_tower(args.timm))
+    config = override(config, args.set)
     if args.budget and world.size > 1:
         raise ConfigError("--budget is for one process; set train.max_steps instead")
     folder = args.out / config.name
