@@ -140,7 +140,17 @@ def test_a_tower_is_swapped_by_name(tmp_path, capsys):
     assert train.main([*map(str, given), "--timm", "vit_tiny_patch16_224.augreg_in21k"]) == 2
     assert "text encoder" in capsys.readouterr().err
     given[1] = "global"
-    small = ["--random-towers", "--workers", "0", "--device", "cpu", "--set", "train.max_steps=1", "--set", "tower.arch.layers=1"]
+    small = [
+        "--random-towers",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--set",
+        "train.max_steps=1",
+        "--set",
+        "tower.arch.layers=1",
+    ]
     small += ["--set", "tower.arch.width=48", "--set", "tower.arch.heads=3", "--set", "view.side=32"]
     words = [*map(str, given), *small]
     assert train.main([*words, "--timm", "vit_tiny_patch16_224.augreg_in21k_nothing"]) == 2
