@@ -32,10 +32,11 @@ from solution.config import (
     VoteConfig,
 )
 from solution.data.degradation import use_one_opencv_thread
+from solution.data.faces import locate_once
 from solution.data.images import VIDEO_SUFFIXES, Input, Inputs, UnreadableInput
 from solution.data.views import (
     View,
-    choose_in_all,
+    choose_found,
     cut_views,
     locators_for,
     open_frames,
@@ -49,6 +50,7 @@ from solution.models.member import Member
 from solution.records import FaceBox
 from solution.scoring.files import SidecarRow
 from solution.scoring.journal import Scored, stamp
+from solution.scoring.verdict import verdict_of
 from solution.scoring.vote import combine, levels
 
 FRAMES = 32  # of a video
@@ -399,12 +401,14 @@ class Reader(Dataset):
             except UnreadableInput as error:
                 rows.append(row._replace(error=error.reason))
                 continue
-            faces = choose_in_all(pictures, self.locators, video=item.kind == "video")
+            found = [locate_once(self.locators, picture) for picture in pictures]
+            faces = choose_found(found, [p.shape[:2] for p in pictures], video=item.kind == "video")
             for picture, chosen in zip(pictures, faces):
                 for place, view in enumerate(cut_views(picture, self.views, chosen)):
                     cut[place].append(view)
             shown = [next(iter(chosen.values()), None) for chosen in faces]
-            rows.append(row._replace(frames=numbers, faces=[_brief(b) for b in shown]))
+            most = max((len(boxes) for faces in found for boxes in faces.values()), default=-1)
+            rows.append(row._replace(frames=numbers, faces=[_brief(b) for b in shown], found=most))
         views = [
             torch.from_numpy(np.stack(c)) if c else torch.empty(0, v.view.side, v.view.side, 3, dtype=torch.uint8)
             for c, v in zip(cut, self.views)
@@ -592,7 +596,7 @@ def judge(
     start = 0
     for row in rows:
         if row.error:
-            result.append(SidecarRow(row.name, "failed", row.error, None, {}, {}, NEUTRAL))
+            result.append(SidecarRow(row.name, "failed", row.error, None, {}, {}, NEUTRAL, "failed"))
             continue
         stop = start + len(row.faces)
         of_frames = [
@@ -604,6 +608,7 @@ def judge(
                 {name: float(p[name][k]) for name in p},
                 {name: float(grid[name][k]) for name in grid},
                 float(scores[k]),
+                verdict_of(float(scores[k]), vote, row.found),
                 number,
             )
             for k, face, number in zip(range(start, stop), row.faces, row.frames or [None])
@@ -656,6 +661,7 @@ def _of_video(
         {name: float(values[0]) for name, values in p.items()},
         {name: float(values[0]) for name, values in grid.items()},
         score,
+        verdict_of(score, vote, row.found),
     )
 
 
