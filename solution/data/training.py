@@ -21,7 +21,7 @@ from solution.data.degradation import degrade, use_one_opencv_thread
 from solution.data.epochs import Sample
 from solution.data.faces import FaceLocator, crop_square, make_view, view_box
 from solution.data.images import UnreadableInput, decode_image, decode_mask, resize_image
-from solution.data.manifest import Item
+from solution.data.manifest import DropReport, Item
 from solution.data.self_blend import face_region, self_blend
 from solution.data.views import (
     View,
@@ -199,6 +199,29 @@ class ValidationViews(Dataset):
         picture = open_picture(item.path, item.name, self.degradation, self.seed)
         (view,) = see(picture, self.views, self.locators)
         return view
+
+
+def readable(items: Sequence[Item], on_unreadable: str, report: DropReport, *, progress: bool) -> list[Item]:
+    """The validation pictures that can be read: known before the first step, not after an epoch.
+
+    on_unreadable: as in `SamplingConfig`; under `drop` the others go into `report`.
+
+    Raises:
+        UnreadableInput: one cannot be read, under `fail`.
+    """
+    from tqdm import tqdm
+
+    kept = []
+    for item in tqdm(items, desc="validation set", leave=False, disable=not progress):
+        try:
+            decode_image(item.path)
+        except UnreadableInput as error:
+            if on_unreadable == "fail":
+                raise
+            report.add(item.name, f"validation: {error.reason}")
+            continue
+        kept.append(item)
+    return kept
 
 
 def tell_masks(items: Sequence[Item], sampling: SamplingConfig) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,18 +104,32 @@ def choose_in_all(
     pictures: Sequence[np.ndarray], locators: Mapping[FaceConfig, FaceLocator], *, video: bool
 ) -> list[dict[FaceConfig, FaceBox | None]]:
     """For each picture, the chosen face by configuration; of a video's frames, one person's through all of them."""
-    found = [locate_once(locators, picture) for picture in pictures]
+    return choose_found([locate_once(locators, p) for p in pictures], [p.shape[:2] for p in pictures], video=video)
+
+
+def choose_found(
+    found: Sequence[Mapping[FaceConfig, Sequence[FaceBox]]], sizes: Sequence[tuple[int, int]], *, video: bool
+) -> list[dict[FaceConfig, FaceBox | None]]:
+    """`choose_in_all` of faces that were found before in pictures of these sizes (height, width)."""
     if not video:
-        return [choose_faces(faces, p.shape[:2]) for faces, p in zip(found, pictures)]
-    size = pictures[0].shape[:2]
-    tracks = {config: choose_track([faces[config] for faces in found], *size, config) for config in locators}
-    return [{config: track[number] for config, track in tracks.items()} for number in range(len(pictures))]
+        return [choose_faces(faces, size) for faces, size in zip(found, sizes)]
+    tracks = {config: choose_track([faces[config] for faces in found], *sizes[0], config) for config in found[0]}
+    return [{config: track[number] for config, track in tracks.items()} for number in range(len(found))]
 
 
 # ------------------------------------------------------------------------------------------------ cut
 def cut_views(picture: np.ndarray, views: Sequence[View], chosen: Chosen) -> list[np.ndarray]:
     """Every view (side, side, 3) of a picture (H, W, 3), both uint8; a face view without a face shows all of it."""
     return [make_view(picture, view, chosen.get(face), face or FaceConfig()) for view, face in views]
+
+
+def cut_views_of(picture: np.ndarray, views: Sequence[View], face: FaceBox) -> list[np.ndarray]:
+    """`cut_views` of one of several people: face views show this face, however large or small it is in the picture."""
+    alone = {config: replace(config, min_area=0.0, max_area=1.0) for _, config in views if config is not None}
+    return [
+        make_view(picture, view, face if config else None, alone[config] if config else FaceConfig())
+        for view, config in views
+    ]
 
 
 def see(picture: np.ndarray, views: Sequence[View], locators: Mapping[FaceConfig, FaceLocator]) -> list[np.ndarray]:

@@ -18,7 +18,8 @@ from solution.data.manifest import read_manifest
 from solution.models.towers import WeightsError, build_tower, is_norm
 from solution.presets import preset
 from solution.scoring.ensemble import load_ensemble, score_pictures
-from solution.train import Run
+from solution.training.loop import Run, TrainingSet
+from solution.training.processes import Machine, World
 
 ADAPTERS = {
     "dinov3": AdapterConfig("lora", rank=4, dropout=0.1, projections=("q", "k", "v"), shared=True),
@@ -63,7 +64,8 @@ def make_run(config, folder, validate=False):
     towers = {config.tower.name: fill_tower(config.tower, tower_weights(config.tower))}
     member = build_member(config, towers)
     out = folder / "out" / config.name
-    return Run(member, items, validation, out, faces={}, device=torch.device("cpu"), progress=False)
+    machine = Machine(torch.device("cpu"), World(), progress=False)
+    return Run(member, TrainingSet(items, validation), out, machine=machine)
 
 
 def weights(run):
@@ -75,18 +77,19 @@ def test_interrupted_equals_uninterrupted(family, public, tmp_path):
     config = config_of(family, public[family])
     whole = make_run(config, tmp_path / "a")
     before = weights(whole)
-    assert whole.run()["total"] == 4
+    assert whole.run().total == 4
     first = make_run(config, tmp_path / "b")
-    step = first._between_steps
+    step = first._optimizer_step
 
-    def interrupt(*given):
-        step(*given)
-        first.stopping = first.state["total"] >= 2
+    def told(*given):
+        if first.state.total == 1:
+            first.stop()
+        return step(*given)
 
-    first._between_steps = interrupt
+    first._optimizer_step = told
     first.run()
     resumed = make_run(config, tmp_path / "b")
-    assert resumed.run()["total"] == 4
+    assert resumed.run().total == 4
     after, again = weights(whole), weights(resumed)
     assert all(torch.equal(after[key], again[key]) for key in after)
     assert any(not torch.equal(after[key], before[key]) for key in after if not key.startswith("own."))
