@@ -708,6 +708,7 @@ class SamplingConfig:
         are in one batch.
     cap, drop: per source and class, as `SOURCE/real=VALUE` or `SOURCE/fake=VALUE`: at most so many pictures; a share
         dropped at random (seeded, fixed over the run).
+    leave_out: generators whose fakes are left out of training: what a picture by a generator nobody knew would meet.
     frames: at most so many frames of one video.
     """
 
@@ -715,6 +716,7 @@ class SamplingConfig:
     temperature: float = 0.5
     cap: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
     frames: int = 8
     fully_generated: tuple[str, ...] = ()  # generators that make whole faces: their forgery mask is the face region
     on_unreadable: str = "fail"  # or `drop`: counted, reported
@@ -901,13 +903,18 @@ class MemberConfig:
         return self.view.source == "face" or self.augment.self_blend_p > 0 or self.needs_masks
 
 
+DISCRETE_MEANS = ("levels", "levels_rounded", "maximum", "noisy_or")
+
+
 @dataclass(frozen=True)
 class VoteConfig:
     """The vote (arXiv 2604.25889).
 
     weights: votes per member, by name. step: the grid of a level. mean: `levels` (discretized), `levels_rounded`
-    (the mean rounded to the grid again: the published entry), `probability` or `logit` (no grid).
-    threshold: fake at or above; unsure: half-width of the band around it; false_alarm: the rate the threshold holds.
+    (the mean rounded to the grid again: the published entry), `maximum` and `noisy_or` (of levels: one expert may
+    speak for all), `probability` or `logit` (no grid).
+    threshold: fake at or above; unsure: half-width of the band around it. false_alarm: the share of real pictures that
+    the threshold calls fake at most, as a mean over real sources; worst_false_alarm: the same of the worst source.
     """
 
     weights: dict[str, int]
@@ -916,9 +923,10 @@ class VoteConfig:
     threshold: float = 0.5
     unsure: float = 0.0
     false_alarm: float | None = None
+    worst_false_alarm: float | None = None
 
     def __post_init__(self) -> None:
-        allowed = ("levels", "levels_rounded", "probability", "logit")
+        allowed = (*DISCRETE_MEANS, "probability", "logit")
         require(
             self.mean in allowed,
             f"vote.mean is {self.mean!r}; allowed: {', '.join(allowed)}",
@@ -933,6 +941,11 @@ class VoteConfig:
             f"vote.weights {self.weights}: somebody must vote",
         )
         require(0 < self.step <= 1, f"vote.step is {self.step}; it must lie in (0, 1]")
+
+    @property
+    def discrete(self) -> bool:
+        """Whether members' scores become levels, so that a small change of a logit may change a vote by a step."""
+        return self.mean in DISCRETE_MEANS
 
 
 # ---------------------------------------------------------------------------------------------------- to and from JSON

@@ -291,8 +291,7 @@ def narrow_early(configs: Iterable[MemberConfig], device: torch.device, precisio
 def make_fast(ensemble: Ensemble, *, second_look: bool = True) -> Ensemble:
     """Merge, narrow and, for second looks, keep and measure: the members of a freshly loaded ensemble, in place."""
     dtype, members = ensemble.dtype, ensemble.members
-    levelled = ensemble.vote.mean in ("levels", "levels_rounded")
-    if second_look and levelled and dtype != torch.float32 and _room_for_copy(ensemble):
+    if second_look and ensemble.vote.discrete and dtype != torch.float32 and _room_for_copy(ensemble):
         ensemble.exact = copy.deepcopy(members)
     ensemble.merged = fastpath.merge_adapters(members, dtype)
     if dtype != torch.float32:
