@@ -51,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
         type=_positive,
         help="pictures computed at once (default: by the towers' size)",
     )
-    add("--workers", type=_count, help="loader processes (default: by the cores)")
+    add("--workers", type=_count, help="loader processes (default: by the cores); 0: a file that crashes ends the run")
+    add("--limit", type=_count, default=600, help="seconds to read one file, in a loader; 0: none (default: 600)")
     add("--decimals", type=_positive, default=6, help="of the scores (default: 6)")
     add(
         "--on-error",
@@ -288,6 +289,8 @@ def announce(ensemble, bundle, plan, found: int, rank: int, ranks: int) -> None:
     tell(f"vote: {ensemble.vote.mean} of {', '.join(votes)}")
     others = f"; the bar shows rank 0 of {ranks}" if ranks > 1 else ""
     tell(f"{int(plan.share().sum())} inputs, {found} scored before{others}")
+    if plan.inputs.passed_over:
+        tell(plan.inputs.passed())
 
 
 def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> float:
@@ -308,7 +311,7 @@ def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> fl
         gpu = ensemble.device.type == "cuda"
         rows_of = predict.ray_stream(batches, load, settings, gpu=gpu)
     else:
-        reader = predict.Reader(ensemble.views, **settings)
+        reader = predict.Reader(ensemble.views, limit=args.limit, **settings)
         rows_of = predict.stream(ensemble, batches, reader, workers=args.workers)
     begun = time.monotonic()
     try:
@@ -370,6 +373,7 @@ def write(args, ensemble, bundle, plan, journal, found: int, seconds: float) -> 
     speed = scored / seconds if scored else None
     record = run_record(args, ensemble, bundle, journal) | {
         "counts": {**counts, "scored_now": scored},
+        "passed_over": journal.inputs.passed_over,
         "seconds": round(seconds, 3),
         "images_per_second": speed and round(speed, 2),
     }

@@ -54,7 +54,7 @@ def assemble(
     items, report = read_manifest(data, split="val")
     configs = [read_config(members / name) for name in names]
     strict = [c for c in configs if c.sampling.on_unreadable == "fail"]
-    items = readable(items, (strict or configs)[0], report, progress=progress)
+    items = readable(items, (strict or configs)[0], report, workers=workers, progress=progress)
     if report.dropped:
         print(report.summary(), file=sys.stderr)
     items = draw_items(items, limit, 0)

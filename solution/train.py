@@ -43,6 +43,7 @@ from solution.bundles.members import (
 )
 from solution.config import KINDS, MEMBERS, ConfigError, DegradationConfig, MemberConfig, override, to_dict
 from solution.data.epochs import Sample, plan_epoch
+from solution.data.guard import look_at
 from solution.data.images import UnreadableInput, decode_image, stable_seed
 from solution.data.manifest import DropReport, Item, ManifestError, draw_items, manifest_splits, read_manifest, select
 from solution.data.training import (
@@ -53,6 +54,7 @@ from solution.data.training import (
     training_loader,
     validation_loader,
 )
+from solution.data.views import quiet_worker
 from solution.errors import KitError, door
 from solution.evaluation.metrics import auc, auc_by_source
 from solution.io import atomic_file, write_atomically
@@ -305,7 +307,7 @@ class Run:
         plan = self.epoch_plan(epoch)[done * gather :]
         train = self.config.train
         views = TrainingViews(self.items, self.config, self.faces, train.seed)
-        batches = iter(training_loader(views, plan, workers=self.workers))
+        batches = training_loader(views, plan, workers=self.workers)
         self.member.train()
         for start in range(0, len(plan), gather):
             began = time.perf_counter()
@@ -671,23 +673,31 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def readable(items: list[Item], config: MemberConfig, report: DropReport, *, progress: bool) -> list[Item]:
+def readable(
+    items: list[Item], config: MemberConfig, report: DropReport, *, workers: int, progress: bool
+) -> list[Item]:
     """The validation pictures that can be read: known before the first step, not after an epoch.
+
+    workers: processes that read; a file at which one dies cannot be read.
 
     Raises:
         UnreadableInput: one cannot, under `sampling.on_unreadable=fail`; under `drop` it goes into `report`.
     """
     kept = []
-    for item in tqdm(items, desc="validation set", leave=False, disable=not progress):
-        try:
-            decode_image(item.path)
-        except UnreadableInput as error:
-            if config.sampling.on_unreadable == "fail":
-                raise
-            report.add(item.name, f"validation: {error.reason}")
-            continue
-        kept.append(item)
+    looks = look_at([item.path for item in items], _reads, workers=min(workers, len(items)), start=quiet_worker)
+    bar = tqdm(looks, "validation set", len(items), leave=False, disable=not progress)
+    for item, (_, reason) in zip(items, bar):
+        if reason and config.sampling.on_unreadable == "fail":
+            raise UnreadableInput(item.path, reason)
+        if reason:
+            report.add(item.name, f"validation: {reason}")
+        else:
+            kept.append(item)
     return kept
+
+
+def _reads(path: Path) -> None:
+    decode_image(path)
 
 
 def validation_pictures(
@@ -704,7 +714,7 @@ def validation_pictures(
         part, left_out = read_manifest(args.data, split=split)
         items += draw_items(part, args.validation_limit, config.train.validation_seed)
         lost.take(left_out, told)
-    items = readable(items, config, lost, progress=progress)
+    items = readable(items, config, lost, workers=args.workers, progress=progress)
     if len({item.label for item in items}) < 2:
         raise ManifestError(
             f"{args.data}: the val split needs real and fake pictures, found {len(items)} of one class; name the splits "
@@ -727,7 +737,7 @@ def with_faces(
     settings = json.dumps([to_dict(located), str(args.data.resolve())])
     cache = args.out / f"faces-{stable_seed(settings):08x}.jsonl"
     if world.leads:
-        faces = locate_faces(items, config, cache, progress=not args.quiet)
+        faces = locate_faces(items, config, cache, workers=args.workers, progress=not args.quiet)
     if world.size > 1:
         torch.distributed.barrier()
     if not world.leads:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from solution.config import ConfigError, SamplingConfig
-from solution.data.images import IMAGE_SUFFIXES, is_hidden, printable, stable_seed
+from solution.data.images import IMAGE_SUFFIXES, is_hidden, is_output, printable, stable_seed
 from solution.data.labels import EXPECTED, is_split, label_of, split_of
 from solution.data.videos import middle_places
 from solution.errors import UsageError
@@ -33,6 +33,7 @@ TRAIN, HELD_OUT = "train", ("val", "unseen", "test")
 _SMALLEST = 32  # bytes; what is smaller is no picture, and said to be unreadable, not a copy
 _END = 256  # bytes at the end of a file that two different pictures hardly share
 HIDDEN = "hidden or not the data set's (a dot file or folder, __MACOSX)"
+OUTPUT = "drawn by an earlier run of this kit"
 
 
 class ManifestError(UsageError):
@@ -469,9 +470,13 @@ def _files(
     here = found.st_dev, found.st_ino
     if here in above:
         return
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    names = {entry.name for entry in entries}
+    for entry in entries:
         if is_hidden(entry.name):
             report.add(printable(f"{prefix}/{inside}{entry.name}"), HIDDEN)
+        elif is_output(entry.name, names):
+            report.add(printable(f"{prefix}/{inside}{entry.name}"), OUTPUT)
         elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
             yield from _files(entry.path, f"{inside}{entry.name}/", prefix, report, above | {here})
         else:

@@ -28,11 +28,14 @@ from solution.bundles.selftest import golden_pictures
 from solution.bundles.store import open_bundle
 from solution.config import (
     DegradationConfig,
+    FaceConfig,
     MemberConfig,
     VoteConfig,
 )
 from solution.data.degradation import use_one_opencv_thread
+from solution.data.guard import Watch, guarded
 from solution.data.images import VIDEO_SUFFIXES, Input, Inputs, UnreadableInput
+from solution.data.processes import LIMIT
 from solution.data.views import (
     View,
     choose_in_all,
@@ -373,7 +376,7 @@ class Reader(Dataset):
     """Batches of (index, Input) to `Prepared`: decoded once, one face search, each distinct view cut once.
 
     degradation, seed: degrade pictures first, drawn from (seed, name) (`views.degraded_picture`). faces: False leaves
-    faces out (there is no detector): every view shows the whole picture.
+    faces out (there is no detector): every view shows the whole picture. limit: seconds for one file, in a worker.
     """
 
     def __init__(
@@ -384,8 +387,10 @@ class Reader(Dataset):
         degradation: DegradationConfig | None = None,
         seed: int = 0,
         faces: bool = True,
+        limit: int = LIMIT,
     ) -> None:
-        self.views, self.frames = tuple(views), frames
+        self.views, self.frames, self.limit = tuple(views), frames, limit
+        self.watch = Watch()
         self.degradation, self.seed = degradation, seed
         self.locators = locators_for(self.views) if faces else {}
 
@@ -395,14 +400,13 @@ class Reader(Dataset):
         for index, item in batch:
             row = Scored(index, item.name, *stamp(item.path))
             try:
-                numbers, pictures = self._decode(item)
+                with self.watch.file(index, item.path):
+                    numbers, faces, seen = self._read(item)
             except UnreadableInput as error:
                 rows.append(row._replace(error=error.reason))
                 continue
-            faces = choose_in_all(pictures, self.locators, video=item.kind == "video")
-            for picture, chosen in zip(pictures, faces):
-                for place, view in enumerate(cut_views(picture, self.views, chosen)):
-                    cut[place].append(view)
+            for place, views in enumerate(zip(*seen)):
+                cut[place] += views
             shown = [next(iter(chosen.values()), None) for chosen in faces]
             rows.append(row._replace(frames=numbers, faces=[_brief(b) for b in shown]))
         views = [
@@ -410,6 +414,18 @@ class Reader(Dataset):
             for c, v in zip(cut, self.views)
         ]
         return Prepared(rows, views)
+
+    def again(self, number: int, waiting: Sequence[Sequence[tuple[int, Input]]]) -> None:
+        """As `guarded` wants it: the input of this number, of the batches given, read and no more."""
+        for index, item in (entry for batch in waiting for entry in batch):
+            if index == number:
+                self[[(index, item)]]
+
+    def _read(self, item: Input) -> tuple[list[int], list[dict[FaceConfig, FaceBox | None]], list[list[np.ndarray]]]:
+        """Frame numbers (none for a picture), and of each picture the chosen faces and the views cut."""
+        numbers, pictures = self._decode(item)
+        faces = choose_in_all(pictures, self.locators, video=item.kind == "video")
+        return numbers, faces, [cut_views(p, self.views, chosen) for p, chosen in zip(pictures, faces)]
 
     def _decode(self, item: Input) -> tuple[list[int], list[np.ndarray]]:
         """Frame numbers (none for a picture) and pictures."""
@@ -484,21 +500,27 @@ def stream(
 ) -> Iterator[list[Scored]]:
     """The rows of each batch, in order, with their logits; an unreadable input's row has its error instead.
 
-    Workers prepare batches ahead. On a GPU a batch is launched before the one before it is waited for.
+    Workers prepare batches ahead; a file at which one dies is an unreadable input. Without workers (0) it is read in this
+    process, and ends it. On a GPU a batch is launched before the one before it is waited for.
     """
     cuda = ensemble.device.type == "cuda"
     if workers is None:
         workers = automatic_workers(ensemble.device)
     use_one_opencv_thread()
-    loader = DataLoader(
-        reader,
-        sampler=batches,
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=quiet_worker,
-        pin_memory=cuda,
-        prefetch_factor=2 if workers else None,
-    )
+
+    def load(given: Iterable[Sequence[tuple[int, Input]]]) -> DataLoader:
+        return DataLoader(
+            reader,
+            sampler=given,
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=quiet_worker,
+            pin_memory=cuda,
+            prefetch_factor=2 if workers else None,
+        )
+
+    reader.watch = Watch(workers, reader.limit)
+    loader = guarded(batches, load, reader.watch, reader.again) if workers else load(batches)
     before: tuple[Prepared, list[torch.Tensor], torch.Tensor | None] | None = None
     for prepared in loader:
         views = [view.to(ensemble.device, non_blocking=True).permute(0, 3, 1, 2) for view in prepared.views]
