@@ -362,6 +362,7 @@ def write(args, ensemble, bundle, plan, journal, found: int, seconds: float) -> 
         )
     scores = np.empty(len(journal.inputs))
     counts = {"inputs": len(indices), "from_journal": found, "failed": 0}
+    counts["verdicts"] = dict.fromkeys(submission.VERDICTS, 0)
     submission.write_sidecar(
         verdicts(args, ensemble, journal, indices, scores, counts),
         submission.members_path(args.out),
@@ -408,6 +409,7 @@ def verdicts(args, ensemble, journal, indices, scores, counts):
             if row.frame is None:
                 scores[next(places)] = row.score
                 counts["failed"] += row.status == "failed"
+                counts["verdicts"][row.verdict] += 1
             yield row
 
 
@@ -422,6 +424,7 @@ def run_record(args, ensemble, bundle, journal) -> dict:
     import transformers
 
     from solution.config import to_dict
+    from solution.scoring.verdict import threshold_record
 
     libraries = torch, transformers, numpy, cv2, PIL
     return {
@@ -439,6 +442,7 @@ def run_record(args, ensemble, bundle, journal) -> dict:
         },
         "ensemble": ensemble.describe(),
         "vote": to_dict(ensemble.vote),
+        "verdict": threshold_record(bundle, ensemble.vote),
         "calibrators": {n: to_dict(c) for n, c in ensemble.calibrators.items()},
         "config": {n: to_dict(c) for n, c in ensemble.configs.items()},
         "second_looks": {**ensemble.looks},

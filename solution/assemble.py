@@ -45,16 +45,16 @@ def assemble(
     from solution.bundles.selftest import add_golden
     from solution.config import DegradationConfig, VoteConfig
     from solution.data.manifest import draw_items, read_manifest
+    from solution.data.training import readable
     from solution.evaluation.fit import fit_ensemble
     from solution.io import write_atomically
     from solution.models.calibration import Calibrator
     from solution.scoring import ensemble as predict
-    from solution.train import readable
 
     items, report = read_manifest(data, split="val")
     configs = [read_config(members / name) for name in names]
-    strict = [c for c in configs if c.sampling.on_unreadable == "fail"]
-    items = readable(items, (strict or configs)[0], report, workers=workers, progress=progress)
+    strict = any(c.sampling.on_unreadable == "fail" for c in configs)
+    items = readable(items, "fail" if strict else "drop", report, workers=workers, progress=progress)
     if report.dropped:
         print(report.summary(), file=sys.stderr)
     items = draw_items(items, limit, 0)

@@ -5,10 +5,12 @@ A record carries tensors and nothing else: no behaviour, no file, no device logi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+# Faces are located, and files written, by processes that need no torch.
+if TYPE_CHECKING:
+    import torch
 
 
 class FaceBox(NamedTuple):
@@ -45,12 +47,17 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        moved = {
-            f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), torch.Tensor)
-        }
-        return replace(self, **moved)
+
+        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            images=moved(self.images),
+            labels=moved(self.labels),
+            masks=moved(self.masks),
+            mask_known=moved(self.mask_known),
+        )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from solution.data.epochs import Sample
 from solution.data.faces import FaceLocator, crop_square, make_view, view_box
 from solution.data.guard import Watch, guarded, look_at
 from solution.data.images import UnreadableInput, decode_image, decode_mask, resize_image
-from solution.data.manifest import Item
+from solution.data.manifest import DropReport, Item
 from solution.data.self_blend import face_region, self_blend
 from solution.data.views import (
     View,
@@ -212,6 +212,35 @@ class ValidationViews(Dataset):
         picture = open_picture(item.path, item.name, self.degradation, self.seed)
         (view,) = see(picture, self.views, self.locators)
         return view
+
+
+def readable(
+    items: Sequence[Item], on_unreadable: str, report: DropReport, *, workers: int, progress: bool
+) -> list[Item]:
+    """The validation pictures that can be read: known before the first step, not after an epoch.
+
+    on_unreadable: as in `SamplingConfig`; under `drop` the others go into `report`. workers: processes that read; a file at
+    which one dies cannot be read.
+
+    Raises:
+        UnreadableInput: one cannot be read, under `fail`.
+    """
+    from tqdm import tqdm
+
+    kept = []
+    looks = look_at([item.path for item in items], _reads, workers=min(workers, len(items)), start=quiet_worker)
+    for item, (_, reason) in zip(items, tqdm(looks, "validation set", len(items), leave=False, disable=not progress)):
+        if reason and on_unreadable == "fail":
+            raise UnreadableInput(item.path, reason)
+        if reason:
+            report.add(item.name, f"validation: {reason}")
+        else:
+            kept.append(item)
+    return kept
+
+
+def _reads(path: Path) -> None:
+    decode_image(path)
 
 
 def tell_masks(items: Sequence[Item], sampling: SamplingConfig) -> str:

@@ -104,12 +104,17 @@ def choose_in_all(
     pictures: Sequence[np.ndarray], locators: Mapping[FaceConfig, FaceLocator], *, video: bool
 ) -> list[dict[FaceConfig, FaceBox | None]]:
     """For each picture, the chosen face by configuration; of a video's frames, one person's through all of them."""
-    found = [locate_once(locators, picture) for picture in pictures]
+    return choose_found([locate_once(locators, p) for p in pictures], [p.shape[:2] for p in pictures], video=video)
+
+
+def choose_found(
+    found: Sequence[Mapping[FaceConfig, Sequence[FaceBox]]], sizes: Sequence[tuple[int, int]], *, video: bool
+) -> list[dict[FaceConfig, FaceBox | None]]:
+    """`choose_in_all` of faces that were found before in pictures of these sizes (height, width)."""
     if not video:
-        return [choose_faces(faces, p.shape[:2]) for faces, p in zip(found, pictures)]
-    size = pictures[0].shape[:2]
-    tracks = {config: choose_track([faces[config] for faces in found], *size, config) for config in locators}
-    return [{config: track[number] for config, track in tracks.items()} for number in range(len(pictures))]
+        return [choose_faces(faces, size) for faces, size in zip(found, sizes)]
+    tracks = {config: choose_track([faces[config] for faces in found], *sizes[0], config) for config in found[0]}
+    return [{config: track[number] for config, track in tracks.items()} for number in range(len(found))]
 
 
 # ------------------------------------------------------------------------------------------------ cut

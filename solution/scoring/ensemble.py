@@ -33,12 +33,13 @@ from solution.config import (
     VoteConfig,
 )
 from solution.data.degradation import use_one_opencv_thread
+from solution.data.faces import locate_once
 from solution.data.guard import Watch, guarded
 from solution.data.images import VIDEO_SUFFIXES, Input, Inputs, UnreadableInput
 from solution.data.processes import LIMIT
 from solution.data.views import (
     View,
-    choose_in_all,
+    choose_found,
     cut_views,
     locators_for,
     open_frames,
@@ -52,6 +53,7 @@ from solution.models.member import Member
 from solution.records import FaceBox
 from solution.scoring.files import SidecarRow
 from solution.scoring.journal import Scored, stamp
+from solution.scoring.verdict import verdict_of
 from solution.scoring.vote import combine, levels
 
 FRAMES = 32  # of a video
@@ -401,14 +403,14 @@ class Reader(Dataset):
             row = Scored(index, item.name, *stamp(item.path))
             try:
                 with self.watch.file(index, item.path):
-                    numbers, faces, seen = self._read(item)
+                    numbers, faces, seen, most = self._read(item)
             except UnreadableInput as error:
                 rows.append(row._replace(error=error.reason))
                 continue
             for place, views in enumerate(zip(*seen)):
                 cut[place] += views
             shown = [next(iter(chosen.values()), None) for chosen in faces]
-            rows.append(row._replace(frames=numbers, faces=[_brief(b) for b in shown]))
+            rows.append(row._replace(frames=numbers, faces=[_brief(b) for b in shown], found=most))
         views = [
             torch.from_numpy(np.stack(c)) if c else torch.empty(0, v.view.side, v.view.side, 3, dtype=torch.uint8)
             for c, v in zip(cut, self.views)
@@ -421,11 +423,15 @@ class Reader(Dataset):
             if index == number:
                 self[[(index, item)]]
 
-    def _read(self, item: Input) -> tuple[list[int], list[dict[FaceConfig, FaceBox | None]], list[list[np.ndarray]]]:
-        """Frame numbers (none for a picture), and of each picture the chosen faces and the views cut."""
+    def _read(
+        self, item: Input
+    ) -> tuple[list[int], list[dict[FaceConfig, FaceBox | None]], list[list[np.ndarray]], int]:
+        """Frame numbers (none for a picture); of each picture the chosen faces and the views cut; the most faces found."""
         numbers, pictures = self._decode(item)
-        faces = choose_in_all(pictures, self.locators, video=item.kind == "video")
-        return numbers, faces, [cut_views(p, self.views, chosen) for p, chosen in zip(pictures, faces)]
+        found = [locate_once(self.locators, picture) for picture in pictures]
+        faces = choose_found(found, [p.shape[:2] for p in pictures], video=item.kind == "video")
+        most = max((len(boxes) for by_config in found for boxes in by_config.values()), default=-1)
+        return numbers, faces, [cut_views(p, self.views, chosen) for p, chosen in zip(pictures, faces)], most
 
     def _decode(self, item: Input) -> tuple[list[int], list[np.ndarray]]:
         """Frame numbers (none for a picture) and pictures."""
@@ -614,7 +620,7 @@ def judge(
     start = 0
     for row in rows:
         if row.error:
-            result.append(SidecarRow(row.name, "failed", row.error, None, {}, {}, NEUTRAL))
+            result.append(SidecarRow(row.name, "failed", row.error, None, {}, {}, NEUTRAL, "failed"))
             continue
         stop = start + len(row.faces)
         of_frames = [
@@ -626,6 +632,7 @@ def judge(
                 {name: float(p[name][k]) for name in p},
                 {name: float(grid[name][k]) for name in grid},
                 float(scores[k]),
+                verdict_of(float(scores[k]), vote, row.found),
                 number,
             )
             for k, face, number in zip(range(start, stop), row.faces, row.frames or [None])
@@ -678,6 +685,7 @@ def _of_video(
         {name: float(values[0]) for name, values in p.items()},
         {name: float(values[0]) for name, values in grid.items()},
         score,
+        verdict_of(score, vote, row.found),
     )
 
 

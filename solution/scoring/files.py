@@ -30,6 +30,7 @@ from solution.io import atomic_file, write_atomically
 FORMATS = (".csv", ".txt", ".zip")
 MEMBER_NAME = "submission.txt"  # the challenge's name for the zip's only member
 STATUSES = ("ok", "failed")
+VERDICTS = ("fake", "real", "unsure", "no_face", "failed")
 
 
 class SubmissionError(UsageError):
@@ -40,6 +41,7 @@ class SidecarRow(NamedTuple):
     """One line of the sidecar: a picture, a video, or a video's frame (`frame` is its number, else None).
 
     face: (x0, y0, x1, y1, score, ...) px, a `FaceBox`, or None. p_fake, level: by member; empty for what failed.
+    verdict: one of `VERDICTS`.
     """
 
     image: str
@@ -49,6 +51,7 @@ class SidecarRow(NamedTuple):
     p_fake: Mapping[str, float]
     level: Mapping[str, float]
     score: float
+    verdict: str
     frame: int | None = None
 
 
@@ -253,7 +256,7 @@ def _numeric(name: str) -> list[tuple[str, int]]:
 # ---------------------------------------------------------------------------------------------------- sidecar
 def sidecar_columns(members: Sequence[str], *, frames: bool = False) -> list[str]:
     """The sidecar's header: image, status (`ok` or `failed`), error, the chosen face's box in px and its score, then
-    NAME_p and NAME_level of each member, then score.
+    NAME_p and NAME_level of each member, then score and verdict (one of `VERDICTS`).
 
     frames: the run has videos: a column `frame` follows `image`, empty on the row of a picture or of a whole video.
     """
@@ -263,6 +266,7 @@ def sidecar_columns(members: Sequence[str], *, frames: bool = False) -> list[str
         *("status", "error", "face_x0", "face_y0", "face_x1", "face_y1", "face_score"),
         *(f"{name}_{what}" for name in members for what in ("p", "level")),
         "score",
+        "verdict",
     ]
 
 
@@ -277,16 +281,18 @@ def write_sidecar(
     """Write `rows`, as they come, to `out` (see `members_path`), whole or not at all.
 
     Raises:
-        SubmissionError: a status not in `STATUSES`, or a frame's row although `frames` is False.
+        SubmissionError: a status not in `STATUSES`, a verdict not in `VERDICTS`, or a frame's row although `frames` is
+            False.
     """
     with atomic_file(out) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(sidecar_columns(members, frames=frames))
         for row in rows:
-            if row.status not in STATUSES:
-                raise SubmissionError(
-                    f"{out}: {row.image!r} has status {row.status!r}; expected one of {', '.join(STATUSES)}"
-                )
+            for what, found, allowed in (("status", row.status, STATUSES), ("verdict", row.verdict, VERDICTS)):
+                if found not in allowed:
+                    raise SubmissionError(
+                        f"{out}: {row.image!r} has {what} {found!r}; expected one of {', '.join(allowed)}"
+                    )
             if row.frame is not None and not frames:
                 raise SubmissionError(f"{out}: {row.image!r} has frames; pass frames=True")
             writer.writerow(_cells(row, members, decimals, frames))
@@ -307,6 +313,7 @@ def _cells(row: SidecarRow, members: Sequence[str], decimals: int, frames: bool)
         yield f"{row.p_fake[name]:.{decimals}f}" if name in row.p_fake else ""
         yield f"{row.level[name]:g}" if name in row.level else ""
     yield f"{row.score:.{decimals}f}"
+    yield row.verdict
 
 
 # ---------------------------------------------------------------------------------------------------- merging

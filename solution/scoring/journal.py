@@ -21,7 +21,7 @@ import numpy as np
 
 from solution.data.images import Inputs
 
-FORMAT = 1
+FORMAT = 2  # 2: how many faces were found
 SYNC_SECONDS = 5.0  # between two fsyncs; what is written survives kill -9 without one
 
 
@@ -32,6 +32,7 @@ class Scored(NamedTuple):
     error: empty, or why it could not be read; the fields that follow are then empty.
     frames: numbers of a video's frames, empty for a picture. faces: per frame (a picture is one) a `FaceBox`'s box and
     score, or None. logits: by member, one raw logit per frame.
+    found: faces of any size in the picture, or at most in one frame; -1 where nobody looked for faces.
     """
 
     index: int
@@ -42,6 +43,7 @@ class Scored(NamedTuple):
     frames: Sequence[int] = ()
     faces: Sequence[Sequence[float] | None] = ()
     logits: Mapping[str, Sequence[float]] | None = None
+    found: int = -1
 
 
 def journal_path(out: Path | str, rank: int = 0) -> Path:

@@ -34,14 +34,10 @@ DOORS = sorted(
 
 # Their modules import torch at the top, and so does their help.
 HEAVY = {
-    "solution.data.self_blend",
     "solution.explain",
-    "solution.studies.ablate",
     "solution.studies.localize",
     "solution.studies.mechanisms",
     "solution.studies.qtfp_tokens",
-    "solution.studies.shortcuts",
-    "solution.train",
 }
 
 

@@ -92,12 +92,16 @@ def test_photos_become_rows_with_a_sidecar_and_a_record(tiny, tmp_path, capsys):
     assert float(next(r for r in sides if r["image"] == "face_crop.jpg")["face_score"]) > 0.5
     record = json.loads((tmp_path / "preds.run.json").read_text())
     assert record["weights"]["hash"] == tiny.hash and record["weights"]["files"] == tiny.files
+    verdicts = record["counts"].pop("verdicts")
     assert record["counts"] == {
         "inputs": 7,
         "scored_now": 7,
         "from_journal": 0,
         "failed": 0,
     }
+    assert sum(verdicts.values()) == 7 and verdicts["no_face"] == 0
+    assert verdicts == {word: [row["verdict"] for row in sides].count(word) for word in verdicts}
+    assert record["verdict"]["threshold"] == 0.5 and record["verdict"]["measured"] is None
     assert record["config"]["face"]["view"]["source"] == "face"
     assert record["images_per_second"] > 0 and torch.__version__.startswith(record["versions"]["torch"])
     told = capsys.readouterr()
@@ -219,6 +223,8 @@ def test_a_video_has_a_row_and_its_frames_in_the_sidecar(tiny, tmp_path):
     assert rows["b.mp4"] == 0.5
     record = json.loads((tmp_path / "preds.run.json").read_text())
     assert record["counts"]["failed"] == 1
+    words = {row["image"]: row["verdict"] for row in sides}
+    assert words["b.mp4"] == "failed" and words["a.avi"] == words["00000.png"] == "no_face"
     # How frames are averaged changes no logit: nothing is scored again.
     assert run(tiny, folder, out, "--frames", 5, "--video-mean", "logit") == 4
     record = json.loads((tmp_path / "preds.run.json").read_text())

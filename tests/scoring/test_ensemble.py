@@ -466,6 +466,10 @@ def test_a_verdict_is_calibrated_levelled_and_voted():
     assert found[1].status == "failed" and found[1].score == 0.5
     assert found[1].error == "gone" and not found[1].p_fake
     assert found[2].face is None and found[2].level == {"face": 0.5, "global": 0.6}
+    # The threshold is 0.5; in the last one nobody looked for faces, which says nothing of whether there are any.
+    assert [row.verdict for row in found] == ["real", "failed", "fake"]
+    nobody = predict.judge([rows[2]._replace(found=0)], VOTE, CALIBRATORS)[0]
+    assert nobody.verdict == "no_face" and nobody.score == found[2].score
 
 
 def test_a_video_is_the_mean_of_its_frames_or_of_their_logits():

@@ -207,11 +207,11 @@ def sidecar(names_, *, failed=(), frames=False) -> list[SidecarRow]:
     rows = []
     for name in names_:
         if name in failed:
-            rows.append(SidecarRow(name, "failed", "bad\nfile\0", None, {}, {}, 0.5))
+            rows.append(SidecarRow(name, "failed", "bad\nfile\0", None, {}, {}, 0.5, "failed"))
             continue
         p, level = {"global": 0.123456789, "face": 0.9}, {"global": 0.1, "face": 0.9}
         face = (1.25, -3.0, 20.04, 30.0, 0.98765, None)
-        rows.append(SidecarRow(name, "ok", "", face, p, level, 0.5))
+        rows.append(SidecarRow(name, "ok", "", face, p, level, 0.5, "unsure"))
         if frames:
             rows += [rows[-1]._replace(frame=i, face=None) for i in (3, 11)]
     return rows
@@ -228,13 +228,14 @@ def test_the_sidecar_has_its_columns_in_order(tmp_path):
     rows = sidecar(["a,b.png", "c.png"], failed=["c.png"])
     write_sidecar(iter(rows), out, ["global", "face"])
     header = (
-        "image,status,error,face_x0,face_y0,face_x1,face_y1,face_score,global_p,global_level,face_p,face_level,score"
+        "image,status,error,face_x0,face_y0,face_x1,face_y1,face_score,global_p,global_level,face_p,face_level,"
+        "score,verdict"
     )
     assert ",".join(sidecar_columns(["global", "face"])) == header
     assert out.read_text().splitlines() == [
         header,
-        '"a,b.png",ok,,1.2,-3.0,20.0,30.0,0.9877,0.123457,0.1,0.900000,0.9,0.500000',
-        "c.png,failed,bad file,,,,,,,,,,0.500000",
+        '"a,b.png",ok,,1.2,-3.0,20.0,30.0,0.9877,0.123457,0.1,0.900000,0.9,0.500000,unsure',
+        "c.png,failed,bad file,,,,,,,,,,0.500000,failed",
     ]
 
 
@@ -251,6 +252,8 @@ def test_frames_have_rows_of_their_own(tmp_path):
     ]
     with pytest.raises(SubmissionError, match="'broken'.*ok, failed"):
         write_sidecar([rows[0]._replace(status="broken")], tmp_path / "x.csv", [])
+    with pytest.raises(SubmissionError, match="'guilty'.*fake, real"):
+        write_sidecar([rows[0]._replace(verdict="guilty")], tmp_path / "x.csv", [])
     assert read_table(tmp_path / "x.csv") == table
 
 

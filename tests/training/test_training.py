@@ -20,11 +20,13 @@ from safetensors.torch import load_file
 
 from solution import train
 from solution.bundles.members import build_member, load_member, random_towers, read_config
-from solution.config import OptimConfig, override
+from solution.config import ConfigError, OptimConfig, override
 from solution.data.manifest import read_manifest
 from solution.models.optimization import parameter_groups, phases, rate_factor
 from solution.presets import preset
-from solution.train import Run, World
+from solution.training.loop import Budget, Run, TrainingError, TrainingSet
+from solution.training.processes import Machine, World
+from solution.training.start import start_from
 
 ROOT = Path(__file__).resolve().parents[2]
 STILL = [
@@ -36,22 +38,30 @@ STILL = [
     "augment.sharpness_p=0",
     "train.average=0",
 ]
+ALONE = World()
 CLEAN = [*STILL, "degradation.global_p=0"]
 
 
-def make_run(folder, name="global", settings=(), count=16, seed=0, **keywords):
+def make_run(folder, name="global", settings=(), count=16, seed=0, validation=(), world=ALONE):
     config = override(preset("tiny", name), [*settings])
     items, _ = read_manifest(write(folder / "data", train=count, val=8), split="train")
     torch.manual_seed(seed)
     member = build_member(config, random_towers([config]))
     torch.manual_seed(seed)
-    keywords = {
-        "validation": [],
-        "faces": {},
-        "device": torch.device("cpu"),
-        "progress": False,
-    } | keywords
-    return Run(member, items, folder=folder / "out" / name, **keywords)
+    machine = Machine(torch.device("cpu"), world, progress=False)
+    return Run(member, TrainingSet(items, list(validation)), folder / "out" / name, machine=machine)
+
+
+def stop_after(run, steps):
+    """The run is told to stop within its step number `steps`."""
+    step = run._optimizer_step
+
+    def told(*args):
+        if run.state.total + 1 == steps:
+            run.stop()
+        return step(*args)
+
+    run._optimizer_step = told
 
 
 def weights(run):
@@ -112,6 +122,18 @@ def test_layer_decay_slows_the_early_blocks():
     assert decays[id(member.head.weight)] == 0.05 and decays[id(member.head.bias)] == 0
 
 
+def test_a_budget_is_spent_on_steps():
+    """Ten steps of warm-up, the first two slow: 1 s each from the third on; the budget counts from the first step's end."""
+    budget, ends = Budget(100.0, warmup_steps=10), itertools.chain([50, 60], itertools.count(61))
+    told = [budget.steps(step, now) for step, now in zip(range(1, 11), ends)]
+    assert told[:9] == [(0, 0.0)] * 9
+    assert told[9] == (10 + 100 - 18, 1.0)
+    resumed = Budget(100.0, warmup_steps=10)  # after its warm-up: one step to start with, one to measure
+    assert [resumed.steps(20, 0.0), resumed.steps(21, 2.0)] == [(0, 0.0), (21 + 49, 2.0)]
+    spent = Budget(1.0, warmup_steps=0)
+    assert [spent.steps(1, 0.0), spent.steps(2, 9.0)] == [(0, 0.0), (3, 9.0)]
+
+
 def test_accumulation_equals_the_big_batch(tmp_path):
     base = [
         *CLEAN,
@@ -125,7 +147,7 @@ def test_accumulation_equals_the_big_batch(tmp_path):
     small = make_run(tmp_path / "b", settings=[*base, "train.batch=2", "train.accumulate=4"])
     assert_same(weights(big), weights(small))
     before = weights(big)
-    assert big.run()["total"] == small.run()["total"] == 2
+    assert big.run().total == small.run().total == 2
     # A tenth of one step: where a gradient is nearly 0, Adam steps by the last digits of a sum.
     assert_same(weights(big), weights(small), atol=1e-4, rtol=0)
     assert any(not torch.equal(before[k], weights(big)[k]) for k in before)
@@ -137,20 +159,14 @@ def test_interrupted_equals_uninterrupted_to_the_bit(tmp_path, name, stop):
     whole = make_run(tmp_path / "a", name)
     whole.run()
     first = make_run(tmp_path / "b", name)
-    step = first._between_steps
-
-    def interrupt(*args):
-        step(*args)
-        first.stopping = first.state["total"] >= stop
-
-    first._between_steps = interrupt
+    stop_after(first, stop)
     first.run()
-    assert first.state["total"] == stop
+    assert first.state.total == stop
     resumed = make_run(tmp_path / "b", name)
     with torch.no_grad():  # whatever it starts with, the checkpoint decides
         for tensor in resumed.member.stored_state().values():
             tensor.add_(1)
-    assert resumed.run()["total"] == whole.state["total"] == 8
+    assert resumed.run().total == whole.state.total == 8
     assert_same(weights(whole), weights(resumed))
 
 
@@ -161,18 +177,12 @@ def test_epochs_of_so_many_steps_resume_in_their_middle(tmp_path):
     assert whole.steps_per_epoch() == 6
     first, second = whole.epoch_plan(0), whole.epoch_plan(1)
     assert [len(batch) for batch in first + second] == [2] * 24 and first != second
-    assert whole.run()["total"] == 12
+    assert whole.run().total == 12
     stopped = make_run(tmp_path / "b", settings=settings)
-    step = stopped._between_steps
-
-    def interrupt(*args):
-        step(*args)
-        stopped.stopping = stopped.state["total"] >= 7
-
-    stopped._between_steps = interrupt
+    stop_after(stopped, 7)
     stopped.run()
     resumed = make_run(tmp_path / "b", settings=settings)
-    assert resumed.run()["total"] == 12 and resumed.state["pictures"] == 48
+    assert resumed.run().total == 12 and resumed.state.pictures == 48
     assert_same(weights(whole), weights(resumed))
     giant = preset("giant", "vlaforge").train
     assert giant.epochs * giant.steps_per_epoch == 18_000
@@ -181,7 +191,7 @@ def test_epochs_of_so_many_steps_resume_in_their_middle(tmp_path):
 def test_another_configuration_does_not_resume(tmp_path):
     run = make_run(tmp_path, settings=["train.max_steps=1"])
     run.run()
-    with pytest.raises(train.ConfigError, match="--restart"):
+    with pytest.raises(ConfigError, match="--restart"):
         make_run(tmp_path, settings=["train.max_steps=2"]).run()
 
 
@@ -189,11 +199,11 @@ def test_other_pictures_or_processes_do_not_resume(tmp_path):
     run = make_run(tmp_path, settings=["train.max_steps=1"])
     run.run()
     other = make_run(tmp_path, settings=["train.max_steps=1"])
-    other.items = other.items[1:]
-    with pytest.raises(train.ConfigError, match="another training set; go on"):
+    other.data.train.pop(0)
+    with pytest.raises(ConfigError, match="another training set; go on"):
         other.run()
-    shared = make_run(tmp_path, settings=["train.max_steps=1"], world=train.World(1, 2))
-    with pytest.raises(train.ConfigError, match="another number of processes"):
+    shared = make_run(tmp_path, settings=["train.max_steps=1"], world=World(1, 2))
+    with pytest.raises(ConfigError, match="another number of processes"):
         shared.run()
 
 
@@ -221,17 +231,17 @@ def test_unreadable_pictures_are_dropped_and_named(tmp_path, capsys):
 def test_what_the_loader_cannot_read_is_counted(tmp_path):
     settings = ["train.max_steps=4", "sampling.on_unreadable=drop"]
     run = make_run(tmp_path, settings=settings)
-    run.items[0].path.write_bytes(b"no picture")
+    run.data.train[0].path.write_bytes(b"no picture")
     run.run()
     seen = [s.index for batch in run.epoch_plan(0)[:4] for s in batch]
-    assert run.state["unreadable"] == seen.count(0) > 0
-    assert run.state["pictures"] == len(seen) - seen.count(0)
+    assert run.state.unreadable == seen.count(0) > 0
+    assert run.state.pictures == len(seen) - seen.count(0)
 
 
 def test_another_tower_does_not_resume(tmp_path):
     make_run(tmp_path, settings=["train.max_steps=1"]).run()
     other = make_run(tmp_path, settings=["train.max_steps=1"], seed=5)
-    with pytest.raises(train.ConfigError, match="another tower"):
+    with pytest.raises(ConfigError, match="another tower"):
         other.run()
 
 
@@ -253,7 +263,7 @@ def test_a_nan_loss_stops_the_run_and_names_the_batch(tmp_path):
     run = make_run(tmp_path)
     with torch.no_grad():
         run.member.head.bias.fill_(float("nan"))
-    with pytest.raises(train.TrainingError, match="loss is nan.*train/"):
+    with pytest.raises(TrainingError, match="loss is nan.*train/"):
         run.run()
 
 
@@ -263,10 +273,10 @@ def test_best_weights_are_validated_saved_and_reload_to_the_same_scores(tmp_path
     run.run()
     lines = [json.loads(text) for text in (run.folder / "metrics.jsonl").read_text().splitlines()]
     validated = [line for line in lines if "clean" in line]
-    assert len(validated) == 2 and run.state["best"] == max(line["mean"] for line in validated)
+    assert len(validated) == 2 and run.state.best == max(line["mean"] for line in validated)
     assert read_config(run.folder) == run.config
     record = json.loads((run.folder / "config.json").read_text())
-    assert record["training"]["best"]["mean"] == run.state["best"]
+    assert record["training"]["best"]["mean"] == run.state.best
     towers = {n: t for n, t in zip([run.config.tower.name], [run.member.tower])}
     from solution.models.towers import build_tower, load_state, tower_state
 
@@ -397,7 +407,7 @@ def test_fusion_starts_from_the_trained_global_stream(tmp_path):
 
     save_member(first.member, tmp_path / "global", dtype=torch.float32)
     fusion = make_run(tmp_path / "f", "fusion", settings=lora).member
-    train.start_from(fusion, tmp_path / "global")
+    start_from(fusion, tmp_path / "global")
     a, b = first.member.stored_state(), fusion.stored_state()
     adapters = [k for k in b if k.startswith("adapter.")]
     assert adapters and all(torch.equal(a[k], b[k]) for k in adapters)

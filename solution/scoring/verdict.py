@@ -1,0 +1,65 @@
+"""Say a score in a word (`fake`, `real`, `unsure`, `no_face`, `failed`) and what the threshold behind it is worth.
+
+Takes scores in [0, 1], the vote's threshold and band, and what a bundle's report measured at it; returns words and plain
+JSON values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from solution.bundles.bundle import Bundle
+from solution.config import VoteConfig
+from solution.scoring.vote import decide
+
+NOBODY_LOOKED = -1  # for faces: no member needs any, or there is no detector
+
+
+def verdict_of(score: float, vote: VoteConfig, found: int) -> str:
+    """The word for the score of something that could be read; found: how many faces are in it, or `NOBODY_LOOKED`.
+
+    Where no face was found the score says nothing, and the word is `no_face`.
+    """
+    return "no_face" if found == 0 else str(decide(np.array([score]), vote)[0])
+
+
+def threshold_record(bundle: Bundle, vote: VoteConfig) -> dict[str, Any]:
+    """What run.json says of the threshold: where it lies, the false alarms it was set for, and those measured at it.
+
+    `asked`: the share of real pictures that the threshold may call fake; `measured`: false alarms and fakes found by
+    condition, from the bundle's report, `on` these pictures, by `protocol`. None where the bundle does not say, and
+    where `vote` is not the bundle's own: its figures are none of another vote.
+    """
+    own = vote == bundle.vote
+    report = bundle.report if own else {}
+    measured = {name: rates for name, rates in report.get("at_threshold", {}).items() if isinstance(rates, Mapping)}
+    return {
+        "threshold": vote.threshold,
+        "unsure": vote.unsure,
+        "asked": vote.false_alarm if own else None,
+        "measured": measured or None,
+        "on": report.get("fitted_on"),
+        "protocol": report.get("protocol"),
+    }
+
+
+def meaning(record: Mapping[str, Any]) -> str:
+    """A `threshold_record` in a sentence or three."""
+    low, high = (record["threshold"] + sign * record["unsure"] for sign in (-1, 1))
+    band = f", unsure between {low:.3g} and {high:.3g}" if record["unsure"] else ""
+    text = f"Fake at {record['threshold']:.3g} or above{band}."
+    if record["asked"] is not None:
+        text += f" Set to call at most {record['asked']:.3g} of the real pictures it was fitted on fake."
+    if not record["measured"]:
+        return f"{text} How often real pictures are called fake was not measured for this vote."
+    each = "; ".join(f"{name} {_rates(rates)}" for name, rates in record["measured"].items())
+    return f"{text} Measured: {each}. On: {record['on'] or 'not stated'}."
+
+
+def _rates(rates: Mapping[str, Any]) -> str:
+    words = {"false_alarms": "of the real called fake", "fakes_found": "of the fakes found"}
+    told = [f"{float(value):.1%} {words.get(name, name.replace('_', ' '))}" for name, value in rates.items()]
+    return ", ".join(told)

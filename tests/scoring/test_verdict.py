@@ -1,0 +1,50 @@
+"""Words for scores, and what is said of the threshold behind them."""
+
+import pytest
+
+from solution.bundles.bundle import Bundle
+from solution.config import VoteConfig
+from solution.scoring.verdict import NOBODY_LOOKED, meaning, threshold_record, verdict_of
+
+VOTE = VoteConfig({"face": 1}, threshold=0.7, unsure=0.05, false_alarm=0.04)
+RATES = {"clean": {"false_alarms": 0.031, "fakes_found": 0.5}, "degraded": {"false_alarms": 0.125}, "asked": 0.04}
+REPORT = {"at_threshold": RATES, "fitted_on": "90 pictures", "protocol": "5 folds"}
+
+
+def bundle(report):
+    return Bundle(None, "x", {}, VOTE, {}, "", {}, {}, report, "", "", (), ())
+
+
+@pytest.mark.parametrize(
+    ("score", "found", "word"),
+    [
+        (0.75, 1, "fake"),
+        (0.65, 2, "real"),
+        (0.7, 1, "unsure"),
+        (0.66, 1, "unsure"),
+        (1.0, 0, "no_face"),
+        (1.0, NOBODY_LOOKED, "fake"),
+    ],
+)
+def test_a_score_becomes_a_word(score, found, word):
+    assert verdict_of(score, VOTE, found) == word
+
+
+def test_the_record_says_what_was_measured_at_the_threshold():
+    record = threshold_record(bundle(REPORT), VOTE)
+    assert record["threshold"] == 0.7 and record["asked"] == 0.04 and record["on"] == "90 pictures"
+    assert record["measured"] == {"clean": RATES["clean"], "degraded": RATES["degraded"]}
+    text = meaning(record)
+    for words in ("0.7 or above", "between 0.65 and 0.75", "3.1% of the real", "50.0% of the fakes", "90 pictures"):
+        assert words in text
+    assert "12.5% of the real called fake" in text
+
+
+@pytest.mark.parametrize(
+    ("report", "vote"),
+    [({}, VOTE), (REPORT, VoteConfig({"face": 1, "qtfp": 0}, threshold=0.7, unsure=0.05, false_alarm=0.04))],
+)
+def test_no_figure_is_given_for_a_vote_that_was_not_measured(report, vote):
+    record = threshold_record(bundle(report), vote)
+    assert record["measured"] is None
+    assert "not measured" in meaning(record) and "%" not in meaning(record)
