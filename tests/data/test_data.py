@@ -16,7 +16,7 @@ from solution.config import AugmentConfig, ConfigError, DegradationConfig, Sampl
 from solution.data import training
 from solution.data.epochs import Sample, plan_epoch
 from solution.data.images import UnreadableInput, decode_mask
-from solution.data.manifest import Item, ManifestError, read_manifest, select
+from solution.data.manifest import VIDEO, Item, ManifestError, read_manifest, select
 from solution.data.training import (
     Augmentation,
     TrainingViews,
@@ -62,7 +62,7 @@ def test_csv_manifest_reports_every_dropped_row(tmp_path):
     assert dict(report.dropped) == {
         "a.png": "listed twice",
         "gone.png": "file is missing",
-        "c.mp4": "not a picture (.mp4)",
+        "c.mp4": VIDEO,
     }
     assert "dropped 1: file is missing (e.g. gone.png)" in report.summary()
     with_video, _ = read_manifest(tmp_path / "m.csv", split="train", videos=True)
