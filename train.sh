@@ -15,6 +15,8 @@
 # JOBS     members trained at once on one device (default 1)
 # NPROC    processes of torchrun (default 1)
 # BUNDLE   0: stop after training
+# ASSEMBLE further arguments of python -m solution.assemble, e.g. "--int8" for towers of half the size
+# LIMIT    pictures on which the last step takes every mechanism of the bundle away, OUT/mechanisms (default 200)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 python=${PYTHON:-python}
@@ -24,6 +26,7 @@ if [[ ${1:-} == --smoke ]]; then
   "$python" tests/make_smoke_data.py --out "$OUT/data" # seeded drawings, half of them with a pasted patch
   DATA=$OUT/data/manifest.csv
   EXTRA="--workers 0 ${EXTRA:-}"
+  LIMIT=${LIMIT:-24}
 elif [[ $# -gt 0 ]]; then
   echo "train.sh: unknown argument $1; it takes its settings from variables, see its first lines" >&2
   exit 2
@@ -103,5 +106,8 @@ stage ${first[@]+"${first[@]}"}
 stage ${second[@]+"${second[@]}"}
 if [[ ${BUNDLE:-1} == 0 ]]; then exit 0; fi
 
-"$python" -m solution.assemble --members "$OUT" --names "${MEMBERS// /,}" --data "$DATA" --out "$OUT/bundle"
+# shellcheck disable=SC2086
+"$python" -m solution.assemble --members "$OUT" --names "${MEMBERS// /,}" --data "$DATA" --out "$OUT/bundle" ${ASSEMBLE:-}
+"$python" -m solution.studies.mechanisms --weights "$OUT/bundle" --data "$DATA" --limit "${LIMIT:-200}" \
+  --out "$OUT/mechanisms"
 echo "train.sh: done; score pictures with: python submit.py --weights $OUT/bundle --input DIR --out preds.csv"
