@@ -6,9 +6,10 @@
 #
 # DATA     manifest (CSV path,label,..., DeepfakeBench JSON, or a folder with real/ and fake/), with train and val splits
 #          and, better, an `unseen` split of other generators, which then helps to choose the best checkpoint
-# PRESET   giant (towers from the Hub) or compact (TOWER: a DINOv2-S/14 folder as facebook/dinov2-small on the Hub)
+# PRESET   giant, dinov3, gend (towers from the Hub) or compact (TOWER: a DINOv2-S/14 folder as facebook/dinov2-small on
+#          the Hub); members of several presets: one call each with the same OUT and BUNDLE=0, then solution.assemble
 # OUT      where members, checkpoints and the bundle OUT/bundle go; the same call goes on where it stopped
-# MEMBERS  which (default: global face fusion qtfp vlaforge); what others start from is trained first
+# MEMBERS  which (default: all of the preset); what others start from is trained first
 # SEED     of everything (default 0)
 # EXTRA    further arguments of python -m solution.train, e.g. "--set train.epochs=2 --workers 4"; EXTRA_global (and so
 #          on) for one member
@@ -33,9 +34,12 @@ elif [[ $# -gt 0 ]]; then
 fi
 
 : "${DATA:?train.sh: set DATA to a manifest (CSV path,label,source,split; a DeepfakeBench JSON; a folder real/ fake/)}"
-: "${PRESET:?train.sh: set PRESET to giant or compact}"
+: "${PRESET:?train.sh: set PRESET to giant, compact, dinov3 or gend}"
 OUT=${OUT:-runs/$PRESET}
-MEMBERS=${MEMBERS:-global face fusion qtfp vlaforge}
+case $PRESET in
+  dinov3 | gend) MEMBERS=${MEMBERS:-$PRESET} ;; # the member has its preset's name
+  *) MEMBERS=${MEMBERS:-global face fusion qtfp vlaforge} ;;
+esac
 run=("$python")
 if [[ ${NPROC:-1} -gt 1 ]]; then
   run=("$python" -m torch.distributed.run --standalone --nproc-per-node "$NPROC")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 
 from solution.config import MemberConfig, TowerConfig, from_dict, to_dict
 from solution.io import write_atomically
+from solution.models.heads import Layers, Topk
 from solution.models.member import Member
 from solution.models.qtfp import Qtfp
 from solution.models.streams import Fusion, Stream
@@ -42,6 +43,8 @@ CLASSES: dict[str, type[Member]] = {
     "fusion": Fusion,
     "qtfp": Qtfp,
     "vlaforge": Vlaforge,
+    "layers": Layers,
+    "topk": Topk,
 }
 
 

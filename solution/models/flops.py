@@ -8,13 +8,27 @@ in a hundred. No library's counter is asked: what those count changes from relea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
-from solution.config import ClipArch, Dinov2Arch, MemberConfig, TimmArch, TowerConfig
+from solution.config import ClipArch, Dinov2Arch, InferenceConfig, MemberConfig, TimmArch, TowerConfig
+
+
+def scoring_flops(config: MemberConfig, *, adapters: bool = False) -> int:
+    """FLOP of one picture that is scored: a forward for each of `config.inference`'s looks. adapters: see `member_flops`."""
+    mirrored = 2 if config.inference.mirrored else 1
+    sides = config.inference.sides or (config.view.side,)
+    return mirrored * sum(member_flops(at_side(config, side), adapters=adapters) for side in sides)
+
+
+def at_side(config: MemberConfig, side: int) -> MemberConfig:
+    """The member whose view is of `side` px, looked at once."""
+    view = replace(config.view, side=side, resize=max(side, config.view.resize))
+    return replace(config, view=view, inference=InferenceConfig())
 
 
 def member_flops(config: MemberConfig, *, adapters: bool = True) -> int:
-    """FLOP of one picture through the member `config`.
+    """FLOP of one picture through the member `config`, one forward at the view's side.
 
     adapters: whether LoRA or Effort is computed beside its projection, as in training; False where it is merged.
     """
@@ -27,9 +41,19 @@ def member_flops(config: MemberConfig, *, adapters: bool = True) -> int:
         products += _tower(config.clip, _tokens(config.clip, config.view.side))
         joined, hidden = width + config.clip.arch.width, config.stream.fusion_hidden
         return 2 * (products + _layers(joined, hidden, 2))
+    if config.kind == "layers":
+        return 2 * (products + config.layers.last * _head_of_layer(config))
+    if config.kind == "topk":
+        return 2 * (products + (tokens - config.tower.arch.prefix) * width)
     if config.kind == "qtfp" and config.qtfp.pool == "queries":
         return 2 * (products + _queries(config, tokens - config.tower.arch.prefix))
     return 2 * (products + 2 * width)
+
+
+def _head_of_layer(config: MemberConfig) -> int:
+    """Products of one head of `layers`."""
+    read, hidden = (config.tower.arch.prefix + 1) * config.tower.arch.width, config.layers.hidden
+    return _layers(read, hidden, 2) if hidden else _layers(read, 2)
 
 
 def _queries(config: MemberConfig, patches: int) -> int:
