@@ -356,7 +356,7 @@ BACKGROUNDS = ("brick", "chelsea", "coffee", "grass", "gravel", "retina", "rocke
 
 
 def pasted_faces(
-    width: int, height: int, share: float, seed: int
+    width: int, height: int, share: float, seed: int, *, backgrounds: tuple[str, ...] = BACKGROUNDS
 ) -> list[tuple[np.ndarray, tuple[int, int, int, int]]]:
     """Frames (height, width, 3) uint8 of face-free pictures, a face of `share` of the area pasted into each, and its box."""
     from skimage import data
@@ -374,7 +374,7 @@ def pasted_faces(
     patch = resize_image(patch, round(patch.shape[1] * scale), round(patch.shape[0] * scale))
     left, top = round(min(around, x0) * scale), round(min(around, y0) * scale)
     rng, found = np.random.default_rng(seed), []
-    for name in BACKGROUNDS:
+    for name in backgrounds:
         picture = getattr(data, name)()
         picture = np.repeat(picture[..., None], 3, axis=2) if picture.ndim == 2 else picture
         side = max(width, height)

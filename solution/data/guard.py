@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from solution.data.degradation import use_one_opencv_thread
@@ -157,7 +158,7 @@ def _disarm() -> None:
 
     Torch sets it once, at a process's first loader: that is this one. Without it a death is seen where a result is awaited.
     """
-    list(DataLoader([0], num_workers=1))
+    list(DataLoader([0], num_workers=1, generator=torch.Generator()))  # else it draws from everybody's
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     if (getattr(handler, "__module__", "") or "").startswith("torch."):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -218,7 +219,13 @@ def look_at(
 
     def load(batches: Iterable[Any]) -> DataLoader:
         return DataLoader(
-            looks, sampler=batches, batch_size=None, num_workers=workers, worker_init_fn=start, collate_fn=_as_it_is
+            looks,
+            sampler=batches,
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=start,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),  # else starting it would draw from everybody's
         )
 
     results = guarded(chunks, load, looks.watch, looks.again) if workers else load(chunks)
