@@ -180,6 +180,8 @@ def prepare(args: argparse.Namespace):
 
     submission.score_format(args.out)
     inputs = find_inputs(args.input)
+    if args.out.exists() and args.out.samefile(args.input):
+        raise UsageError(f"--out {args.out} is the --input, which it would overwrite; choose another name")
     beside = submission.members_path(args.out), journal_path(args.out, _rank())
     try:
         for path in (args.out, *beside):

@@ -52,8 +52,8 @@ TABLE = [
     ("solution.scoring.files", "check {gone}.csv", 2, "No such file"),
     ("solution.scoring.files", "merge {gone}.csv --out {out}.csv", 2, "No such file"),
     # outputs that are something else
-    ("submit", "--input {pictures} --out {folder_csv} --weights {bundle}", 3, "folder"),
-    ("submit", "--input {list} --out {list} --weights {bundle}", 2, "input"),
+    ("submit", "--input {pictures} --out {folder_csv} --weights {bundle}", 3, "not a regular file"),
+    ("submit", "--input {list} --out {list} --weights {bundle}", 2, "is the --input"),
     ("solution.evaluate", "--preds {preds} --labels {labels} --out {file}", 3, "file"),
     ("solution.prepare", "{tree} --out {file} --crop none --workers 0 --quiet", 3, "file"),
     ("solution.prepare", "{tree} --out {occupied} --crop none --workers 0 --quiet", 2, "did not make"),
