@@ -382,6 +382,8 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
         frames=arguments.frames,
         out=arguments.out,
     )
+    if notes:
+        tell(notes)
     items = limit_items(items, arguments.limit, arguments.seeds[0])
     ensemble = predict.load_ensemble(arguments.weights, arguments.device, second_look=not arguments.fast)
 
@@ -416,17 +418,19 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
 
 def _say(results: Mapping[str, Any], labels: np.ndarray, out: Path) -> None:
     """The numbers, what was taken as fake, and a warning where the scores run against the labels."""
-    print(f"{text_table(results)}\n\n{out / 'report.html'}")
     fake = int(labels.sum())
-    tell(f"taken as fake (label 1): {fake} pictures, as real (label 0): {len(labels) - fake}; a high score means fake")
+    taken = (
+        f"taken as fake (label 1): {fake} pictures, as real (label 0): {len(labels) - fake}; a high score means fake"
+    )
+    print(f"{text_table(results)}\n\n{taken}\n{out / 'report.html'}")
     for warning in swapped(results):
         tell(warning)
 
 
 def swapped(results: Mapping[str, Any]) -> list[str]:
-    """A warning for each AUC of the whole whose interval lies below one half: the labels, or the scores, mean the opposite.
+    """A warning for each AUC of the scores, or of the vote, whose interval lies below one half.
 
-    One alone may be a generator that the members take for real; of all, it is likelier that the labels are swapped.
+    Of one source it may be a generator that is taken for real; of all, it is likelier that the labels are swapped.
     """
     return [
         f"warning: {r['who']}, {r['condition']}, {r['scope']}: AUC {r['auc']:.3f} ({r['auc_low']:.3f} to {r['auc_high']:.3f}) "
