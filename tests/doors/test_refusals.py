@@ -47,7 +47,7 @@ TABLE = [
     ("solution.weights", "verify {gone}", 3, "gone"),
     ("solution.benchmark", "faces --faces {gone}", 2, "gone"),
     ("solution.data.self_blend", "--input {gone} --out {out}", 2, "No such file"),
-    ("solution.data.degradation", "--image {gone}.png --out {out}.png", 3, "No such file"),
+    ("solution.data.degradation", "--image {gone}.png --out {out}.png", 2, "No such file"),
     ("solution.studies.shortcuts", "--data {gone}", 2, "no such manifest"),
     ("solution.scoring.files", "check {gone}.csv", 2, "No such file"),
     ("solution.scoring.files", "merge {gone}.csv --out {out}.csv", 2, "No such file"),
