@@ -33,8 +33,8 @@ POLICY = (
     "style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; base-uri 'self'; form-action 'self'"
 )
 HEAD = """# Does this face look fake?
-Drop pictures or a clip: every face gets a verdict. Nothing leaves this machine, and what you drop is deleted once it was
-read. At most {files} files of {largest} MB, clips of up to {minutes:.0f} minutes."""
+Drop pictures or a clip: every face gets a verdict. What you drop is read on the machine that serves this page, sent no
+further, and deleted once it was read. At most {files} files of {largest} MB, clips of up to {minutes:.0f} minutes."""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -107,6 +107,8 @@ def verdict_section(
     members = [name.removesuffix("_p") for name in judged[0].row if name.endswith("_p")] if judged else []
     ranked = sorted(judged, key=lambda j: (URGENCY[j.verdict], -j.score, j.item.name, j.who or 0))
     listed = ranked[:LISTED]
+    videos = _videos(ranked, threshold, frames)
+    seen = {(video["name"], p["who"]): p["telling"][0]["uri"] for video in videos for p in video["people"]}
     counts = {word: sum(j.verdict == word for j in judged) for word in VERDICTS}
     return {
         "members": members,
@@ -114,14 +116,17 @@ def verdict_section(
         "counts": counts,
         "meaning": meaning,
         "total": len(judged),
-        "rows": [_row(j, members, why.get(j.key), pictured=k < PICTURED) for k, j in enumerate(listed)],
+        "rows": [
+            _row(j, members, why.get(j.key)) | {"uri": seen.get(j.key) or (_picture_of(j) if k < PICTURED else "")}
+            for k, j in enumerate(listed)
+        ],
         "faces": any(j.who is not None for j in judged),
         "why": bool(why),
-        "videos": _videos(ranked, threshold, frames),
+        "videos": videos,
     }
 
 
-def _row(judged: Judged, members: Sequence[str], why: Mapping[str, str] | None, *, pictured: bool) -> dict[str, Any]:
+def _row(judged: Judged, members: Sequence[str], why: Mapping[str, str] | None) -> dict[str, Any]:
     row = judged.row
     failed = judged.verdict == "failed"
     note = row["error"]
@@ -134,14 +139,13 @@ def _row(judged: Judged, members: Sequence[str], why: Mapping[str, str] | None, 
         "score": "" if failed else f"{judged.score:.3f}",
         "members": [f"{float(row[f'{m}_p']):.2f}" if row[f"{m}_p"] else "" for m in members],
         "note": note,
-        "uri": _picture_of(judged) if pictured and not failed else "",
         "why": why,
     }
 
 
 def _picture_of(judged: Judged) -> str:
     """A thumbnail of the face, or of the whole picture; empty for a video, which has frames below, and what is gone."""
-    if judged.item.kind == "video":
+    if judged.item.kind == "video" or judged.verdict == "failed":
         return ""
     try:
         picture = decode_image(judged.item.path)

@@ -79,7 +79,7 @@ def meaning(record: Mapping[str, Any]) -> str:
     band = f", unsure between {low:.3g} and {high:.3g}" if record["unsure"] else ""
     text = f"Fake at {record['threshold']:.3g} or above{band}."
     if record["asked"] is not None:
-        text += f" Set to call at most {record['asked']:.3g} of the real pictures it was fitted on fake."
+        text += f" Set so that of the real pictures it was fitted on at most {100 * record['asked']:.3g} in 100 are called fake."
     if not record["measured"]:
         return f"{text} How often real pictures are called fake was not measured for this vote."
     each = "; ".join(f"{name} {_rates(rates)}" for name, rates in record["measured"].items())
