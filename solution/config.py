@@ -37,8 +37,12 @@ KINDS = {
     "fusion": Kind(second_tower=True),
     "qtfp": Kind(),
     "vlaforge": Kind(masks=True, text=True, spares_parameters=True),
+    # Neither reads what a timm tower pools by attention.
+    "layers": Kind(spares_parameters=True),
+    "topk": Kind(spares_parameters=True),
 }
-MEMBERS = tuple(KINDS)
+# The five of the shipped bundle; `layers` and `topk` are what other entries are made of.
+MEMBERS = ("global", "face", "fusion", "qtfp", "vlaforge")
 # Table (b) of arXiv 2604.25889, in its order; the index of an op is its number there.
 OPS = (
     "blur",
@@ -62,6 +66,12 @@ CLIP_MEAN, CLIP_STD = (
     (0.48145466, 0.4578275, 0.40821073),
     (0.26862954, 0.26130258, 0.27577711),
 )
+# Mean and deviation of a tower's input, RGB in [0, 1].
+STATISTICS = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "clip": (CLIP_MEAN, CLIP_STD),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 
 class ConfigError(UsageError):
@@ -145,6 +155,16 @@ class Dinov2Arch:
     patch: int = 14
     image_side: int = 518  # of the stored position grid; other sides interpolate it
 
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: the class token."""
+        return 1
+
+    @property
+    def gated(self) -> bool:
+        """Whether its MLPs have a gate."""
+        return self.swiglu
+
 
 @dataclass(frozen=True)
 class ClipArch:
@@ -170,28 +190,73 @@ class ClipArch:
     context: int = 77
     vocab: int = 49408
 
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: the class token."""
+        return 1
+
+    @property
+    def gated(self) -> bool:
+        """Whether its MLPs have a gate."""
+        return False
+
+
+@dataclass(frozen=True)
+class TimmArch:
+    """A vision transformer of timm: its name there and its geometry; the defaults are DINOv3 ViT-L/16.
+
+    What is not here (rotary or learned positions, inner norms, LayerScale) follows from the name. `timm_towers.named_tower`
+    reads all of it off the library, and building a tower checks it.
+    prefix: class token and registers. pool: what stands for the whole picture: the class `token`, the model's own
+    `attention` pooling, or the `mean` of the patches.
+    """
+
+    model: str = "vit_large_patch16_dinov3"
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    gated: bool = False
+    patch: int = 16
+    image_side: int = 256  # of learned positions; other sides interpolate them
+    prefix: int = 5
+    pool: str = "token"
+
+    def __post_init__(self) -> None:
+        allowed = ("token", "attention", "mean")
+        require(self.pool in allowed, f"tower.arch.pool is {self.pool!r}; allowed: {', '.join(allowed)}")
+        require(
+            self.pool != "token" or self.prefix > 0, "tower.arch.pool=token needs a class token; tower.arch.prefix is 0"
+        )
+
+
+# The geometry of each kind of tower.
+ARCHS = {"dinov2": Dinov2Arch, "clip": ClipArch, "timm": TimmArch}
+
 
 @dataclass(frozen=True)
 class TowerConfig:
     """One tower. Members of a bundle that name the same tower share it.
 
-    kind: `dinov2` (transformers) or `clip` (open_clip).
+    kind: `dinov2` (transformers), `clip` (open_clip) or `timm` (any vision transformer of timm with pre-norm blocks).
     source: where its untrained weights are public: a Hub repository (`facebook/dinov2-giant`) with its `revision`,
         `bundle` for a tower trained by us that travels in the bundle, or `bundle:OTHER` for a CLIP image tower that is
         the bundle's DINOv2 tower OTHER in open_clip's layout (the text tower is then the member's own).
-    statistics: the normalisation applied to its input: `imagenet` or `clip`.
+    statistics: the normalisation applied to its input: `imagenet`, `clip`, or `half` (mean and deviation 0.5).
+    licence: of its public weights, which binds whoever uses a member on it; empty where it is not stated.
     """
 
     name: str
     kind: str
-    arch: Dinov2Arch | ClipArch
+    arch: Dinov2Arch | ClipArch | TimmArch
     source: str = "bundle"
     revision: str = ""
     statistics: str = "imagenet"
     sha256: str = ""  # of the weights file in that repository, checked when it arrives
+    licence: str = ""
 
     def __post_init__(self) -> None:
-        wanted = {"dinov2": Dinov2Arch, "clip": ClipArch}
+        wanted = ARCHS
         require(
             self.kind in wanted,
             f"tower.kind is {self.kind!r}; allowed: {', '.join(wanted)}",
@@ -201,8 +266,8 @@ class TowerConfig:
             f"tower {self.name}: kind {self.kind} needs a {wanted[self.kind].__name__}, found {type(self.arch).__name__}",
         )
         require(
-            self.statistics in ("imagenet", "clip"),
-            f"tower.statistics is {self.statistics!r}",
+            self.statistics in STATISTICS,
+            f"tower.statistics is {self.statistics!r}; allowed: {', '.join(STATISTICS)}",
         )
         require(
             self.arch.width % self.arch.heads == 0,
@@ -236,6 +301,7 @@ class AdapterConfig:
 
     `none`: frozen. `lora`. `effort` (QTFP's: the residual rank-`rank` part of each projection). `norm`: the LayerNorms'
     weights and biases alone (GenD, WACV 2026). `full`: the whole tower.
+    shared: q, k and v have LoRA's down projection in common, which is LoRA on the packed `qkv` of timm.
     """
 
     kind: str = "lora"
@@ -243,11 +309,7 @@ class AdapterConfig:
     alpha: float = 64.0
     dropout: float = 0.15
     projections: tuple[str, ...] = ("q", "k", "v", "o")
-
-    @property
-    def in_place(self) -> bool:
-        """Whether it changes the tower's own weights, so that the tower travels with the member."""
-        return self.kind in ("norm", "full")
+    shared: bool = False
 
     def __post_init__(self) -> None:
         kinds = ("none", "lora", "effort", "norm", "full")
@@ -264,6 +326,10 @@ class AdapterConfig:
             set(self.projections) <= set("qkvo"),
             f"adapter.projections {self.projections}: only q, k, v, o",
         )
+        require(
+            not self.shared or (self.kind == "lora" and set("qkv") <= set(self.projections)),
+            f"adapter.shared is of lora on q, k and v; found {self.kind} on {', '.join(self.projections)}",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- members
@@ -275,6 +341,82 @@ class StreamConfig:
     focal_alpha: float = 1.0
     fusion_hidden: int = 512
     fusion_dropout: float = 0.2
+    normalize: bool = False  # global, face: the head reads features at length one (GenD)
+
+
+@dataclass(frozen=True)
+class LayersConfig:
+    """`layers`: tokens of the last blocks, a head for each (first place of NTIRE 2026, github.com/qcf-568/DINOMAC).
+
+    last: how many blocks. deep: weight of the summed cross-entropies of all heads but the last block's, which is the one
+    that scores. hidden: width between a head's two linear layers; 0: one layer. dropout: between them.
+    """
+
+    last: int = 4
+    deep: float = 0.25
+    hidden: int = 1024
+    dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        require(self.last > 0, f"layers.last is {self.last}; it must be positive")
+        require(self.deep > 0, f"layers.deep is {self.deep}; it must be positive (one head alone is the kind global)")
+        require(self.hidden >= 0, f"layers.hidden is {self.hidden}; it cannot be negative")
+        require(0 <= self.dropout < 1, f"layers.dropout is {self.dropout}; it must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TopkConfig:
+    """`topk`: every patch has a logit, and the picture the mean of its highest ones (multiple-instance learning).
+
+    share: of the patches, rounded, at least one.
+    """
+
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(0 < self.share <= 1, f"topk.share is {self.share}; it must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class FeatureLossConfig:
+    """Weights of losses on any member's pooled features at length one, beside the member's own; 0: none.
+
+    uniformity and alignment: Wang and Isola, ICML 2020; alignment is between pictures of one class, as in GenD (WACV
+    2026). contrast: supervised contrastive (Khosla et al., NeurIPS 2020) at `temperature`. Each is of one process's
+    micro-batch.
+    """
+
+    uniformity: float = 0.0
+    alignment: float = 0.0
+    contrast: float = 0.0
+    temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("uniformity", "alignment", "contrast"):
+            value = getattr(self, name)
+            require(value >= 0, f"features.{name} is {value}; it cannot be negative")
+        require(self.temperature > 0, f"features.temperature is {self.temperature}; it must be positive")
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """How often a picture is looked at when it is scored; the logits are averaged.
+
+    sides: px; none: the view's own. The largest is cut from the picture, the others are made from it smaller. mirrored:
+    each mirrored too. Every look costs a whole forward, one of k times the side k^2 times the patches.
+    """
+
+    sides: tuple[int, ...] = ()
+    mirrored: bool = False
+
+    def __post_init__(self) -> None:
+        require(all(side > 0 for side in self.sides), f"inference.sides {self.sides}: they must be positive")
+        require(len(set(self.sides)) == len(self.sides), f"inference.sides {self.sides}: one stands twice")
+
+    @property
+    def looks(self) -> int:
+        """Forwards for one picture."""
+        return max(1, len(self.sides)) * (2 if self.mirrored else 1)
 
 
 @dataclass(frozen=True)
@@ -562,8 +704,11 @@ class SamplingConfig:
 
     balance: `none` shuffles; `balanced` forces half real, half fake in every batch; `temperature` also draws a source
         of n pictures with weight n ** -temperature.
+    paired: a fake is drawn together with a real picture of its group (the manifest's column), where there is one; pairs
+        are in one batch.
     cap, drop: per source and class, as `SOURCE/real=VALUE` or `SOURCE/fake=VALUE`: at most so many pictures; a share
         dropped at random (seeded, fixed over the run).
+    leave_out: generators whose fakes are left out of training: what a picture by a generator nobody knew would meet.
     frames: at most so many frames of one video.
     """
 
@@ -571,15 +716,20 @@ class SamplingConfig:
     temperature: float = 0.5
     cap: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
     frames: int = 8
     fully_generated: tuple[str, ...] = ()  # generators that make whole faces: their forgery mask is the face region
     on_unreadable: str = "fail"  # or `drop`: counted, reported
+    paired: bool = False
 
     def __post_init__(self) -> None:
         allowed = ("none", "balanced", "temperature")
         require(
             self.balance in allowed,
             f"sampling.balance is {self.balance!r}; allowed: {', '.join(allowed)}",
+        )
+        require(
+            not self.paired or self.balance != "none", "sampling.paired needs sampling.balance balanced or temperature"
         )
         require(
             self.on_unreadable in ("fail", "drop"),
@@ -661,7 +811,7 @@ class TrainConfig:
 class MemberConfig:
     """One member, complete.
 
-    name: its own in a bundle: letters, digits, `-` and `_`. kind: which class it is, one of MEMBERS; empty: its name.
+    name: its own in a bundle: letters, digits, `-` and `_`. kind: which class it is, one of KINDS; empty: its name.
     """
 
     name: str
@@ -679,13 +829,17 @@ class MemberConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     kind: str = ""
+    layers: LayersConfig = field(default_factory=LayersConfig)
+    topk: TopkConfig = field(default_factory=TopkConfig)
+    features: FeatureLossConfig = field(default_factory=FeatureLossConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
 
     def __post_init__(self) -> None:
         if not self.kind:
             object.__setattr__(self, "kind", self.name)
         require(
-            self.kind in MEMBERS,
-            f"member {self.name!r} has the kind {self.kind!r}; known: {', '.join(MEMBERS)}",
+            self.kind in KINDS,
+            f"member {self.name!r} has the kind {self.kind!r}; known: {', '.join(KINDS)}",
         )
         require(
             re.fullmatch(r"[A-Za-z0-9_-]+", self.name) is not None,
@@ -704,6 +858,39 @@ class MemberConfig:
             not needs.text or self.tower.kind == "clip",
             "vlaforge needs a CLIP tower with its text encoder",
         )
+        self._check_inference()
+        require(
+            not self.sampling.paired or self.train.batch % 2 == 0,
+            f"{self.name}: sampling.paired needs an even train.batch, found {self.train.batch}",
+        )
+        require(
+            self.kind != "layers" or self.layers.last <= self.tower.arch.layers,
+            f"{self.name}: layers.last is {self.layers.last}; the tower has {self.tower.arch.layers} blocks",
+        )
+
+    def _check_inference(self) -> None:
+        towers = [tower for tower in (self.tower, self.clip) if tower is not None]
+        for tower in towers if self.inference.sides else ():
+            require(tower.kind != "clip", f"{self.name}: inference.sides; {tower.name} takes pictures of one side")
+            for side in self.inference.sides:
+                patch = tower.arch.patch
+                require(side % patch == 0, f"{self.name}: inference.sides has {side}, no multiple of the patch {patch}")
+
+    @property
+    def seen(self) -> ViewConfig:
+        """What is cut from a picture that is scored: the view, or at the largest of `inference.sides`."""
+        if not self.inference.sides:
+            return self.view
+        side = max(self.inference.sides)
+        return ViewConfig(self.view.source, round(self.view.resize * side / self.view.side), side)
+
+    @property
+    def stores_tower(self) -> bool:
+        """Whether a whole tower is stored with it: one trained whole, or one of ours whose LayerNorms were tuned.
+
+        Of a public tower with tuned LayerNorms, these alone are stored, with the member.
+        """
+        return self.adapter.kind == "full" or (self.adapter.kind == "norm" and self.tower.travels)
 
     @property
     def needs_masks(self) -> bool:
@@ -716,13 +903,18 @@ class MemberConfig:
         return self.view.source == "face" or self.augment.self_blend_p > 0 or self.needs_masks
 
 
+DISCRETE_MEANS = ("levels", "levels_rounded", "maximum", "noisy_or")
+
+
 @dataclass(frozen=True)
 class VoteConfig:
     """The vote (arXiv 2604.25889).
 
     weights: votes per member, by name. step: the grid of a level. mean: `levels` (discretized), `levels_rounded`
-    (the mean rounded to the grid again: the published entry), `probability` or `logit` (no grid).
-    threshold: fake at or above; unsure: half-width of the band around it; false_alarm: the rate the threshold holds.
+    (the mean rounded to the grid again: the published entry), `maximum` and `noisy_or` (of levels: one expert may
+    speak for all), `probability` or `logit` (no grid).
+    threshold: fake at or above; unsure: half-width of the band around it. false_alarm: the share of real pictures that
+    the threshold calls fake at most, as a mean over real sources; worst_false_alarm: the same of the worst source.
     """
 
     weights: dict[str, int]
@@ -731,9 +923,10 @@ class VoteConfig:
     threshold: float = 0.5
     unsure: float = 0.0
     false_alarm: float | None = None
+    worst_false_alarm: float | None = None
 
     def __post_init__(self) -> None:
-        allowed = ("levels", "levels_rounded", "probability", "logit")
+        allowed = (*DISCRETE_MEANS, "probability", "logit")
         require(
             self.mean in allowed,
             f"vote.mean is {self.mean!r}; allowed: {', '.join(allowed)}",
@@ -748,6 +941,11 @@ class VoteConfig:
             f"vote.weights {self.weights}: somebody must vote",
         )
         require(0 < self.step <= 1, f"vote.step is {self.step}; it must lie in (0, 1]")
+
+    @property
+    def discrete(self) -> bool:
+        """Whether members' scores become levels, so that a small change of a logit may change a vote by a step."""
+        return self.mean in DISCRETE_MEANS
 
 
 # ---------------------------------------------------------------------------------------------------- to and from JSON
@@ -791,7 +989,7 @@ def _typed(hint: Any, value: Any, where: str, siblings: dict[str, Any]) -> Any:
         if value is None and len(options) < len(typing.get_args(hint)):
             return None
         if Dinov2Arch in options:
-            hint = Dinov2Arch if siblings.get("kind") == "dinov2" else ClipArch
+            hint = ARCHS.get(siblings.get("kind"), ClipArch)
         else:
             hint = options[0]
     if dataclasses.is_dataclass(hint):

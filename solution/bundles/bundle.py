@@ -5,12 +5,14 @@
     BUNDLE/MEMBER/model.safetensors     what the member trained, under stable keys
     BUNDLE/towers/NAME.safetensors      towers trained by us; public ones are named by repository and commit instead
     BUNDLE/golden.json                  the logits that seeded pictures must give (the self-test)
+    BUNDLE/claims.json                  mechanisms that the card claims, for `solution.studies.mechanisms`; may be absent
 
 Reads and writes such folders and loads their members. Where a folder comes from is the business of `weights.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +26,13 @@ from safetensors import SafetensorError, safe_open
 from solution.bundles import hub
 from solution.bundles.members import (
     FORMAT,
+    SCALE,
     fill_tower,
     load_member,
+    pack_tower,
     read_config,
     tower_configs,
+    unpack_rows,
 )
 from solution.config import (
     ConfigError,
@@ -44,7 +49,7 @@ from solution.models.member import Member
 from solution.models.towers import WeightsError, is_text, to_stable
 
 LABEL_ORDER = ("real", "fake")
-MANIFEST, GOLDEN = "ensemble.json", "golden.json"
+MANIFEST, GOLDEN, CLAIMS = "ensemble.json", "golden.json", "claims.json"
 _MEMBER_FILES = ("config.json", "model.safetensors")
 _FIELDS = ("format", "name", "label_order", "members", "vote", "calibrators", "towers")
 _FIELDS += ("files", "report", "licence", "data", "base_model", "datasets")
@@ -52,7 +57,8 @@ _FIELDS += ("files", "report", "licence", "data", "base_model", "datasets")
 
 # ------------------------------------------------------------------------------------------------ towers
 class StableFile(Mapping[str, torch.Tensor]):
-    """A tower's .safetensors as a mapping from stable key to CPU tensor, in any layout of `KEY_TABLE` or our own.
+    """A tower's .safetensors as a mapping from stable key to CPU tensor, in any layout of `KEY_TABLE` or our own, packed
+    (`members.pack_tower`) or not.
 
     Tensors are read when asked for and belong to the asker alone, so a pass over a file of gigabytes needs the memory
     of one tensor.
@@ -71,7 +77,10 @@ class StableFile(Mapping[str, torch.Tensor]):
             raise WeightsError(f"{path}: damaged ({error}); fetch it again") from error
         self.layout = _layout(path, shapes)
         self._source: dict[str, str] = {}  # stable key -> key in the file
+        self._packed = {key.removesuffix(SCALE) for key in shapes if key.endswith(SCALE)}
         for key, shape in shapes.items():
+            if key.endswith(SCALE):
+                continue
             for name in self._split(key, torch.empty(shape, device="meta")):
                 if not (image_only and is_text(name)):
                     self._source[name] = key
@@ -86,7 +95,12 @@ class StableFile(Mapping[str, torch.Tensor]):
         # Opened anew each time: pages of a mapped file count as memory for as long as the mapping lives.
         key = self._source[name]
         with safe_open(self.path, framework="pt") as file:
-            return self._split(key, file.get_tensor(key))[name]
+            tensor = file.get_tensor(key)
+            if key in self._packed:
+                tensor = unpack_rows(tensor, file.get_tensor(key + SCALE))
+            elif not tensor.is_floating_point():
+                raise WeightsError(f"{self.path}: {key} is {tensor.dtype} without {key + SCALE}; fetch the file again")
+            return self._split(key, tensor)[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._source)
@@ -97,8 +111,12 @@ class StableFile(Mapping[str, torch.Tensor]):
 
 def _layout(path: Path, keys: Mapping[str, Any]) -> str:
     """Which of the layouts a tower's file has, by its keys."""
+    if "patch_embed.proj.weight" in keys:
+        up, down = (keys.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
+        packed = up is not None and down is not None and up[0] == 2 * down[1]
+        return "timm_gated" if packed else "timm"
     marks = {
-        "cls": "stable",
+        "patch.weight": "stable",
         "embeddings.cls_token": "dinov2",
         "visual.class_embedding": "open_clip",
         "vision_model.embeddings.class_embedding": "hf_clip",
@@ -115,6 +133,7 @@ def _layout(path: Path, keys: Mapping[str, Any]) -> str:
 TOWER_FILES = {
     "dinov2": ("model.safetensors",),
     "clip": ("open_clip_model.safetensors", "model.safetensors"),
+    "timm": ("model.safetensors",),
 }
 
 
@@ -132,7 +151,7 @@ def tower_weights(config: TowerConfig, source_override: str | None = None, *, of
     path = resolve_tower(config, source_override, offline=offline)
     state = StableFile(path, image_only=config.kind == "clip" and not config.arch.text_layers)
     wanted = "dinov2" if config.derived_from else config.kind
-    if state.layout != "stable" and not state.layout.endswith(wanted):
+    if state.layout != "stable" and wanted not in state.layout:
         raise WeightsError(
             f"{path}: holds a tower in the layout {state.layout}, expected a {wanted} for tower {config.name}"
         )
@@ -166,7 +185,7 @@ def resolve_tower(config: TowerConfig, source_override: str | None = None, *, of
         ref = replace(ref, revision=config.revision or "main")
     here = [path for name in names if (path := hub.cached(ref, name))]
     path = here[0] if here else hub.fetch_first(ref, names, offline=offline)
-    if config.kind == "dinov2":
+    if config.kind in ("dinov2", "timm"):
         hub.fetch(hub.pin(ref, path), "config.json", offline=offline)
     if config.sha256 and source_override is None and not here:
         hub.check_sha256(path, config.sha256)
@@ -174,9 +193,11 @@ def resolve_tower(config: TowerConfig, source_override: str | None = None, *, of
 
 
 def read_geometry(folder: Path, kind: str) -> dict[str, Any] | None:
-    """Fields of `Dinov2Arch` or `ClipArch` from the `config.json` beside a tower; None where no such file says."""
+    """Fields of `Dinov2Arch`, `ClipArch` or `TimmArch` from the `config.json` beside a tower; None where no such file says."""
     path = folder / "config.json"
     found = json.loads(path.read_text()) if path.is_file() else {}
+    if kind == "timm" and "architecture" in found:
+        return {"model": found["architecture"]}
     found = found.get("vision_config") or found
     if kind == "dinov2" and found.get("model_type") == "dinov2":
         from transformers import Dinov2Config
@@ -213,11 +234,13 @@ def check_geometry(folder: Path, config: TowerConfig) -> None:
     the shapes of weights.
 
     Raises:
-        WeightsError: naming the field, what was found and what was expected; or a DINOv2 folder without config.json.
+        WeightsError: naming the field, what was found and what was expected; or a DINOv2 or timm folder without config.json.
     """
     geometry = read_geometry(folder, config.kind)
-    if geometry is None and config.kind == "dinov2":
-        raise WeightsError(f"{folder}/config.json: missing, or of no dinov2; a tower's folder carries its config.json")
+    if geometry is None and config.kind != "clip":
+        raise WeightsError(
+            f"{folder}/config.json: missing, or of no {config.kind}; a tower's folder carries its config.json"
+        )
     for name, found in (geometry or {}).items():
         expected = getattr(config.arch, name)
         if found != expected:
@@ -367,7 +390,6 @@ def write_bundle(
     vote: VoteConfig,
     calibrators: Mapping[str, Calibrator],
     *,
-    source: Path | None = None,
     name: str = "",
     report: dict[str, Any] | None = None,
     licence: str = "",
@@ -377,8 +399,8 @@ def write_bundle(
 ) -> Bundle:
     """Make `folder` a bundle of the named members; ensemble.json is written last and atomically.
 
-    members: names of the members' folders (of `members.save_member`) in `folder`, or in `source`, from where they and
-        the towers trained with them are copied. A member without a calibrator gets the identity.
+    members: names of the members' folders (of `members.save_member`) in `folder`; see `collect`. A member without a
+        calibrator gets the identity.
     report: figures of the ensemble, by name. licence: an identifier of the Hub's list (`apache-2.0`, `other`). data:
         what it was trained on and what that allows, in words. base_model, datasets: their names on the Hub.
 
@@ -386,8 +408,6 @@ def write_bundle(
         WeightsError: a member or tower that is not there or cannot be read, a vote for an absent member.
     """
     folder = Path(folder)
-    if source is not None and source.resolve() != folder.resolve():
-        _collect(source, folder, members)
     configs = {member: read_config(folder / member) for member in members}
     for member, config in configs.items():
         if config.name != member:
@@ -400,8 +420,7 @@ def write_bundle(
     }
     files = [f"{member}/{file}" for member in members for file in _MEMBER_FILES]
     files += [entry["file"] for entry in towers.values() if "file" in entry]
-    if (folder / GOLDEN).is_file():
-        files.append(GOLDEN)
+    files += [name for name in (GOLDEN, CLAIMS) if (folder / name).is_file()]
     calibrators = {m: calibrators.get(m, Calibrator()) for m in members}
     _check_names(str(folder), configs, vote, calibrators)
     check_files(folder, dict.fromkeys(files, ""), hashes=False)
@@ -424,8 +443,14 @@ def write_bundle(
     return read_bundle(folder, verify=False)
 
 
-def _collect(source: Path, folder: Path, members: Sequence[str]) -> None:
-    """Copy the members and the towers that travel with them; a self-test of other weights goes."""
+def collect(source: Path, folder: Path, members: Sequence[str], *, int8: bool = False) -> None:
+    """Copy the members that `solution.train` left in `source`, and the towers that travel with them, to `folder`.
+
+    int8: the towers' matrices as int8 with a scale a row (`members.pack_tower`). A self-test of other weights goes.
+
+    Raises:
+        WeightsError: a file that is not there.
+    """
     configs = [read_config(source / member) for member in members]
     files = [f"{member}/{file}" for member in members for file in _MEMBER_FILES]
     files += [
@@ -436,6 +461,8 @@ def _collect(source: Path, folder: Path, members: Sequence[str]) -> None:
             raise WeightsError(f"{source / file}: missing; train that member first")
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / file, folder / file)
+        if int8 and file.startswith("towers/"):
+            pack_tower(folder / file)
     (folder / GOLDEN).unlink(missing_ok=True)
 
 
@@ -499,6 +526,19 @@ def load_members(
             for parameter in member.parameters():
                 parameter.data = parameter.data.to(dtype)
     return members
+
+
+def member_hash(bundle: Bundle, name: str) -> str:
+    """What a member's logits depend on: SHA-256 over its files and those of its towers, or the commits of public ones."""
+    config, digest = bundle.configs[name], hashlib.sha256()
+    towers = {tower.name: tower for tower in (config.tower, config.clip) if tower is not None}
+    for path in (
+        *(f"{name}/{file}" for file in _MEMBER_FILES),
+        *(f"towers/{t.stored_name}.safetensors" for t in towers.values()),
+    ):
+        digest.update(f"{path} {bundle.files.get(path, '')}\n".encode())
+    digest.update(json.dumps([to_dict(tower) for tower in towers.values()]).encode())
+    return digest.hexdigest()
 
 
 def _own_file(bundle: Bundle, config: TowerConfig) -> str | None:

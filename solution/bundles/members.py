@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from solution.config import MemberConfig, TowerConfig, from_dict, to_dict
 from solution.io import write_atomically
+from solution.models.heads import Layers, Topk
 from solution.models.member import Member
 from solution.models.qtfp import Qtfp
 from solution.models.streams import Fusion, Stream
@@ -41,6 +43,8 @@ CLASSES: dict[str, type[Member]] = {
     "fusion": Fusion,
     "qtfp": Qtfp,
     "vlaforge": Vlaforge,
+    "layers": Layers,
+    "topk": Topk,
 }
 
 
@@ -48,10 +52,17 @@ def tower_configs(configs: Iterable[MemberConfig]) -> dict[str, TowerConfig]:
     """The towers that members need, by name, including those that another is derived from first.
 
     Raises:
-        WeightsError: two members mean different towers by one name.
+        WeightsError: two members mean different towers by one name, or one of them changes it and keeps that to itself.
     """
+    configs = list(configs)
     towers: dict[str, TowerConfig] = {}
     for config in configs:
+        users = [c.name for c in configs if config.tower.name in (c.tower.name, c.clip.name if c.clip else "")]
+        if config.adapter.kind == "norm" and config.tower.public and len(set(users)) > 1:
+            raise WeightsError(
+                f"member {config.name} tunes the LayerNorms of the public tower {config.tower.name!r}, which "
+                f"{', '.join(sorted(set(users) - {config.name}))} uses too; give its tower another name (tower.name=...)"
+            )
         for tower in (config.tower, config.clip):
             if tower is None:
                 continue
@@ -114,6 +125,38 @@ def dump_tower(tower: Tower, path: Path, *, dtype: torch.dtype = torch.float16) 
     write_atomically(path, save(state, meta))
 
 
+SCALE = "/scale"  # the key of an int8 matrix's row scales, after the matrix's own
+LEAST_COLUMNS = 64  # a shorter row is not worth a scale
+
+
+def pack_tower(path: Path) -> float:
+    """Rewrite a tower's file of `dump_tower` with its matrices as int8 and a float16 scale a row; half the bytes.
+
+    Returns the largest relative error of a matrix: the root mean square of what changed over that of what was there.
+    """
+    state = load_file(path)
+    packed, worst = {}, 0.0
+    for key, tensor in state.items():
+        if tensor.ndim != 2 or tensor.shape[1] < LEAST_COLUMNS or not tensor.is_floating_point():
+            packed[key] = tensor
+            continue
+        rows = tensor.float()
+        scale = (rows.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-7).half()
+        steps = (rows / scale.float()).round().clamp(-127, 127)
+        packed[key], packed[key + SCALE] = steps.to(torch.int8), scale.squeeze(1)
+        error = (steps * scale.float() - rows).square().mean().sqrt() / rows.square().mean().sqrt().clamp_min(1e-12)
+        worst = max(worst, error.item())
+    with safe_open(path, framework="pt") as file:
+        meta = file.metadata()
+    write_atomically(path, save(packed, meta))
+    return worst
+
+
+def unpack_rows(steps: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The float32 matrix (R, C) of int8 steps (R, C) and row scales (R,)."""
+    return steps.float() * scale.float()[:, None]
+
+
 def save_member(
     member: Member,
     folder: Path,
@@ -127,8 +170,10 @@ def save_member(
     dtype: of floating-point weights on disk. Integer buffers keep their type.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = member.stored_state()
-    if member.config.adapter.in_place:
+    config, state = member.config, member.stored_state()
+    if config.stores_tower and config.tower.public:  # no public repository has what was trained
+        config = replace(config, tower=replace(config.tower, source="bundle", revision="", sha256=""))
+    if member.config.stores_tower:
         dump_tower(
             member.tower,
             folder.parent / "towers" / f"{member.config.tower.name}.safetensors",
@@ -139,7 +184,7 @@ def save_member(
     write_atomically(folder / "model.safetensors", save(packed, {"format": str(FORMAT)}))
     record = {
         "format": FORMAT,
-        "member": to_dict(member.config),
+        "member": to_dict(config),
         "training": training or {},
     }
     write_atomically(folder / "config.json", json.dumps(record, indent=1) + "\n")
@@ -187,7 +232,7 @@ def load_member(folder: Path, towers: dict[str, Tower]) -> Member:
     except SafetensorError as error:
         raise WeightsError(f"{path}: damaged ({error}); fetch it again") from None
     target = member.stored_state()
-    if config.adapter.in_place:  # its tower was loaded from towers/
+    if config.stores_tower:  # its tower was loaded from towers/
         target = {k: t for k, t in target.items() if not k.startswith("tower.")}
     load_state(target, state, str(path))
     tower = towers[config.tower.name]

@@ -8,13 +8,27 @@ in a hundred. No library's counter is asked: what those count changes from relea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
-from solution.config import ClipArch, Dinov2Arch, MemberConfig, TowerConfig
+from solution.config import ClipArch, Dinov2Arch, InferenceConfig, MemberConfig, TimmArch, TowerConfig
+
+
+def scoring_flops(config: MemberConfig, *, adapters: bool = False) -> int:
+    """FLOP of one picture that is scored: a forward for each of `config.inference`'s looks. adapters: see `member_flops`."""
+    mirrored = 2 if config.inference.mirrored else 1
+    sides = config.inference.sides or (config.view.side,)
+    return mirrored * sum(member_flops(at_side(config, side), adapters=adapters) for side in sides)
+
+
+def at_side(config: MemberConfig, side: int) -> MemberConfig:
+    """The member whose view is of `side` px, looked at once."""
+    view = replace(config.view, side=side, resize=max(side, config.view.resize))
+    return replace(config, view=view, inference=InferenceConfig())
 
 
 def member_flops(config: MemberConfig, *, adapters: bool = True) -> int:
-    """FLOP of one picture through the member `config`.
+    """FLOP of one picture through the member `config`, one forward at the view's side.
 
     adapters: whether LoRA or Effort is computed beside its projection, as in training; False where it is merged.
     """
@@ -27,9 +41,19 @@ def member_flops(config: MemberConfig, *, adapters: bool = True) -> int:
         products += _tower(config.clip, _tokens(config.clip, config.view.side))
         joined, hidden = width + config.clip.arch.width, config.stream.fusion_hidden
         return 2 * (products + _layers(joined, hidden, 2))
+    if config.kind == "layers":
+        return 2 * (products + config.layers.last * _head_of_layer(config))
+    if config.kind == "topk":
+        return 2 * (products + (tokens - config.tower.arch.prefix) * width)
     if config.kind == "qtfp" and config.qtfp.pool == "queries":
-        return 2 * (products + _queries(config, tokens - 1))
+        return 2 * (products + _queries(config, tokens - config.tower.arch.prefix))
     return 2 * (products + 2 * width)
+
+
+def _head_of_layer(config: MemberConfig) -> int:
+    """Products of one head of `layers`."""
+    read, hidden = (config.tower.arch.prefix + 1) * config.tower.arch.width, config.layers.hidden
+    return _layers(read, hidden, 2) if hidden else _layers(read, 2)
 
 
 def _queries(config: MemberConfig, patches: int) -> int:
@@ -47,8 +71,8 @@ def _queries(config: MemberConfig, patches: int) -> int:
 
 # ------------------------------------------------------------------------------------------------ towers
 def _tokens(tower: TowerConfig, side: int) -> int:
-    """Patches of a square picture of `side` px, and the class token."""
-    return (side // tower.arch.patch) ** 2 + 1
+    """Patches of a square picture of `side` px, and what stands before them."""
+    return (side // tower.arch.patch) ** 2 + tower.arch.prefix
 
 
 def _beside(config: MemberConfig) -> int:
@@ -56,25 +80,32 @@ def _beside(config: MemberConfig) -> int:
     adapter, width = config.adapter, config.tower.arch.width
     # LoRA goes down to its rank and up again; Effort does so twice, for the trained part and for its start.
     passes = {"lora": 1, "effort": 2}.get(adapter.kind, 0)
+    # A shared down projection is computed for each of q, k and v all the same.
     return len(adapter.projections) * passes * 2 * adapter.rank * width
 
 
 def _tower(tower: TowerConfig, tokens: int, beside: int = 0) -> int:
     """Products of the plain tower on one picture: patch projection and blocks."""
     arch = tower.arch
-    patches = (tokens - 1) * 3 * arch.patch**2 * arch.width
+    patches = (tokens - arch.prefix) * 3 * arch.patch**2 * arch.width
     block = _block(tokens, arch.width, _mlp_products(arch)) + tokens * beside
-    return patches + arch.layers * block
+    return patches + arch.layers * block + _attention_pool(arch, tokens)
 
 
-def _mlp_products(arch: Dinov2Arch | ClipArch) -> int:
+def _attention_pool(arch: Dinov2Arch | ClipArch | TimmArch, tokens: int) -> int:
+    """Products of timm's pooling by attention: one query, keys and values of the tokens, an MLP of four times the width."""
+    if getattr(arch, "pool", "") != "attention":
+        return 0
+    return arch.width**2 * (2 * tokens + 2 + 8) + 2 * tokens * arch.width
+
+
+def _mlp_products(arch: Dinov2Arch | ClipArch | TimmArch) -> int:
     """Products of one token in a block's MLP."""
     hidden = int(arch.width * arch.mlp_ratio)
     if isinstance(arch, Dinov2Arch) and arch.swiglu:
         # transformers' Dinov2SwiGLUFFN: two thirds of the hidden width, up to a multiple of 8; gate, up and down.
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
-        return 3 * arch.width * hidden
-    return 2 * arch.width * hidden
+    return (3 if arch.gated else 2) * arch.width * hidden
 
 
 def _block(tokens: int, width: int, mlp: int, seen: int | None = None) -> int:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import rankdata
 
-from solution.bundles.bundle import Bundle, load_members
+from solution.bundles.bundle import CLAIMS, Bundle, load_members
 from solution.bundles.store import open_bundle
 from solution.config import AdapterConfig, FaceConfig, MemberConfig
 from solution.data.degradation import use_one_opencv_thread
@@ -61,7 +61,6 @@ from solution.studies.drift import Bootstrap, cosine, locators_of, see
 from solution.studies.drift_figures import COLOURS
 
 BUILT = ""
-CLAIMS = "claims.json"
 LEAST_CHANGE = 0.01  # mean |change of P(fake)| from which on a mechanism acts
 ALIKE = 0.9  # correlation from which on two queries look at the same patches
 SAME = 0.9  # cosine, or predictability, from which on two halves are the same features
