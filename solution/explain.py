@@ -199,7 +199,6 @@ class Explainer:
         self.ensemble, self.channels = ensemble, channels
         self.locators = locators_of(ensemble.views) if faces else {}
 
-    @torch.inference_mode()
     def explain(self, target: Target) -> Explained:
         """Everything about one picture, or one face of it.
 
@@ -208,6 +207,7 @@ class Explainer:
         """
         return self.explain_seen(target.name, *self.prepare(target))
 
+    @torch.inference_mode()
     def explain_seen(self, name: str, picture: np.ndarray, seen: Seen) -> Explained:
         """Everything about what the members see of a picture (H, W, 3) uint8."""
         ensemble = self.ensemble
