@@ -22,7 +22,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 LACKING = [name for name in ("gradio", "selenium") if importlib.util.find_spec(name) is None]
 LACKING += [] if CHROMIUM and shutil.which("chromedriver") else ["chromium and chromedriver"]
 in_a_browser = pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)}")
-WAIT = 120  # seconds at most, of a busy machine
+WAIT = 300  # seconds at most, of a busy machine
 
 
 @pytest.fixture(scope="module")
