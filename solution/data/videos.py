@@ -74,6 +74,17 @@ def sample_frames(path: Path | str, count: int) -> list[tuple[int, np.ndarray]]:
     return frames
 
 
+def duration(path: Path | str) -> float:
+    """Seconds from the first to the last frame's time.
+
+    Raises:
+        UnreadableInput: see `sample_frames`.
+    """
+    with open_regular(path) as file, _quiet():
+        times = _scan(path, file).times
+    return (times[-1] - times[0]) / 1000
+
+
 def _open_video(path: Path | str, file: BinaryIO, *options: int) -> cv2.VideoCapture:
     # From a stream: OpenCV cannot take a name that is not UTF-8, and FFmpeg gives some names a meaning.
     file.seek(0)

@@ -124,13 +124,9 @@ def cut_views(picture: np.ndarray, views: Sequence[View], chosen: Chosen) -> lis
     return [make_view(picture, view, chosen.get(face), face or FaceConfig()) for view, face in views]
 
 
-def cut_views_of(picture: np.ndarray, views: Sequence[View], face: FaceBox) -> list[np.ndarray]:
-    """`cut_views` of one of several people: face views show this face, however large or small it is in the picture."""
-    alone = {config: replace(config, min_area=0.0, max_area=1.0) for _, config in views if config is not None}
-    return [
-        make_view(picture, view, face if config else None, alone[config] if config else FaceConfig())
-        for view, config in views
-    ]
+def close_views(views: Sequence[View]) -> list[View]:
+    """The same views for one of several people: face views show the face, however large or small in the picture it is."""
+    return [View(view, config and replace(config, min_area=0.0, max_area=1.0)) for view, config in views]
 
 
 def see(picture: np.ndarray, views: Sequence[View], locators: Mapping[FaceConfig, FaceLocator]) -> list[np.ndarray]:

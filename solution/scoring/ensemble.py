@@ -39,8 +39,8 @@ from solution.data.processes import LIMIT
 from solution.data.views import (
     View,
     choose_found,
+    close_views,
     cut_views,
-    cut_views_of,
     locators_for,
     open_frames,
     open_picture,
@@ -460,7 +460,10 @@ class Reader(Dataset):
             faces=[_brief(face) for _, face, _ in entries],
             people=[who for _, _, who in entries],
         )
-        return row, [cut_views_of(pictures[at], self.views, face) for at, face, _ in entries]
+        close = close_views(self.views)
+        return row, [
+            cut_views(pictures[at], close, {config: face for _, config in close if config}) for at, face, _ in entries
+        ]
 
     def _decode(self, item: Input) -> tuple[list[int], list[np.ndarray]]:
         """Frame numbers (none for a picture) and pictures."""
