@@ -90,15 +90,19 @@ class Seen(NamedTuple):
 
 def see(picture: np.ndarray, views: Sequence[View], locators: Mapping[FaceConfig, Any]) -> Seen:
     """Cut every view of a picture (H, W, 3), faces located in it as submission does; no locators: no faces."""
+    return see_found(picture, views, locate_once(locators, picture))
+
+
+def see_found(picture: np.ndarray, views: Sequence[View], found: Mapping[FaceConfig, Sequence[FaceBox]]) -> Seen:
+    """`see` with the faces that were found before."""
     size = picture.shape[:2]
-    found = locate_once(locators, picture)
     chosen = choose_faces(found, size)
     boxes = [view_box(view, chosen.get(config), size, config or FaceConfig()) for view, config in views]
     rects = [maps.seen_rect(view, size, box) for (view, _), box in zip(views, boxes)]
     return Seen(cut_views(picture, views, chosen), np.array(rects), _any_face(found, size))
 
 
-def _any_face(found: Mapping[FaceConfig, list[FaceBox]], size: tuple[int, int]):
+def _any_face(found: Mapping[FaceConfig, Sequence[FaceBox]], size: tuple[int, int]):
     for config, faces in found.items():
         face = choose_face(faces, *size, replace(config, min_area=0.0))
         if face is not None:

@@ -30,6 +30,7 @@ from solution.data.self_blend import self_blend, side_by_side
 from solution.data.views import degraded_picture, find_face, open_picture
 from solution.errors import door
 from solution.evaluation import metrics
+from solution.models.merging import pick_device
 from solution.models.vlaforge import Vlaforge
 
 THRESHOLD = 0.5  # of map and mask, for the intersection over union
@@ -160,6 +161,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Measure and draw; exit codes: 0 done, 2 usage, 3 environment, weights or an unreadable picture."""
     args = parse(argv)
+    device = pick_device(args.device)
     use_one_opencv_thread()
     items, _ = read_manifest(args.data, split=args.split)
     items = [item for item in items if item.label == 0]
@@ -167,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ManifestError(f"{args.data}: no real picture of split {args.split!r}")
     chosen = draw_items(items, args.count, args.seed)
     bundle = open_bundle(args.weights)
-    member = load_members(bundle, ["vlaforge"], device=args.device)["vlaforge"]
+    member = load_members(bundle, ["vlaforge"], device=device)["vlaforge"]
     args.out.mkdir(parents=True, exist_ok=True)
     degradation = DegradationConfig(global_p=1.0) if args.degraded else None
     faces = blends(chosen, member.config, args.seed, degradation)
