@@ -464,7 +464,7 @@ def write_report(args, ensemble, inputs) -> None:
 
 def explain(args, ensemble, inputs) -> None:
     """Maps for the pictures with the highest scores, in PREDS.explain/."""
-    from solution.explain import explain_pictures
+    from solution.evaluation.explainer import explain_pictures
     from solution.scoring import files as submission
 
     scores = submission.read_scores(args.out)

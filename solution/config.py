@@ -39,6 +39,8 @@ KINDS = {
     "vlaforge": Kind(masks=True, text=True, spares_parameters=True),
 }
 MEMBERS = tuple(KINDS)
+# Of Score-CAM, unless all are asked for.
+SCORE_CAM_CHANNELS = 64
 # Table (b) of arXiv 2604.25889, in its order; the index of an op is its number there.
 OPS = (
     "blur",
