@@ -11,7 +11,9 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from solution.errors import door
 
@@ -27,8 +29,7 @@ def assemble(
     seeds: tuple[int, ...] = (7,),
     device: str = "auto",
     workers: int = 1,
-    licence: str = "other",
-    base_model: tuple[str, ...] = (),
+    about: Mapping[str, Any] | None = None,
     limit: int = 0,
     progress: bool = True,
 ) -> dict:
@@ -36,11 +37,12 @@ def assemble(
 
     Calibrators and votes are fitted on the validation split of `data`, clean and degraded (global_p = 1) together. The
     degraded pictures are drawn anew for each of `seeds`.
+    about: what the model card says of it, as fields of `bundle.About`: licence, base_model.
     limit: at most so many validation pictures, seeded (smoke runs).
     """
     import numpy as np
 
-    from solution.bundles.bundle import write_bundle
+    from solution.bundles.bundle import About, write_bundle
     from solution.bundles.members import read_config
     from solution.bundles.selftest import add_golden
     from solution.config import DegradationConfig, VoteConfig
@@ -69,7 +71,6 @@ def assemble(
         {n: Calibrator() for n in names},
         source=members,
         name=final.name,
-        licence=licence,
     )
     ensemble = predict.load_ensemble(str(out), device=device)
     clean = predict.score_pictures(ensemble, items, workers=workers, progress=progress)
@@ -94,10 +95,7 @@ def assemble(
         vote,
         calibrators,
         name=final.name,
-        licence=licence,
-        base_model=base_model,
-        data=f"fitted on {what}",
-        report=comparison,
+        about=About(**about or {}, data=f"fitted on {what}", report=comparison),
     )
     add_golden(bundle)
     write_atomically(out / "validation.json", json.dumps(comparison, indent=1) + "\n")
@@ -139,8 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         seeds=tuple(int(s) for s in args.seeds.split(",")),
         device=args.device,
         workers=args.workers,
-        licence=args.licence,
-        base_model=tuple(args.base_model),
+        about={"licence": args.licence, "base_model": tuple(args.base_model)},
         limit=args.limit,
         progress=not args.quiet,
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -232,7 +232,7 @@ class Bundle:
     hash: SHA-256 of ensemble.json, which holds those of all other files.
     towers: every tower its members need, by name.
     files: path inside the bundle -> SHA-256.
-    report, licence, data, base_model, datasets: for the reader and the model card, see `write_bundle`.
+    report, licence, data, base_model: see `About`; datasets: names on the Hub.
     offline: True for a local folder: loading its members uses no network either.
     """
 
@@ -361,6 +361,20 @@ def check_files(folder: Path, files: dict[str, str], *, hashes: bool = True) -> 
             hub.check_sha256(path, expected)
 
 
+@dataclass(frozen=True)
+class About:
+    """What a reader should know of a bundle, in its manifest and on its model card.
+
+    licence: an identifier of the Hub's list (`apache-2.0`, `other`). data: what it was trained on and what that allows, in
+    words. base_model: names on the Hub. report: figures of the ensemble, by name.
+    """
+
+    licence: str = ""
+    data: str = ""
+    base_model: tuple[str, ...] = ()
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
 def write_bundle(
     folder: Path,
     members: Sequence[str],
@@ -369,23 +383,17 @@ def write_bundle(
     *,
     source: Path | None = None,
     name: str = "",
-    report: dict[str, Any] | None = None,
-    licence: str = "",
-    data: str = "",
-    base_model: Sequence[str] = (),
-    datasets: Sequence[str] = (),
+    about: About | None = None,
 ) -> Bundle:
     """Make `folder` a bundle of the named members; ensemble.json is written last and atomically.
 
     members: names of the members' folders (of `members.save_member`) in `folder`, or in `source`, from where they and
         the towers trained with them are copied. A member without a calibrator gets the identity.
-    report: figures of the ensemble, by name. licence: an identifier of the Hub's list (`apache-2.0`, `other`). data:
-        what it was trained on and what that allows, in words. base_model, datasets: their names on the Hub.
 
     Raises:
         WeightsError: a member or tower that is not there or cannot be read, a vote for an absent member.
     """
-    folder = Path(folder)
+    folder, about = Path(folder), about or About()
     if source is not None and source.resolve() != folder.resolve():
         _collect(source, folder, members)
     configs = {member: read_config(folder / member) for member in members}
@@ -414,11 +422,12 @@ def write_bundle(
         "calibrators": {m: calibration.to_dict(c) for m, c in calibrators.items()},
         "towers": towers,
         "files": {file: hub.sha256(folder / file) for file in dict.fromkeys(files)},
-        "report": report or {},
-        "licence": licence,
-        "data": data,
-        "base_model": list(base_model),
-        "datasets": list(datasets),
+        "report": dict(about.report),
+        "licence": about.licence,
+        "data": about.data,
+        "base_model": list(about.base_model),
+        # For whoever publishes the bundle to fill in: names on the Hub.
+        "datasets": [],
     }
     write_atomically(folder / MANIFEST, json.dumps(record, indent=1) + "\n")
     return read_bundle(folder, verify=False)

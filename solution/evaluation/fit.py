@@ -38,34 +38,45 @@ class Known(NamedTuple):
         return Known(*(values[rows] for values in self))
 
 
+@dataclasses.dataclass(frozen=True)
+class FitSettings:
+    """How an ensemble is fitted.
+
+    mean, step: of the vote. max_vote: the most votes of a member; penalty: AUC that a voter more must bring. false_alarm:
+    the share of reals (clean and degraded) that the threshold may call fake; unsure_share: of the pictures nearest to it.
+    folds: of the cross-validation; fewer where a class has less than two pictures a fold. seed, draws: of the bootstrap.
+    """
+
+    mean: str = "levels"
+    step: float = 0.1
+    max_vote: int = 3
+    penalty: float = 0.002
+    false_alarm: float = 0.05
+    unsure_share: float = 0.1
+    folds: int = 5
+    seed: int = 0
+    draws: int = 1000
+
+
 def fit_ensemble(
     clean: Mapping[str, np.ndarray],
     degraded: Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]],
     labels: np.ndarray,
     *,
     fitted_on: str = "",
-    mean: str = "levels",
-    step: float = 0.1,
-    max_vote: int = 3,
-    penalty: float = 0.002,
-    false_alarm: float = 0.05,
-    unsure_share: float = 0.1,
-    folds: int = 5,
-    seed: int = 0,
-    draws: int = 1000,
+    settings: FitSettings | None = None,
 ) -> tuple[dict[str, Calibrator], VoteConfig, dict[str, Any]]:
     """Calibrators, votes, threshold and `unsure` band of a bundle, and how they fare on pictures not fitted on.
 
     clean, degraded: raw validation logits (N,) by member, of the same N pictures in the same order; `degraded` may be
     several, one per seed, and the clean ones then count as often. Both are fitted together, because a submission does
-    not say which pictures are degraded. The threshold calls at most `false_alarm`
-    of these reals (clean and degraded) fake; `unsure_share` of the pictures nearest to it are called unsure.
-    folds: fewer where a class has less than two pictures a fold; four of each class are the least.
+    not say which pictures are degraded. Four of each class are the least.
 
     Returns the comparison as plain JSON values. All its figures are cross-validated: calibrators, votes, the best
     single member and the threshold are chosen on the other folds, a picture's versions staying together.
     """
-    labels = np.asarray(labels)
+    settings = settings or FitSettings()
+    labels, seed = np.asarray(labels), settings.seed
     drawn = [degraded] if isinstance(degraded, Mapping) else list(degraded)
     logits = _stacked(clean, drawn, labels)
     rarest = int(min(np.sum(labels == 0), np.sum(labels == 1)))
@@ -73,29 +84,29 @@ def fit_ensemble(
         raise ValueError(
             f"{rarest} pictures of the rarer class: fitting an ensemble needs four real and four fake ones"
         )
-    folds = min(folds, rarest // 2)
+    folds = min(settings.folds, rarest // 2)
     versions = 2 * len(drawn)
     index = np.tile(np.arange(len(labels)), versions)
     conditions = np.repeat(["clean", "degraded"], len(index) // 2)
     known = Known(np.tile(labels, versions), index, conditions)
-    options = {"step": step, "max_vote": max_vote, "penalty": penalty}
+    options = {"step": settings.step, "max_vote": settings.max_vote, "penalty": settings.penalty}
     calibrators, search = _fit_part(logits, known, options, folds, seed)
     calibrators = {
         name: dataclasses.replace(fitted, fitted_on=fitted_on or fitted.fitted_on)
         for name, fitted in calibrators.items()
     }
-    vote = VoteConfig(search.weights, step=step, mean=mean, false_alarm=false_alarm)
+    vote = VoteConfig(search.weights, step=settings.step, mean=settings.mean, false_alarm=settings.false_alarm)
     held = _held_out(logits, known, vote, options, folds, seed)
-    chosen = _chosen(held["scores"], known, mean, penalty)
+    chosen = _chosen(held["scores"], known, settings.mean, settings.penalty)
     if chosen == "equal votes":
         vote = dataclasses.replace(vote, weights=dict.fromkeys(logits, 1))
     held["fake"] = held["fake"][chosen]
     scores = combine(_applied(calibrators, logits), vote)
-    threshold = threshold_at_false_alarm(known.labels, scores, false_alarm)
-    band = unsure_band(scores, threshold, unsure_share)
+    threshold = threshold_at_false_alarm(known.labels, scores, settings.false_alarm)
+    band = unsure_band(scores, threshold, settings.unsure_share)
     vote = dataclasses.replace(vote, threshold=threshold, unsure=band)
-    comparison = _comparison(logits, known, held, seed, draws)
-    comparison["at_threshold"]["asked"] = false_alarm
+    comparison = _comparison(logits, known, held, seed, settings.draws)
+    comparison["at_threshold"]["asked"] = settings.false_alarm
     comparison["search"] = {**search._asdict(), **options}
     comparison["chosen"] = chosen
     return calibrators, vote, comparison

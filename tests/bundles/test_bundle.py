@@ -12,7 +12,7 @@ from torch import nn
 
 from solution import doctor, weights
 from solution.bundles import bundle, hub, selftest
-from solution.bundles.bundle import load_members, read_bundle, tower_weights, write_bundle
+from solution.bundles.bundle import About, load_members, read_bundle, tower_weights, write_bundle
 from solution.bundles.members import (
     build_member,
     dump_tower,
@@ -40,7 +40,7 @@ def made(tmp_path_factory):
         save_member(build_member(config, random_towers([config])), folder / name)
     calibrators = {"face": Calibrator("temperature", (2.0,), fitted_on="a test")}
     report = {"auc": 0.5}
-    made = write_bundle(folder, MEMBERS, VOTE, calibrators, report=report, data="none")
+    made = write_bundle(folder, MEMBERS, VOTE, calibrators, about=About(data="none", report=report))
     return selftest.add_golden(made)
 
 

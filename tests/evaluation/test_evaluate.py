@@ -82,14 +82,14 @@ def evaluated(out, *, drawn=False, **changes):
         "out": out,
         "conditions": [CLEAN, *degraded_conditions([1, 2])],
         "protocol": PROTOCOL,
-        "draws": 50,
-        "progress": False,
     }
+    options = {"draws": 50, "progress": False}
+    options |= {name: changes.pop(name) for name in [*changes] if hasattr(evaluate.Options, name)}
     given = changes.pop("items", None) or items()
     with contextlib.ExitStack() as stack:
         if not drawn:
             stack.enter_context(mock.patch.object(report, "write_report"))
-        return evaluate.run(given, **{**settings, **changes})
+        return evaluate.run(given, options=evaluate.Options(**options), **{**settings, **changes})
 
 
 def row_of(results, **wanted):
@@ -615,7 +615,7 @@ def validation(seed=0, n=1000):
 
 @pytest.fixture(scope="module")
 def fitted():
-    return fit.fit_ensemble(*validation(), fitted_on="a drawing", draws=200)
+    return fit.fit_ensemble(*validation(), fitted_on="a drawing", settings=fit.FitSettings(draws=200))
 
 
 def test_fitting_halves_the_calibration_error_of_every_member(fitted):
@@ -709,7 +709,7 @@ def test_a_handful_of_pictures_is_enough_to_fit_and_fewer_refuse():
     clean, degraded, labels = validation(n=100)
     few = np.r_[np.flatnonzero(labels == 0)[:4], np.flatnonzero(labels == 1)[:5]]
     sets = [{n: x[few] for n, x in c.items()} for c in (clean, degraded)]
-    calibrators, vote, comparison = fit.fit_ensemble(*sets, labels[few], draws=50)
+    calibrators, vote, comparison = fit.fit_ensemble(*sets, labels[few], settings=fit.FitSettings(draws=50))
     assert set(calibrators) == set(vote.weights) == set(clean)
     assert "9 pictures" in comparison["protocol"]
     assert "2-fold" in comparison["protocol"]
@@ -720,8 +720,9 @@ def test_a_handful_of_pictures_is_enough_to_fit_and_fewer_refuse():
 
 def test_seeds_are_versions_of_a_picture_and_not_more_pictures():
     clean, degraded, labels = validation(n=200)
-    once = fit.fit_ensemble(clean, degraded, labels, folds=2, draws=200)
-    twice = fit.fit_ensemble(clean, [degraded, degraded], labels, folds=2, draws=200)
+    settings = fit.FitSettings(folds=2, draws=200)
+    once = fit.fit_ensemble(clean, degraded, labels, settings=settings)
+    twice = fit.fit_ensemble(clean, [degraded, degraded], labels, settings=settings)
     assert twice[1].weights == once[1].weights
     for way, told in once[2]["ways"].items():
         for condition in ("clean", "degraded"):
