@@ -59,6 +59,12 @@ def parser() -> argparse.ArgumentParser:
         default="neutral",
         help="an input that cannot be read gets 0.5, or ends the run",
     )
+    add(
+        "--faces",
+        choices=("one", "all"),
+        default="one",
+        help="all: a row per face, or per track of a video, in the sidecar; the most fake-looking one decides (default: one)",
+    )
     add("--frames", type=_positive, default=32, help="of a video (default: 32)")
     add(
         "--video-mean",
@@ -225,6 +231,7 @@ def score(args: argparse.Namespace, inputs) -> int:
         **ensemble.fingerprint(),
         "frames": args.frames if plan.videos else None,
         "faces": faces,
+        "people": args.faces,
     }
     journal = Journal(args.out, inputs, header, rank=rank, restart=args.restart)
     if journal.discarded:
@@ -299,7 +306,7 @@ def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> fl
     from solution.data.images import UnreadableInput
     from solution.scoring import ensemble as predict
 
-    settings = {"frames": args.frames, "faces": faces}
+    settings = {"frames": args.frames, "faces": faces, "people": args.faces}
     if _ranks() > 1:
         join_ranks()
     if args.engine == "ray":
@@ -365,7 +372,8 @@ def write(args, ensemble, bundle, plan, journal, found: int, seconds: float) -> 
         submission.members_path(args.out),
         names,
         decimals=args.decimals,
-        frames=plan.videos > 0,
+        frames=plan.videos > 0 or args.faces == "all",
+        people=args.faces == "all",
     )
     scored = len(indices) - found
     speed = scored / seconds if scored else None
@@ -402,7 +410,7 @@ def verdicts(args, ensemble, journal, indices, scores, counts):
             ensemble.calibrators,
             video_mean=args.video_mean,
         ):
-            if row.frame is None:
+            if row.frame is None and row.who is None:
                 scores[next(places)] = row.score
                 counts["failed"] += row.status == "failed"
                 counts["verdicts"][row.verdict] += 1
@@ -420,7 +428,7 @@ def run_record(args, ensemble, bundle, journal) -> dict:
     import transformers
 
     from solution.config import to_dict
-    from solution.scoring.verdict import threshold_record
+    from solution.scoring.verdict import RULES, threshold_record
 
     libraries = torch, transformers, numpy, cv2, PIL
     return {
@@ -438,7 +446,7 @@ def run_record(args, ensemble, bundle, journal) -> dict:
         },
         "ensemble": ensemble.describe(),
         "vote": to_dict(ensemble.vote),
-        "verdict": threshold_record(bundle, ensemble.vote),
+        "verdict": {**threshold_record(bundle, ensemble.vote), "faces": RULES[args.faces]},
         "calibrators": {n: to_dict(c) for n, c in ensemble.calibrators.items()},
         "config": {n: to_dict(c) for n, c in ensemble.configs.items()},
         "second_looks": {**ensemble.looks},
@@ -453,7 +461,7 @@ def write_report(args, ensemble, inputs) -> None:
     from solution.scoring import files as submission
 
     with submission.members_path(args.out).open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if not row.get("frame")]
+        rows = [row for row in csv.DictReader(file) if not (row.get("frame") or row.get("face"))]
     paths = {item.name: item.path for item in inputs if item.kind == "image"}
     for row in rows:
         row["path"] = paths.get(row["image"])

@@ -64,6 +64,12 @@ CLIP_MEAN, CLIP_STD = (
     (0.48145466, 0.4578275, 0.40821073),
     (0.26862954, 0.26130258, 0.27577711),
 )
+# Mean and deviation of a tower's input, RGB in [0, 1].
+STATISTICS = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "clip": (CLIP_MEAN, CLIP_STD),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 
 class ConfigError(UsageError):
@@ -147,6 +153,16 @@ class Dinov2Arch:
     patch: int = 14
     image_side: int = 518  # of the stored position grid; other sides interpolate it
 
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: the class token."""
+        return 1
+
+    @property
+    def gated(self) -> bool:
+        """Whether its MLPs have a gate."""
+        return self.swiglu
+
 
 @dataclass(frozen=True)
 class ClipArch:
@@ -172,28 +188,73 @@ class ClipArch:
     context: int = 77
     vocab: int = 49408
 
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: the class token."""
+        return 1
+
+    @property
+    def gated(self) -> bool:
+        """Whether its MLPs have a gate."""
+        return False
+
+
+@dataclass(frozen=True)
+class TimmArch:
+    """A vision transformer of timm: its name there and its geometry; the defaults are DINOv3 ViT-L/16.
+
+    What is not here (rotary or learned positions, inner norms, LayerScale) follows from the name. `timm_towers.named_tower`
+    reads all of it off the library, and building a tower checks it.
+    prefix: class token and registers. pool: what stands for the whole picture: the class `token`, the model's own
+    `attention` pooling, or the `mean` of the patches.
+    """
+
+    model: str = "vit_large_patch16_dinov3"
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    gated: bool = False
+    patch: int = 16
+    image_side: int = 256  # of learned positions; other sides interpolate them
+    prefix: int = 5
+    pool: str = "token"
+
+    def __post_init__(self) -> None:
+        allowed = ("token", "attention", "mean")
+        require(self.pool in allowed, f"tower.arch.pool is {self.pool!r}; allowed: {', '.join(allowed)}")
+        require(
+            self.pool != "token" or self.prefix > 0, "tower.arch.pool=token needs a class token; tower.arch.prefix is 0"
+        )
+
+
+# The geometry of each kind of tower.
+ARCHS = {"dinov2": Dinov2Arch, "clip": ClipArch, "timm": TimmArch}
+
 
 @dataclass(frozen=True)
 class TowerConfig:
     """One tower. Members of a bundle that name the same tower share it.
 
-    kind: `dinov2` (transformers) or `clip` (open_clip).
+    kind: `dinov2` (transformers), `clip` (open_clip) or `timm` (any vision transformer of timm with pre-norm blocks).
     source: where its untrained weights are public: a Hub repository (`facebook/dinov2-giant`) with its `revision`,
         `bundle` for a tower trained by us that travels in the bundle, or `bundle:OTHER` for a CLIP image tower that is
         the bundle's DINOv2 tower OTHER in open_clip's layout (the text tower is then the member's own).
-    statistics: the normalisation applied to its input: `imagenet` or `clip`.
+    statistics: the normalisation applied to its input: `imagenet`, `clip`, or `half` (mean and deviation 0.5).
+    licence: of its public weights, which binds whoever uses a member on it; empty where it is not stated.
     """
 
     name: str
     kind: str
-    arch: Dinov2Arch | ClipArch
+    arch: Dinov2Arch | ClipArch | TimmArch
     source: str = "bundle"
     revision: str = ""
     statistics: str = "imagenet"
     sha256: str = ""  # of the weights file in that repository, checked when it arrives
+    licence: str = ""
 
     def __post_init__(self) -> None:
-        wanted = {"dinov2": Dinov2Arch, "clip": ClipArch}
+        wanted = ARCHS
         require(
             self.kind in wanted,
             f"tower.kind is {self.kind!r}; allowed: {', '.join(wanted)}",
@@ -203,8 +264,8 @@ class TowerConfig:
             f"tower {self.name}: kind {self.kind} needs a {wanted[self.kind].__name__}, found {type(self.arch).__name__}",
         )
         require(
-            self.statistics in ("imagenet", "clip"),
-            f"tower.statistics is {self.statistics!r}",
+            self.statistics in STATISTICS,
+            f"tower.statistics is {self.statistics!r}; allowed: {', '.join(STATISTICS)}",
         )
         require(
             self.arch.width % self.arch.heads == 0,
@@ -238,6 +299,7 @@ class AdapterConfig:
 
     `none`: frozen. `lora`. `effort` (QTFP's: the residual rank-`rank` part of each projection). `norm`: the LayerNorms'
     weights and biases alone (GenD, WACV 2026). `full`: the whole tower.
+    shared: q, k and v have LoRA's down projection in common, which is LoRA on the packed `qkv` of timm.
     """
 
     kind: str = "lora"
@@ -245,11 +307,7 @@ class AdapterConfig:
     alpha: float = 64.0
     dropout: float = 0.15
     projections: tuple[str, ...] = ("q", "k", "v", "o")
-
-    @property
-    def in_place(self) -> bool:
-        """Whether it changes the tower's own weights, so that the tower travels with the member."""
-        return self.kind in ("norm", "full")
+    shared: bool = False
 
     def __post_init__(self) -> None:
         kinds = ("none", "lora", "effort", "norm", "full")
@@ -265,6 +323,10 @@ class AdapterConfig:
         require(
             set(self.projections) <= set("qkvo"),
             f"adapter.projections {self.projections}: only q, k, v, o",
+        )
+        require(
+            not self.shared or (self.kind == "lora" and set("qkv") <= set(self.projections)),
+            f"adapter.shared is of lora on q, k and v; found {self.kind} on {', '.join(self.projections)}",
         )
 
 
@@ -708,6 +770,14 @@ class MemberConfig:
         )
 
     @property
+    def stores_tower(self) -> bool:
+        """Whether a whole tower is stored with it: one trained whole, or one of ours whose LayerNorms were tuned.
+
+        Of a public tower with tuned LayerNorms, these alone are stored, with the member.
+        """
+        return self.adapter.kind == "full" or (self.adapter.kind == "norm" and self.tower.travels)
+
+    @property
     def needs_masks(self) -> bool:
         """Whether it trains with masks of what was forged."""
         return KINDS[self.kind].masks
@@ -793,7 +863,7 @@ def _typed(hint: Any, value: Any, where: str, siblings: dict[str, Any]) -> Any:
         if value is None and len(options) < len(typing.get_args(hint)):
             return None
         if Dinov2Arch in options:
-            hint = Dinov2Arch if siblings.get("kind") == "dinov2" else ClipArch
+            hint = ARCHS.get(siblings.get("kind"), ClipArch)
         else:
             hint = options[0]
     if dataclasses.is_dataclass(hint):

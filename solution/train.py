@@ -34,6 +34,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data", required=True, type=Path, help="manifest: CSV, DeepfakeBench JSON, or folder")
     add("--out", required=True, type=Path, help="folder of the trained members")
     add("--tower", action="append", default=[], metavar="NAME=PATH", help="starting weights of a tower")
+    add(
+        "--timm",
+        metavar="NAME",
+        help="another tower: a pre-trained vision transformer of timm, e.g. vit_base_patch16_dinov3.lvd1689m",
+    )
     add("--random-towers", action="store_true", help="towers start at random (smoke runs)")
     add(
         "--start-from",
@@ -66,8 +71,13 @@ def main(argv: list[str] | None = None) -> int:
     from solution.training.start import Job, prepare
 
     device = pick_device(args.device)
+    config = preset(args.preset, args.member)
+    if args.timm:
+        from solution.models.timm_towers import named_tower, on_tower
+
+        config = on_tower(config, named_tower(args.timm))
     job = Job(
-        config=override(preset(args.preset, args.member), args.set),
+        config=override(config, args.set),
         data=args.data,
         out=args.out,
         towers=dict(text.partition("=")[::2] for text in args.tower),

@@ -12,7 +12,16 @@ from skimage import data as photos
 
 from solution.bundles.bundle import Bundle, write_bundle
 from solution.bundles.members import build_member, random_towers, save_member
-from solution.config import MEMBERS, AdapterConfig, ClipArch, MemberConfig, VlaforgeConfig, VoteConfig
+from solution.config import (
+    MEMBERS,
+    AdapterConfig,
+    ClipArch,
+    MemberConfig,
+    TimmArch,
+    TowerConfig,
+    VlaforgeConfig,
+    VoteConfig,
+)
 from solution.models.calibration import Calibrator
 from solution.presets import preset
 
@@ -27,6 +36,41 @@ CLIP = ClipArch(
     text_layers=2,
     text_heads=2,
 )
+# Tiny twins of families of timm, by the name of one of each.
+TIMM = {
+    "dinov3": TimmArch("vit_large_patch16_dinov3", width=48, layers=3, heads=2, patch=8, image_side=32),
+    "pe": TimmArch(
+        "vit_pe_core_large_patch14_336",
+        width=64,
+        layers=2,
+        heads=2,
+        patch=8,
+        image_side=32,
+        prefix=1,
+        pool="attention",
+    ),
+    "siglip2": TimmArch(
+        "vit_large_patch16_siglip_256",
+        width=48,
+        layers=2,
+        heads=2,
+        patch=8,
+        image_side=32,
+        prefix=0,
+        pool="attention",
+    ),
+    "eva02": TimmArch(
+        "eva02_large_patch14_clip_224",
+        width=48,
+        layers=2,
+        heads=2,
+        mlp_ratio=8 / 3,
+        gated=True,
+        patch=8,
+        image_side=32,
+        prefix=1,
+    ),
+}
 VLAFORGE = VlaforgeConfig(
     width=24,
     blocks=4,
@@ -39,6 +83,11 @@ VLAFORGE = VlaforgeConfig(
     adapter_after=2,
     adapter_width=20,
 )
+
+
+def timm_tower(family: str) -> TowerConfig:
+    """The configuration of a tiny tower of a family in TIMM."""
+    return TowerConfig(f"tiny-{family}", "timm", TIMM[family], statistics="half")
 
 
 def make_member(name: str, seed: int = 0, *, adapted: bool = False, **changes):

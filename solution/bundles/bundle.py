@@ -97,8 +97,12 @@ class StableFile(Mapping[str, torch.Tensor]):
 
 def _layout(path: Path, keys: Mapping[str, Any]) -> str:
     """Which of the layouts a tower's file has, by its keys."""
+    if "patch_embed.proj.weight" in keys:
+        up, down = (keys.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
+        packed = up is not None and down is not None and up[0] == 2 * down[1]
+        return "timm_gated" if packed else "timm"
     marks = {
-        "cls": "stable",
+        "patch.weight": "stable",
         "embeddings.cls_token": "dinov2",
         "visual.class_embedding": "open_clip",
         "vision_model.embeddings.class_embedding": "hf_clip",
@@ -115,6 +119,7 @@ def _layout(path: Path, keys: Mapping[str, Any]) -> str:
 TOWER_FILES = {
     "dinov2": ("model.safetensors",),
     "clip": ("open_clip_model.safetensors", "model.safetensors"),
+    "timm": ("model.safetensors",),
 }
 
 
@@ -132,7 +137,7 @@ def tower_weights(config: TowerConfig, source_override: str | None = None, *, of
     path = resolve_tower(config, source_override, offline=offline)
     state = StableFile(path, image_only=config.kind == "clip" and not config.arch.text_layers)
     wanted = "dinov2" if config.derived_from else config.kind
-    if state.layout != "stable" and not state.layout.endswith(wanted):
+    if state.layout != "stable" and wanted not in state.layout:
         raise WeightsError(
             f"{path}: holds a tower in the layout {state.layout}, expected a {wanted} for tower {config.name}"
         )
@@ -166,7 +171,7 @@ def resolve_tower(config: TowerConfig, source_override: str | None = None, *, of
         ref = replace(ref, revision=config.revision or "main")
     here = [path for name in names if (path := hub.cached(ref, name))]
     path = here[0] if here else hub.fetch_first(ref, names, offline=offline)
-    if config.kind == "dinov2":
+    if config.kind in ("dinov2", "timm"):
         hub.fetch(hub.pin(ref, path), "config.json", offline=offline)
     if config.sha256 and source_override is None and not here:
         hub.check_sha256(path, config.sha256)
@@ -174,9 +179,11 @@ def resolve_tower(config: TowerConfig, source_override: str | None = None, *, of
 
 
 def read_geometry(folder: Path, kind: str) -> dict[str, Any] | None:
-    """Fields of `Dinov2Arch` or `ClipArch` from the `config.json` beside a tower; None where no such file says."""
+    """Fields of `Dinov2Arch`, `ClipArch` or `TimmArch` from the `config.json` beside a tower; None where no such file says."""
     path = folder / "config.json"
     found = json.loads(path.read_text()) if path.is_file() else {}
+    if kind == "timm" and "architecture" in found:
+        return {"model": found["architecture"]}
     found = found.get("vision_config") or found
     if kind == "dinov2" and found.get("model_type") == "dinov2":
         from transformers import Dinov2Config
@@ -213,11 +220,13 @@ def check_geometry(folder: Path, config: TowerConfig) -> None:
     the shapes of weights.
 
     Raises:
-        WeightsError: naming the field, what was found and what was expected; or a DINOv2 folder without config.json.
+        WeightsError: naming the field, what was found and what was expected; or a DINOv2 or timm folder without config.json.
     """
     geometry = read_geometry(folder, config.kind)
-    if geometry is None and config.kind == "dinov2":
-        raise WeightsError(f"{folder}/config.json: missing, or of no dinov2; a tower's folder carries its config.json")
+    if geometry is None and config.kind != "clip":
+        raise WeightsError(
+            f"{folder}/config.json: missing, or of no {config.kind}; a tower's folder carries its config.json"
+        )
     for name, found in (geometry or {}).items():
         expected = getattr(config.arch, name)
         if found != expected:

@@ -28,7 +28,7 @@ def member_rows(bundle: Bundle) -> list[dict[str, Any]]:
     rows = []
     for name, config in bundle.configs.items():
         paths = [f"{name}/model.safetensors"]
-        if config.adapter.in_place:
+        if config.stores_tower:
             paths.append(f"towers/{config.tower.stored_name}.safetensors")
         towers = [tower for tower in (config.tower, config.clip) if tower]
         rows.append(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,17 @@ def tower_configs(configs: Iterable[MemberConfig]) -> dict[str, TowerConfig]:
     """The towers that members need, by name, including those that another is derived from first.
 
     Raises:
-        WeightsError: two members mean different towers by one name.
+        WeightsError: two members mean different towers by one name, or one of them changes it and keeps that to itself.
     """
+    configs = list(configs)
     towers: dict[str, TowerConfig] = {}
     for config in configs:
+        users = [c.name for c in configs if config.tower.name in (c.tower.name, c.clip.name if c.clip else "")]
+        if config.adapter.kind == "norm" and config.tower.public and len(set(users)) > 1:
+            raise WeightsError(
+                f"member {config.name} tunes the LayerNorms of the public tower {config.tower.name!r}, which "
+                f"{', '.join(sorted(set(users) - {config.name}))} uses too; give its tower another name (tower.name=...)"
+            )
         for tower in (config.tower, config.clip):
             if tower is None:
                 continue
@@ -127,8 +135,10 @@ def save_member(
     dtype: of floating-point weights on disk. Integer buffers keep their type.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = member.stored_state()
-    if member.config.adapter.in_place:
+    config, state = member.config, member.stored_state()
+    if config.stores_tower and config.tower.public:  # no public repository has what was trained
+        config = replace(config, tower=replace(config.tower, source="bundle", revision="", sha256=""))
+    if member.config.stores_tower:
         dump_tower(
             member.tower,
             folder.parent / "towers" / f"{member.config.tower.name}.safetensors",
@@ -139,7 +149,7 @@ def save_member(
     write_atomically(folder / "model.safetensors", save(packed, {"format": str(FORMAT)}))
     record = {
         "format": FORMAT,
-        "member": to_dict(member.config),
+        "member": to_dict(config),
         "training": training or {},
     }
     write_atomically(folder / "config.json", json.dumps(record, indent=1) + "\n")
@@ -187,7 +197,7 @@ def load_member(folder: Path, towers: dict[str, Tower]) -> Member:
     except SafetensorError as error:
         raise WeightsError(f"{path}: damaged ({error}); fetch it again") from None
     target = member.stored_state()
-    if config.adapter.in_place:  # its tower was loaded from towers/
+    if config.stores_tower:  # its tower was loaded from towers/
         target = {k: t for k, t in target.items() if not k.startswith("tower.")}
     load_state(target, state, str(path))
     tower = towers[config.tower.name]

@@ -21,6 +21,7 @@ from solution.records import FaceBox
 
 _SMALLEST_CANVAS = 64  # px
 _SMALLEST_SIDE = 16  # px; a copy smaller than this holds no face that YuNet sees
+_CROWD_SIDE = 1280  # px, longer side of the copy in which small faces beside others are looked for
 _SAME_FACE = 0.2  # IoU of boxes in sampled frames of one video, up to a few seconds apart
 
 
@@ -90,6 +91,23 @@ class FaceLocator:
                 if faces:
                     return sorted(faces, key=lambda face: -face.score)
         return []
+
+    def locate_all(self, image: np.ndarray, faces: Sequence[FaceBox]) -> list[FaceBox]:
+        """`faces`, which `locate` found, and those beside them that only a copy of up to 1280 px shows; largest first.
+
+        Raises:
+            FaceDetectorMissing: see `detector_file`.
+        """
+        faces = list(faces)
+        longer = max(image.shape[:2])
+        if longer > self.config.search_side:
+            scale = min(1.0, _CROWD_SIDE / longer)
+            height, width = image.shape[:2]
+            copy = resize_image(image, max(1, round(width * scale)), max(1, round(height * scale)))
+            if min(copy.shape[:2]) >= _SMALLEST_SIDE:
+                found = [_face(row, width / copy.shape[1], height / copy.shape[0]) for row in self._detect(copy)]
+                faces += [face for face in found if not any(_one_within(face, other) for other in faces)]
+        return sorted(faces, key=_area, reverse=True)
 
     def _copies(self, image: np.ndarray) -> Iterator[np.ndarray]:
         height, width = image.shape[:2]
@@ -213,6 +231,11 @@ def choose_track(
 
 def _area(face: FaceBox) -> float:
     return (face.x1 - face.x0) * (face.y1 - face.y0)
+
+
+def _one_within(a: FaceBox, b: FaceBox) -> bool:
+    """Whether the centre of one box lies in the other, as that of a part of a face does."""
+    return any(f.x0 <= (g.x0 + g.x1) / 2 < f.x1 and f.y0 <= (g.y0 + g.y1) / 2 < f.y1 for f, g in ((a, b), (b, a)))
 
 
 def _distance(face: FaceBox, x: float, y: float) -> float:

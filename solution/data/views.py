@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,6 +121,15 @@ def choose_found(
 def cut_views(picture: np.ndarray, views: Sequence[View], chosen: Chosen) -> list[np.ndarray]:
     """Every view (side, side, 3) of a picture (H, W, 3), both uint8; a face view without a face shows all of it."""
     return [make_view(picture, view, chosen.get(face), face or FaceConfig()) for view, face in views]
+
+
+def cut_views_of(picture: np.ndarray, views: Sequence[View], face: FaceBox) -> list[np.ndarray]:
+    """`cut_views` of one of several people: face views show this face, however large or small it is in the picture."""
+    alone = {config: replace(config, min_area=0.0, max_area=1.0) for _, config in views if config is not None}
+    return [
+        make_view(picture, view, face if config else None, alone[config] if config else FaceConfig())
+        for view, config in views
+    ]
 
 
 def see(picture: np.ndarray, views: Sequence[View], locators: Mapping[FaceConfig, FaceLocator]) -> list[np.ndarray]:

@@ -27,7 +27,7 @@ class Sight(NamedTuple):
     """One forward pass with what explains it.
 
     logit: (B,) and features: (B, F), as `MemberOutput`'s, float32. evidence: the member's own maps by name, (B, h, w).
-    last_input: (B, 1 + N, D), what the last block of the member's tower received. grid: (h, w).
+    last_input: (B, P + N, D), what the last block of the member's tower received. grid: (h, w).
     """
 
     logit: torch.Tensor
@@ -51,7 +51,7 @@ def look(member: Member, images: torch.Tensor) -> Sight:
         handle.remove()
     # vlaforge's copies of the class token pass the block a second time; the plain pass came first.
     last_input = caught[0]
-    side = round((last_input.shape[1] - 1) ** 0.5)  # views are square
+    side = round((last_input.shape[1] - member.tower.prefix) ** 0.5)  # views are square
     evidence = {name: m.float().mean(dim=1) for name, m in output.evidence.items()}
     return Sight(
         output.logit.float(),
@@ -73,7 +73,7 @@ def attention_map(member: Member, sight: Sight) -> torch.Tensor:
     vlaforge's tower is a frozen CLIP: its attention is CLIP's, whatever the member learned.
     """
     heads = member.tower.cls_attention(sight.last_input, adapter=member.adapter)
-    return patch_attention(heads).unflatten(-1, sight.grid)
+    return patch_attention(heads, member.tower.prefix).unflatten(-1, sight.grid)
 
 
 def entropy(p: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ def entropy(p: torch.Tensor) -> torch.Tensor:
 def channel_maps(member: Member, sight: Sight) -> torch.Tensor:
     """Score-CAM's activation maps: the patch tokens of the last block's first LayerNorm, (B, D, h, w) float32."""
     *_, block = member.tower.blocks()
-    tokens = block.norm1(sight.last_input)[:, 1:].float()  # (B, N, D)
+    tokens = block.norm1(sight.last_input)[:, member.tower.prefix :].float()  # (B, N, D)
     return tokens.transpose(1, 2).unflatten(-1, sight.grid)
 
 

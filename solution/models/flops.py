@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from solution.config import ClipArch, Dinov2Arch, MemberConfig, TowerConfig
+from solution.config import ClipArch, Dinov2Arch, MemberConfig, TimmArch, TowerConfig
 
 
 def member_flops(config: MemberConfig, *, adapters: bool = True) -> int:
@@ -37,7 +37,8 @@ def _qtfp(config: MemberConfig, beside: int) -> int:
     """Products of a tower and of the queries over its patches; a stream where the class token is pooled."""
     if config.qtfp.pool != "queries":
         return _stream(config, beside)
-    return _own_tower(config, beside) + _queries(config, _tokens(config.tower, config.view.side) - 1)
+    patches = _tokens(config.tower, config.view.side) - config.tower.arch.prefix
+    return _own_tower(config, beside) + _queries(config, patches)
 
 
 def _own_tower(config: MemberConfig, beside: int) -> int:
@@ -59,8 +60,8 @@ def _queries(config: MemberConfig, patches: int) -> int:
 
 # ------------------------------------------------------------------------------------------------ towers
 def _tokens(tower: TowerConfig, side: int) -> int:
-    """Patches of a square picture of `side` px, and the class token."""
-    return (side // tower.arch.patch) ** 2 + 1
+    """Patches of a square picture of `side` px, and what stands before them."""
+    return (side // tower.arch.patch) ** 2 + tower.arch.prefix
 
 
 def _beside(config: MemberConfig) -> int:
@@ -68,25 +69,32 @@ def _beside(config: MemberConfig) -> int:
     adapter, width = config.adapter, config.tower.arch.width
     # LoRA goes down to its rank and up again; Effort does so twice, for the trained part and for its start.
     passes = {"lora": 1, "effort": 2}.get(adapter.kind, 0)
+    # A shared down projection is computed for each of q, k and v all the same.
     return len(adapter.projections) * passes * 2 * adapter.rank * width
 
 
 def _tower(tower: TowerConfig, tokens: int, beside: int = 0) -> int:
     """Products of the plain tower on one picture: patch projection and blocks."""
     arch = tower.arch
-    patches = (tokens - 1) * 3 * arch.patch**2 * arch.width
+    patches = (tokens - arch.prefix) * 3 * arch.patch**2 * arch.width
     block = _block(tokens, arch.width, _mlp_products(arch)) + tokens * beside
-    return patches + arch.layers * block
+    return patches + arch.layers * block + _attention_pool(arch, tokens)
 
 
-def _mlp_products(arch: Dinov2Arch | ClipArch) -> int:
+def _attention_pool(arch: Dinov2Arch | ClipArch | TimmArch, tokens: int) -> int:
+    """Products of timm's pooling by attention: one query, keys and values of the tokens, an MLP of four times the width."""
+    if getattr(arch, "pool", "") != "attention":
+        return 0
+    return arch.width**2 * (2 * tokens + 2 + 8) + 2 * tokens * arch.width
+
+
+def _mlp_products(arch: Dinov2Arch | ClipArch | TimmArch) -> int:
     """Products of one token in a block's MLP."""
     hidden = int(arch.width * arch.mlp_ratio)
     if isinstance(arch, Dinov2Arch) and arch.swiglu:
         # transformers' Dinov2SwiGLUFFN: two thirds of the hidden width, up to a multiple of 8; gate, up and down.
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
-        return 3 * arch.width * hidden
-    return 2 * arch.width * hidden
+    return (3 if arch.gated else 2) * arch.width * hidden
 
 
 def _block(tokens: int, width: int, mlp: int, seen: int | None = None) -> int:

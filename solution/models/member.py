@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from solution.config import MemberConfig
-from solution.models.towers import Tower, adapter_state, tower_state
+from solution.models.towers import Tower, adapter_state, is_norm, tower_state
 from solution.records import Batch, MemberOutput
 
 
@@ -52,8 +52,11 @@ class Member(nn.Module):
         return {n: p for n, p in self.named_parameters() if not n.startswith(("tower.", "clip."))}
 
     def trained_tower_keys(self) -> list[str]:
-        """Stable keys of the tower that this member changes in place and therefore stores: all, or none."""
-        return list(tower_state(self.tower)) if self.config.adapter.in_place else []
+        """Stable keys of the tower that this member changes in place and therefore stores: all, its LayerNorms, or none."""
+        keys = list(tower_state(self.tower))
+        if self.config.adapter.kind == "norm" and not self.config.stores_tower:
+            return [key for key in keys if is_norm(key)]
+        return keys if self.config.stores_tower else []
 
     def stored_state(self) -> dict[str, torch.Tensor]:
         """Everything this member's file holds, under stable keys, sharing storage with the live parameters.

@@ -20,10 +20,12 @@ from solution.models.member import Member
 from solution.models.towers import (
     Block,
     EffortLinear,
+    Rotation,
     Tower,
     TowerOutput,
     WeightsError,
     merge_heads,
+    rotate,
 )
 
 PRECISIONS = {
@@ -219,6 +221,9 @@ def narrow(members: Iterable[Member], dtype: torch.dtype) -> None:
     def take_in(module: nn.Module, given: tuple):
         return tuple(x.to(dtype) for x in given)
 
+    def widen_in(module: nn.Module, given: tuple):
+        return tuple(x.float() for x in given)
+
     def widen(module: nn.Module, given: tuple, output: torch.Tensor):
         return output.float()
 
@@ -226,6 +231,10 @@ def narrow(members: Iterable[Member], dtype: torch.dtype) -> None:
         for block in tower.blocks():
             block.norm1.register_forward_hook(hand_over)
             block.norm2.register_forward_hook(hand_over)
+            for norm in (block.q_norm, block.k_norm, block.o_norm, getattr(block.mlp, "norm", None)):
+                if norm is not None:  # within the block: narrow in, narrow out
+                    norm.register_forward_pre_hook(widen_in)
+                    norm.register_forward_hook(hand_over)
         for module in tower.matrices():
             module.to(dtype)
             if isinstance(module, nn.Conv2d):  # the patch projection
@@ -242,44 +251,58 @@ class Packed(NamedTuple):
     """A block's tensors as `packed_block` takes them: one matrix for q, k and v, one for an MLP's gate and up.
 
     qkv: (3 D, D). up: (hidden, D), or (2 hidden, D) with the gate first. scale1, scale2: (D,), None without LayerScale.
+    Biases are None where a tower has none; o_norm and mlp_norm are those of what `o` and `down` take, None likewise.
     """
 
     norm1: torch.Tensor
     norm1_bias: torch.Tensor
     qkv: torch.Tensor
-    qkv_bias: torch.Tensor
+    qkv_bias: torch.Tensor | None
     o: torch.Tensor
-    o_bias: torch.Tensor
+    o_bias: torch.Tensor | None
     scale1: torch.Tensor | None
     norm2: torch.Tensor
     norm2_bias: torch.Tensor
     up: torch.Tensor
-    up_bias: torch.Tensor
+    up_bias: torch.Tensor | None
     down: torch.Tensor
-    down_bias: torch.Tensor
+    down_bias: torch.Tensor | None
     scale2: torch.Tensor | None
+    o_norm: torch.Tensor | None = None
+    o_norm_bias: torch.Tensor | None = None
+    mlp_norm: torch.Tensor | None = None
+    mlp_norm_bias: torch.Tensor | None = None
 
 
-def packed_block(x: torch.Tensor, w: Packed, heads: int, eps: float, activation: str) -> torch.Tensor:
+def packed_block(
+    x: torch.Tensor, w: Packed, heads: int, eps: float, activation: str, rotation: Rotation | None = None
+) -> torch.Tensor:
     """One pre-norm block on tokens x (B, N, D) in float32; products in the type of the matrices, the sum in float32.
 
-    activation: `gelu`, `quick_gelu`, or `silu` for a gated MLP. A function of tensors alone, so that compiling it once
+    activation: `gelu`, `gelu_tanh`, `quick_gelu`, or `silu` for a gated MLP. A function of tensors alone, so that compiling it once
     serves every block of a shape.
     """
     dtype, width = w.qkv.dtype, x.shape[-1:]
     h = F.layer_norm(x, width, w.norm1, w.norm1_bias, eps).to(dtype)
     q, k, v = F.linear(h, w.qkv, w.qkv_bias).unflatten(-1, (3, heads, -1)).unbind(dim=2)  # (B, N, heads, d)
-    attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    x = _add(x, w.scale1, F.linear(merge_heads(attended), w.o, w.o_bias))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if rotation is not None:
+        q, k = rotate(q, rotation), rotate(k, rotation)
+    attended = merge_heads(F.scaled_dot_product_attention(q, k, v))
+    if w.o_norm is not None:
+        attended = F.layer_norm(attended.float(), w.o_norm.shape, w.o_norm, w.o_norm_bias, eps).to(dtype)
+    x = _add(x, w.scale1, F.linear(attended, w.o, w.o_bias))
     h = F.layer_norm(x, width, w.norm2, w.norm2_bias, eps).to(dtype)
     h = F.linear(h, w.up, w.up_bias)
     if activation == "silu":
         gate, up = h.chunk(2, dim=-1)
         h = F.silu(gate) * up
-    elif activation == "gelu":
-        h = F.gelu(h)
+    elif activation in ("gelu", "gelu_tanh"):
+        h = F.gelu(h, approximate="none" if activation == "gelu" else "tanh")
     else:
         h = h * torch.sigmoid(1.702 * h)
+    if w.mlp_norm is not None:
+        h = F.layer_norm(h.float(), w.mlp_norm.shape, w.mlp_norm, w.mlp_norm_bias, eps).to(dtype)
     return _add(x, w.scale2, F.linear(h, w.down, w.down_bias))
 
 
@@ -322,14 +345,14 @@ class PackedTower(Tower):
         self._shapes.add(x.shape)
         return self._compiled
 
-    def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """As `Tower.embed`, float32; the patches through one matrix product, positions interpolated once a size."""
+    def place(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], list[Rotation | None]]:
+        """As `Tower.place`, float32; the patches through one matrix product, positions interpolated once a size."""
         patch = self.config.arch.patch
         height, width = images.shape[-2:]
         grid = (height // patch, width // patch)
         if self.config.kind != "dinov2" or height % patch or width % patch:
-            x, grid = super().embed(images)
-            return x.float(), grid
+            x, grid, rotations = super().place(images)
+            return x.float(), grid, rotations
         if grid not in self._positions:
             self._positions[grid] = self._position(height, width)
         kernel = self.model.embeddings.patch_embeddings.projection
@@ -338,7 +361,8 @@ class PackedTower(Tower):
         pieces = pieces.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         x = F.linear(pieces, kernel.weight.flatten(1), kernel.bias)  # (B, N, D)
         cls_token = self.model.embeddings.cls_token.expand(len(x), -1, -1)
-        return torch.cat([cls_token, x.float()], dim=1) + self._positions[grid], grid
+        placed = torch.cat([cls_token, x.float()], dim=1) + self._positions[grid]
+        return placed, grid, [None] * self.config.arch.layers
 
     def _position(self, height: int, width: int) -> torch.Tensor:
         """(1, 1 + N, D) float32: the stored grid of positions at this size."""
@@ -356,21 +380,20 @@ class PackedTower(Tower):
         keep: tuple[int, ...] = (),
     ) -> TowerOutput:
         """As `Tower.forward`."""
-        x, grid = self.embed(images)
+        x, grid, rotations = self.place(images)
         hidden: dict[int, torch.Tensor] = {}
         last, run = x, self._runner(x)
         weights = self.packed.get(adapter, self.packed[None])
-        for number, block in enumerate(weights, start=1):
+        for number, (block, rotation) in enumerate(zip(weights, rotations, strict=True), start=1):
             last = x
-            x = run(x, block, self.heads, self.eps, self.activation)
+            x = run(x, block, self.heads, self.eps, self.activation, rotation)
             if number in keep:
                 hidden[number] = x
         # Who listens to the last block's modules (maps.look) hears what it was given.
         (norm,) = self._last_norm
         for listener in norm._forward_pre_hooks.values():
             listener(norm, (last,))
-        x = self.final_norm(x)
-        return TowerOutput(x[:, 0], x[:, 1:], last, grid, hidden)
+        return self.read(x, last, grid, hidden)
 
 
 def pack(members: Iterable[Member]) -> list[PackedTower]:
@@ -381,7 +404,9 @@ def pack(members: Iterable[Member]) -> list[PackedTower]:
     members = list(members)
     done: dict[int, PackedTower] = {}
     for tower in towers_of(members):
-        if not any(_adapters(m) and _unmerged(m) for m in tower.modules()):
+        adapted = any(_adapters(m) and _unmerged(m) for m in tower.modules())
+        # Norms of single queries and keys have no packed form: such a tower stays as it is.
+        if not adapted and all(block.q_norm is None for block in tower.blocks()):
             done[id(tower)] = PackedTower(tower)
     for member in members:
         for name, part in list(member.named_children()):
@@ -408,7 +433,7 @@ def _matrix(module: nn.Module, name: str | None) -> nn.Parameter:
     return module.base.weight
 
 
-def _bias(module: nn.Module) -> nn.Parameter:
+def _bias(module: nn.Module) -> nn.Parameter | None:
     return module.base.bias if isinstance(module, MergedLinear) else module.bias
 
 
@@ -422,23 +447,42 @@ def _joined(parameters: list[nn.Parameter]) -> torch.Tensor:
     return joined
 
 
+def _joined_bias(layers: list[nn.Module]) -> torch.Tensor | None:
+    """The layers' biases as one; None where none has one, zeros for one that has none beside others."""
+    biases = [_bias(layer) for layer in layers]
+    present = [b for b in biases if b is not None]
+    if not present or len(present) == len(biases):
+        return _joined(present) if present else None
+    return torch.cat([present[0].data.new_zeros(len(present[0])) if b is None else b.data for b in biases])
+
+
 def _pack(block: Block, name: str | None, mlp: tuple[torch.Tensor, ...]) -> Packed:
     projections = [block.q, block.k, block.v]
     qkv = _joined([_matrix(p, name) for p in projections])
-    bias = _joined([_bias(p) for p in projections])
+    bias = _joined_bias(projections)
+    o_bias = _bias(block.o)
     return Packed(
         block.norm1.weight.data,
         block.norm1.bias.data,
         qkv,
         bias,
         _matrix(block.o, name).data,
-        _bias(block.o).data,
+        None if o_bias is None else o_bias.data,
         _scale(block.scale1),
         block.norm2.weight.data,
         block.norm2.bias.data,
         *mlp,
         _scale(block.scale2),
+        *_norm(block.o_norm),
+        *_norm(getattr(block.mlp, "norm", None)),
     )
+
+
+def _norm(module: nn.Module | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Weight and bias of a LayerNorm, None for one that is not there."""
+    if module is None or isinstance(module, nn.Identity):
+        return None, None
+    return module.weight.data, module.bias.data
 
 
 def _scale(module: nn.Module) -> torch.Tensor | None:
@@ -451,8 +495,8 @@ def _pack_mlp(block: Block) -> tuple[torch.Tensor, ...]:
     """up, its bias, down, its bias."""
     linears = [m for m in block.mlp.modules() if isinstance(m, nn.Linear)]
     *ups, down = linears
-    up, bias = _joined([m.weight for m in ups]), _joined([m.bias for m in ups])
-    return up, bias, down.weight.data, down.bias.data
+    up, bias = _joined([m.weight for m in ups]), _joined_bias(ups)
+    return up, bias, down.weight.data, None if down.bias is None else down.bias.data
 
 
 def _activation(mlp: nn.Module) -> str:
@@ -467,6 +511,8 @@ def _activation(mlp: nn.Module) -> str:
     kinds = {type(m).__name__ for m in mlp.modules()}
     if "QuickGELU" in kinds:
         return "quick_gelu"
+    if "GELUTanh" in kinds or any(getattr(m, "approximate", "none") == "tanh" for m in mlp.modules()):
+        return "gelu_tanh"
     exact = {"GELU", "GELUActivation"} & kinds
     if not exact or any(getattr(m, "approximate", "none") != "none" for m in mlp.modules()):
         raise WeightsError(f"an MLP of {sorted(kinds)}: fastpath knows no packed form")

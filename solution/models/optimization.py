@@ -106,8 +106,8 @@ def depth_of(tower: Tower) -> dict[int, int]:
     depths = {id(p): count for p in tower.model.parameters()}  # embeddings: deepest
     for index, layer in enumerate(tower.layers):
         depths |= {id(p): count - 1 - index for p in layer.parameters()}
-    final = tower.model.layernorm if tower.config.kind == "dinov2" else tower.model.visual.ln_post
-    return depths | {id(p): 0 for p in final.parameters()}
+    last = [tower.last_norm, getattr(tower.model, "attn_pool", None)]
+    return depths | {id(p): 0 for module in last if module is not None for p in module.parameters()}
 
 
 def make_optimizer(member: Member, phase: Phase) -> torch.optim.Optimizer:

@@ -382,7 +382,7 @@ def diversity_loss(attention: torch.Tensor) -> torch.Tensor:
 class QtfpOutput(MemberOutput):
     """What QTFP says of a batch, and what its losses read.
 
-    patch_tokens: (B, P, D) after the tower's final LayerNorm. last_input: (B, 1 + P, D), what the last block received.
+    patch_tokens: (B, P, D) after the tower's final LayerNorm. last_input: (B, 1 + P, D) or with registers, what the last block received.
     query_attention: (B, K, P) float32, what the tokens were gathered with (heads' mean, or the one that was put in); None when [CLS] is classified (`qtfp.pool=cls`).
     """
 
@@ -571,4 +571,4 @@ class Qtfp(Member):
             heads = self.tower.cls_attention(plain.last_input)
             # Checkpointed blocks are run again in the backward pass, with whatever adapter is in use by then.
             self.tower.use(self.adapter)
-        return patch_attention(heads)
+        return patch_attention(heads, self.tower.prefix)

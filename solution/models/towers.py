@@ -1,13 +1,14 @@
-"""DINOv2 and CLIP towers, LoRA and Effort adapters, and the one table of key names.
+"""DINOv2, CLIP and timm towers, LoRA and Effort adapters, and the one table of key names.
 
 Takes pictures (B, 3, H, W), uint8 or float in [0, 1]; returns `TowerOutput` with tokens (B, N, D). The modules are the
-libraries' own (transformers' Dinov2Model, open_clip's VisionTransformer and CLIP); the loop over their blocks is ours,
-because members need what library forwards do not give: one adapter of several on a shared tower, a block's keys and
+libraries' own (transformers' Dinov2Model, open_clip's VisionTransformer and CLIP, timm's vision transformers in
+`timm_towers`); the loop over their blocks is ours, because members need what library forwards do not give: one adapter of several on a shared tower, a block's keys and
 values, the attention of one block only. Parity with the libraries' forwards is a test.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -19,20 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from solution.config import (
-    CLIP_MEAN,
-    CLIP_STD,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    AdapterConfig,
-    ClipArch,
-    Dinov2Arch,
-    TowerConfig,
-)
-from solution.errors import KitError
+from solution.config import STATISTICS, AdapterConfig, ClipArch, Dinov2Arch, TowerConfig
+from solution.errors import KitError, UsageError
 
 ROLES = ("q", "k", "v", "o")
-_STATISTICS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "clip": (CLIP_MEAN, CLIP_STD)}
 
 
 class WeightsError(KitError, RuntimeError):
@@ -48,10 +39,10 @@ _LAYER_ATTRIBUTES = {
     "k": ("attention.k_proj", "attention.attention.key", "attn.k"),
     "v": ("attention.v_proj", "attention.attention.value", "attn.v"),
     "o": ("attention.o_proj", "attention.output.dense", "attn.o"),
-    "scale1": ("layer_scale1", "ls_1"),
+    "scale1": ("layer_scale1", "ls_1", "scale1"),
     "norm2": ("norm2", "ln_2"),
     "mlp": ("mlp",),
-    "scale2": ("layer_scale2", "ls_2"),
+    "scale2": ("layer_scale2", "ls_2", "scale2"),
 }
 
 # Library key -> our stable key, for every layout whose files are met. `None` drops a key that inference never uses.
@@ -188,7 +179,37 @@ KEY_TABLE: dict[str, tuple[tuple[str, str | None], ...]] = {
         ),  # only the image tower is read from this layout
         (r"logit_scale", None),
     ),
+    # timm's names, and those of `timm_towers`' blocks.
+    "timm": (
+        (r"cls_token", "cls"),
+        (r"reg_token", "registers"),
+        (r"pos_embed", "position"),
+        (r"patch_embed\.proj\.(weight|bias)", r"patch.\1"),
+        (r"norm_pre\.(weight|bias)", r"norm_pre.\1"),
+        # Weights for a mean over the patches have their last norm after it.
+        (r"(?:fc_)?norm\.(weight|bias)", r"norm.\1"),
+        (r"attn_pool\.(.+)", r"pool.\1"),
+        (r"rope\.freqs", "rotary"),
+        (r"blocks\.(\d+)\.norm([12])\.(weight|bias)", _B + r"norm\2.\3"),
+        (r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", _B + r"attn.qkv.\2"),  # split on load
+        (r"blocks\.(\d+)\.attn\.([qv])_bias", _B + r"attn.\2.bias"),
+        (r"blocks\.(\d+)\.attn\.([qkv])(?:_proj)?\.(weight|bias)", _B + r"attn.\2.\3"),
+        (r"blocks\.(\d+)\.attn\.(?:proj|o)\.(weight|bias)", _B + r"attn.o.\2"),
+        (r"blocks\.(\d+)\.attn\.(q_norm|k_norm|norm)\.(weight|bias)", _B + r"attn.\2.\3"),
+        (r"blocks\.(\d+)\.(?:ls|scale)([12])\.gamma", _B + r"scale\2"),
+        (r"blocks\.(\d+)\.gamma_([12])", _B + r"scale\2"),
+        (r"blocks\.(\d+)\.mlp\.(?:fc1_g|gate)\.(weight|bias)", _B + r"mlp.gate.\2"),
+        (r"blocks\.(\d+)\.mlp\.(?:fc1|fc1_x|up)\.(weight|bias)", _B + r"mlp.up.\2"),
+        (r"blocks\.(\d+)\.mlp\.norm\.(weight|bias)", _B + r"mlp.norm.\2"),
+        (r"blocks\.(\d+)\.mlp\.(?:fc2|down)\.(weight|bias)", _B + r"mlp.down.\2"),
+        (r"head\..+|mask_token|blocks\.\d+\.attn\.k_bias|rope\.(?!freqs).+", None),
+    ),
 }
+# A file of timm whose MLPs pack gate and input: split on load.
+KEY_TABLE["timm_gated"] = (
+    (r"blocks\.(\d+)\.mlp\.fc1\.(weight|bias)", _B + r"mlp.gate_up.\2"),
+    *KEY_TABLE["timm"],
+)
 
 
 def stable_name(key: str, layout: str) -> str | None:
@@ -222,7 +243,7 @@ def to_stable(state: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Te
             result |= {f"{stem[:-7]}gate.{kind}": gate, f"{stem[:-7]}up.{kind}": up}
         elif name == "proj.T":
             result["proj"] = tensor.T
-        elif name in ("cls", "position"):
+        elif name in ("cls", "position", "registers"):
             result[name] = tensor.reshape(-1) if name == "cls" else tensor.reshape(-1, tensor.shape[-1])
         else:
             result[name] = tensor
@@ -231,7 +252,10 @@ def to_stable(state: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Te
 
 # ------------------------------------------------------------------------------------------------ blocks
 class Block(NamedTuple):
-    """One transformer block by role; `q`, `k`, `v`, `o` may be adapted linears."""
+    """One transformer block by role; `q`, `k`, `v`, `o` may be adapted linears.
+
+    q_norm, k_norm, o_norm: norms of each head's queries and keys and of what `o` takes, where a timm tower has them.
+    """
 
     norm1: nn.Module
     q: nn.Module
@@ -242,6 +266,9 @@ class Block(NamedTuple):
     norm2: nn.Module
     mlp: nn.Module
     scale2: nn.Module
+    q_norm: nn.Module | None = None
+    k_norm: nn.Module | None = None
+    o_norm: nn.Module | None = None
 
 
 def _find(layer: nn.Module, role: str) -> tuple[str, nn.Module]:
@@ -269,16 +296,51 @@ def merge_heads(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(-3, -2).flatten(-2)
 
 
-def run_block(block: Block, x: torch.Tensor, heads: int) -> torch.Tensor:
-    """One pre-norm block on tokens x (B, N, D) with fused attention; the same shape."""
+class Rotation(NamedTuple):
+    """Rotary positions of the patches: sin and cos (N, d) or (heads, N, d); half: the halves of a head turn together,
+    else neighbouring channels do."""
+
+    sin: torch.Tensor
+    cos: torch.Tensor
+    half: bool
+
+
+def rotate(x: torch.Tensor, by: Rotation) -> torch.Tensor:
+    """Turn the last N of x (B, heads, P + N, d), the patches, by their positions; the type of x stays."""
+    prefix = x.shape[-2] - by.sin.shape[-2]
+    patches = x[..., prefix:, :]
+    if by.half:
+        first, second = patches.chunk(2, dim=-1)
+        across = torch.cat([-second, first], dim=-1)
+    else:
+        across = torch.stack([-patches[..., 1::2], patches[..., ::2]], dim=-1).flatten(-2)
+    turned = patches * by.cos + across * by.sin
+    return torch.cat([x[..., :prefix, :], turned.to(x.dtype)], dim=-2)
+
+
+def run_block(block: Block, x: torch.Tensor, heads: int, rotation: Rotation | None = None) -> torch.Tensor:
+    """One pre-norm block on tokens x (B, N, D) with fused attention; the same shape. rotation: of rotary positions."""
     h = block.norm1(x)
     q, k, v = (split_heads(project(h), heads) for project in (block.q, block.k, block.v))  # (B, heads, N, d)
+    q, k = _placed(q, block.q_norm, rotation), _placed(k, block.k_norm, rotation)
     return finish_block(block, x, F.scaled_dot_product_attention(q, k, v))
+
+
+def _placed(x: torch.Tensor, norm: nn.Module | None, rotation: Rotation | None) -> torch.Tensor:
+    """Queries or keys (B, heads, N, d), normed and turned where the tower does so."""
+    if norm is not None:
+        x = norm(x)
+    if rotation is not None:
+        x = rotate(x, rotation)
+    return x
 
 
 def finish_block(block: Block, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
     """The rest of a block after its attention: x (B, N, D), attended (B, heads, N, d) -> (B, N, D)."""
-    x = x + block.scale1(block.o(merge_heads(attended)))
+    joined = merge_heads(attended)
+    if block.o_norm is not None:
+        joined = block.o_norm(joined)
+    x = x + block.scale1(block.o(joined))
     return x + block.scale2(block.mlp(block.norm2(x)))
 
 
@@ -304,10 +366,12 @@ class SplitAttention(nn.Module):
 class TowerOutput:
     """Tokens of one tower.
 
-    cls_token: (B, D) and patch_tokens: (B, N, D), both after the final LayerNorm.
-    last_input: (B, 1 + N, D), what the last block received; `Tower.cls_attention` reads attention off it.
+    cls_token: (B, D) and patch_tokens: (B, N, D), both after the final LayerNorm. A timm tower may have something else
+        stand for the whole picture than its class token (`TimmArch.pool`).
+    last_input: (B, P + N, D), what the last block received; `Tower.cls_attention` reads attention off it. P is 1, or
+        the class token and registers of a timm tower.
     grid: (h, w) with h * w = N.
-    hidden: block number (1-based) -> (B, 1 + N, D) after that block, for the blocks that were asked for.
+    hidden: block number (1-based) -> (B, P + N, D) after that block, for the blocks that were asked for.
     """
 
     cls_token: torch.Tensor
@@ -326,7 +390,7 @@ class Tower(nn.Module):
         self.model = model
         self.checkpointing = False
         self._active: str | None = None
-        mean, std = _STATISTICS[config.statistics]
+        mean, std = STATISTICS[config.statistics]
         # Built outside any meta-device context: buffers are no weights and no file fills them.
         with torch.device("cpu"):
             self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -346,12 +410,29 @@ class Tower(nn.Module):
         """The library's own block modules, in order."""
         if self.config.kind == "dinov2":
             return self.model.encoder.layer
+        if self.config.kind == "timm":
+            return self.model.blocks
         return self.model.visual.transformer.resblocks
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The LayerNorm after the last block."""
+        if self.config.kind == "dinov2":
+            return self.model.layernorm
+        return self.model.norm if self.config.kind == "timm" else self.model.visual.ln_post
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: the class token, and registers."""
+        return self.config.arch.prefix
 
     def blocks(self) -> Iterator[Block]:
         """The blocks by role, as they are now (adapters in place)."""
         for layer in self.layers:
-            yield Block(*(_find(layer, role)[1] for role in Block._fields))
+            parts = [_find(layer, role)[1] for role in _LAYER_ATTRIBUTES]
+            if self.config.kind == "timm":
+                parts += [getattr(layer.attn, name, None) for name in ("q_norm", "k_norm", "norm")]
+            yield Block(*parts)
 
     def matrices(self) -> Iterator[nn.Module]:
         """What computes the matrix products of the image blocks (adapted projections too), and the patch projection."""
@@ -380,26 +461,48 @@ class Tower(nn.Module):
         return (images - self.mean) / self.std
 
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Pictures (B, 3, H, W) to position-embedded tokens (B, 1 + N, D) and the patch grid (h, w)."""
+        """Pictures (B, 3, H, W) to position-embedded tokens (B, P + N, D) and the patch grid (h, w)."""
+        x, grid, _ = self.place(images)
+        return x, grid
+
+    def place(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], list[Rotation | None]]:
+        """`embed`, and what turns each block's queries and keys where positions are rotary."""
         patch = self.config.arch.patch
         height, width = images.shape[-2:]
         if height % patch or width % patch:
             raise ValueError(f"tower {self.config.name}: {height}x{width} px is no multiple of its patch {patch}")
         pixels = self.normalize(images).to(next(self.model.parameters()).dtype)
         grid = (height // patch, width // patch)
+        unturned = [None] * self.config.arch.layers
         if self.config.kind == "dinov2":
-            return self.model.embeddings(pixels), grid
+            return self.model.embeddings(pixels), grid, unturned
+        if self.config.kind == "timm":
+            x, rotations = self._place_timm(pixels)
+            return x, grid, rotations
         if grid != self.model.visual.grid_size:
             side = self.config.arch.image_side
             raise ValueError(f"tower {self.config.name} takes {side}x{side} px, found {height}x{width}")
         visual = self.model.visual
         x = visual.conv1(pixels).flatten(2).transpose(1, 2)  # (B, N, D)
         x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)  # (B, 1 + N, D)
-        return visual.ln_pre(x + visual.positional_embedding.to(x.dtype)), grid
+        return visual.ln_pre(x + visual.positional_embedding.to(x.dtype)), grid, unturned
 
     def final_norm(self, x: torch.Tensor) -> torch.Tensor:
         """The tower's last LayerNorm."""
-        return self.model.layernorm(x) if self.config.kind == "dinov2" else self.model.visual.ln_post(x)
+        return self.last_norm(x)
+
+    def read(
+        self, x: torch.Tensor, last: torch.Tensor, grid: tuple[int, int], hidden: dict[int, torch.Tensor]
+    ) -> TowerOutput:
+        """What a forward returns, from the tokens x (B, P + N, D) after the last block."""
+        x = self.last_norm(x)
+        patches = x[:, self.prefix :]
+        pool = getattr(self.config.arch, "pool", "token")
+        if pool == "token":
+            whole = x[:, 0]
+        else:
+            whole = self.model.pool(x) if pool == "attention" else patches.mean(dim=1)
+        return TowerOutput(whole, patches, last, grid, hidden)
 
     def forward(
         self,
@@ -413,32 +516,58 @@ class Tower(nn.Module):
         keep: 1-based numbers of the blocks whose output is returned in `hidden`.
         """
         self.use(adapter)
-        x, grid = self.embed(images)
+        x, grid, rotations = self.place(images)
         hidden: dict[int, torch.Tensor] = {}
         last = x
-        for number, block in enumerate(self.blocks(), start=1):
+        for number, (block, rotation) in enumerate(zip(self.blocks(), rotations, strict=True), start=1):
             last = x
             if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(run_block, block, x, self.heads, use_reentrant=False)
+                x = checkpoint(run_block, block, x, self.heads, rotation, use_reentrant=False)
             else:
-                x = run_block(block, x, self.heads)
+                x = run_block(block, x, self.heads, rotation)
             if number in keep:
                 hidden[number] = x
-        x = self.final_norm(x)
-        return TowerOutput(x[:, 0], x[:, 1:], last, grid, hidden)
+        return self.read(x, last, grid, hidden)
 
     def cls_attention(self, last_input: torch.Tensor, *, adapter: str | None = None) -> torch.Tensor:
-        """The last block's CLS -> token attention per head: (B, 1 + N, D) -> (B, heads, 1 + N), rows summing to one.
+        """The last block's CLS -> token attention per head: (B, P + N, D) -> (B, heads, P + N), rows summing to one.
 
-        Computed from that block's query and key projections alone; the tower's own forward stays fused.
+        Computed from that block's query and key projections alone; the tower's own forward stays fused. Where positions
+        are rotary, the patches are those of a square picture.
+
+        Raises:
+            UsageError: a tower without a class token.
         """
+        if not self.prefix:
+            raise UsageError(f"tower {self.config.name} has no class token, so nothing attends from it to the patches")
         self.use(adapter)
         *_, block = self.blocks()
         h = block.norm1(last_input)
         q = split_heads(block.q(h[:, :1]), self.heads)  # (B, heads, 1, d)
-        k = split_heads(block.k(h), self.heads)  # (B, heads, 1 + N, d)
+        k = split_heads(block.k(h), self.heads)  # (B, heads, P + N, d)
+        q = _placed(q, block.q_norm, None)  # the class token has no place
+        k = _placed(k, block.k_norm, self._last_rotation(last_input.shape[1] - self.prefix))
         scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
         return scores.softmax(dim=-1).squeeze(-2)
+
+    # -- timm
+    def _place_timm(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[Rotation | None]]:
+        """Normalised pixels to tokens (B, P + N, D) and rotations; no rotations where positions are learned alone."""
+        from solution.models.timm_towers import rotations
+
+        placed = self.model._pos_embed(self.model.patch_embed(pixels))
+        x, rotary = placed if isinstance(placed, tuple) else (placed, None)
+        return self.model.norm_pre(x), rotations(self.model, rotary, self.config.arch.layers)
+
+    def _last_rotation(self, patches: int) -> Rotation | None:
+        """What turns the last block's keys of a square picture of so many patches."""
+        rope = getattr(self.model, "rope", None) if self.config.kind == "timm" else None
+        if rope is None:
+            return None
+        from solution.models.timm_towers import rotations
+
+        side = math.isqrt(patches)
+        return rotations(self.model, rope.get_embed(shape=[side, side]), self.config.arch.layers)[-1]
 
     # -- adapters
     def use(self, adapter: str | None) -> None:
@@ -456,15 +585,19 @@ class Tower(nn.Module):
         self._active = adapter
 
 
-def patch_attention(attention: torch.Tensor) -> torch.Tensor:
-    """(B, heads, 1 + N) CLS attention -> head mean over patches, renormalised to sum to one: (B, N)."""
-    over_patches = attention.mean(dim=1)[:, 1:]
+def patch_attention(attention: torch.Tensor, prefix: int = 1) -> torch.Tensor:
+    """(B, heads, prefix + N) CLS attention -> head mean over patches, renormalised to sum to one: (B, N)."""
+    over_patches = attention.mean(dim=1)[:, prefix:]
     return over_patches / over_patches.sum(dim=-1, keepdim=True)
 
 
 def build_tower(config: TowerConfig, *, device: str | torch.device = "cpu") -> Tower:
     """The tower with random weights; on `device="meta"` nothing is materialised and nothing downloaded."""
     with torch.device(device):
+        if config.kind == "timm":
+            from solution.models.timm_towers import build_model
+
+            return Tower(config, build_model(config.arch))
         model = _dinov2(config.arch) if config.kind == "dinov2" else _clip(config.arch)
     return Tower(config, model)
 
@@ -486,6 +619,9 @@ def empty_tower(
         for module in tower.matrices():
             module.to(matrices)
     tower.model.to_empty(device=device)
+    for module in tower.model.modules():  # timm's rotary embeddings: buffers that no file fills
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
     tower.to(device)  # the normalisation buffers
     if config.kind == "clip" and config.arch.text_layers:  # a buffer that no file fills
         length = config.arch.context
@@ -632,9 +768,12 @@ def is_text(key: str) -> bool:
     return key.startswith("text.") or key == "proj"
 
 
+_NORM = r"(blocks\.\d+\.(norm[12]|attn\.(q_norm|k_norm|norm)|mlp\.norm)|norm|norm_pre|pool\.norm)\.(weight|bias)"
+
+
 def is_norm(key: str) -> bool:
     """Whether a stable key names a LayerNorm's weight or bias in the image part of a tower."""
-    return re.fullmatch(r"(blocks\.\d+\.norm[12]|norm|norm_pre)\.(weight|bias)", key) is not None
+    return re.fullmatch(_NORM, key) is not None
 
 
 def _add_lora(tower: Tower, name: str, config: AdapterConfig, paths: list[str]) -> None:
@@ -651,8 +790,17 @@ def _add_lora(tower: Tower, name: str, config: AdapterConfig, paths: list[str]) 
     with warnings.catch_warnings():  # several adapters on one tower is what is wanted here
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(lora, tower, adapter_name=name)
+    if config.shared:
+        for block in tower.blocks():
+            for role in ("k", "v"):
+                getattr(block, role).lora_A[name] = block.q.lora_A[name]
     for parameter in frozen:  # peft touches requires_grad of other adapters; they stay as they were
         parameter.requires_grad_(False)
+
+
+def _shares(block: Block, module: nn.Module, name: str) -> bool:
+    """Whether a projection's LoRA has q's down projection."""
+    return _is_lora(block.q) and name in block.q.lora_A and module.lora_A[name] is block.q.lora_A[name]
 
 
 def adapter_state(tower: Tower, name: str) -> dict[str, torch.Tensor]:
@@ -664,7 +812,8 @@ def adapter_state(tower: Tower, name: str) -> dict[str, torch.Tensor]:
             if isinstance(module, EffortLinear) and name in module.factors:
                 state |= {f"{stem}.effort_{key}": value for key, value in module.factors[name].items()}
             elif _is_lora(module) and name in module.lora_A:
-                state[f"{stem}.lora_A"] = module.lora_A[name].weight
+                if not (role in "kv" and _shares(block, module, name)):
+                    state[f"{stem}.lora_A"] = module.lora_A[name].weight
                 state[f"{stem}.lora_B"] = module.lora_B[name].weight
     return state
 
@@ -682,7 +831,7 @@ def _library_names(tower: Tower) -> dict[str, torch.Tensor]:
 
 
 def _layout(tower: Tower) -> str:
-    return "dinov2" if tower.config.kind == "dinov2" else "open_clip"
+    return {"clip": "open_clip"}.get(tower.config.kind, tower.config.kind)
 
 
 def tower_state(tower: Tower) -> dict[str, torch.Tensor]:

@@ -38,6 +38,7 @@ from solution.data.views import (
     View,
     choose_found,
     cut_views,
+    cut_views_of,
     locators_for,
     open_frames,
     open_picture,
@@ -48,9 +49,10 @@ from solution.models import merging as fastpath
 from solution.models.calibration import Calibrator
 from solution.models.member import Member
 from solution.records import FaceBox
-from solution.scoring.files import SidecarRow
+from solution.scoring.files import SidecarRow, Track
 from solution.scoring.journal import Scored, stamp
-from solution.scoring.verdict import verdict_of
+from solution.scoring.tracks import scene_starts, track_faces
+from solution.scoring.verdict import NOBODY_LOOKED, deciding, verdict_of
 from solution.scoring.vote import combine, levels
 
 FRAMES = 32  # of a video
@@ -360,7 +362,7 @@ def automatic_batch(members: Mapping[str, Member], device: torch.device) -> int:
 class Prepared:
     """A batch as a worker hands it over: rows without logits; views, per view of the ensemble, (n, S, S, 3) uint8.
 
-    n counts the frames of all readable rows, in order; a picture has one.
+    n counts the frames of all readable rows, in order; a picture has one. Where all faces are scored, it counts faces.
     """
 
     rows: list[Scored]
@@ -375,7 +377,8 @@ class Reader(Dataset):
     """Batches of (index, Input) to `Prepared`: decoded once, one face search, each distinct view cut once.
 
     degradation, seed: degrade pictures first, drawn from (seed, name) (`views.degraded_picture`). faces: False leaves
-    faces out (there is no detector): every view shows the whole picture.
+    faces out (there is no detector): every view shows the whole picture. people: `one`: the face that stands for the
+    picture, or one person through a video; `all`: every face, by the first view's way to locate faces.
     """
 
     def __init__(
@@ -386,8 +389,9 @@ class Reader(Dataset):
         degradation: DegradationConfig | None = None,
         seed: int = 0,
         faces: bool = True,
+        people: str = "one",
     ) -> None:
-        self.views, self.frames = tuple(views), frames
+        self.views, self.frames, self.people = tuple(views), frames, people
         self.degradation, self.seed = degradation, seed
         self.locators = locators_for(self.views) if faces else {}
 
@@ -401,19 +405,51 @@ class Reader(Dataset):
             except UnreadableInput as error:
                 rows.append(row._replace(error=error.reason))
                 continue
-            found = [locate_once(self.locators, picture) for picture in pictures]
-            faces = choose_found(found, [p.shape[:2] for p in pictures], video=item.kind == "video")
-            for picture, chosen in zip(pictures, faces):
-                for place, view in enumerate(cut_views(picture, self.views, chosen)):
+            row, seen = self._cut(row._replace(frames=numbers), pictures, video=item.kind == "video")
+            for views in seen:
+                for place, view in enumerate(views):
                     cut[place].append(view)
-            shown = [next(iter(chosen.values()), None) for chosen in faces]
-            most = max((len(boxes) for faces in found for boxes in faces.values()), default=-1)
-            rows.append(row._replace(frames=numbers, faces=[_brief(b) for b in shown], found=most))
+            rows.append(row)
         views = [
             torch.from_numpy(np.stack(c)) if c else torch.empty(0, v.view.side, v.view.side, 3, dtype=torch.uint8)
             for c, v in zip(cut, self.views)
         ]
         return Prepared(rows, views)
+
+    def _cut(
+        self, row: Scored, pictures: Sequence[np.ndarray], *, video: bool
+    ) -> tuple[Scored, list[list[np.ndarray]]]:
+        """The row with its faces, and for each of them the views (S, S, 3)."""
+        found = [locate_once(self.locators, picture) for picture in pictures]
+        alone = False
+        if self.people == "all" and self.locators:
+            config, locator = next(iter(self.locators.items()))
+            every = [locator.locate_all(picture, faces[config]) for picture, faces in zip(pictures, found)]
+            # One face in a picture is seen as `one` sees it, and has its box although it may be too small to be cut out.
+            alone = not video and len(every[0]) == len(found[0][config]) == 1
+            if any(every) and not alone:
+                return self._cut_all(row._replace(found=max(map(len, every))), pictures, every)
+        chosen = choose_found(found, [p.shape[:2] for p in pictures], video=video)
+        shown = every[0] if alone else [next(iter(by_config.values()), None) for by_config in chosen]
+        most = max((len(boxes) for faces in found for boxes in faces.values()), default=NOBODY_LOOKED)
+        row = row._replace(faces=[_brief(b) for b in shown], found=most, people=[1] if alone else [])
+        return row, [cut_views(picture, self.views, by_config) for picture, by_config in zip(pictures, chosen)]
+
+    def _cut_all(
+        self, row: Scored, pictures: Sequence[np.ndarray], every: Sequence[Sequence[FaceBox]]
+    ) -> tuple[Scored, list[list[np.ndarray]]]:
+        """`_cut` of several people: an entry for every face of every picture or frame."""
+        if row.frames:
+            numbers = track_faces(every, scene_starts(pictures))
+        else:
+            numbers = [list(range(1, len(every[0]) + 1))]
+        entries = [(at, face, who) for at, faces in enumerate(every) for face, who in zip(faces, numbers[at])]
+        row = row._replace(
+            frames=[row.frames[at] for at, _, _ in entries] if row.frames else [],
+            faces=[_brief(face) for _, face, _ in entries],
+            people=[who for _, _, who in entries],
+        )
+        return row, [cut_views_of(pictures[at], self.views, face) for at, face, _ in entries]
 
     def _decode(self, item: Input) -> tuple[list[int], list[np.ndarray]]:
         """Frame numbers (none for a picture) and pictures."""
@@ -586,10 +622,12 @@ def judge(
 ) -> list[SidecarRow]:
     """Calibrate, discretize and vote: a row per input, in order, and after a video's row those of its frames.
 
+    Where all faces were scored (`Scored.people`), the input's row is that of its deciding face or track (`deciding`), and
+    a row per face follows, or a row per track with those of its frames.
     video_mean: `score`: a video's P(fake) and score are the means of its frames'. `logit`: its members' logits are
     averaged first, and then voted on like a picture's. What could not be read gets the neutral score.
     """
-    frames = [row for row in rows for _ in row.faces]  # one entry per scored frame
+    frames = [row for row in rows for _ in row.faces]  # one entry per scored frame or face
     result: list[SidecarRow] = []
     if frames:
         p, grid, scores = _vote(_joined(rows, calibrators), vote, calibrators)
@@ -610,15 +648,53 @@ def judge(
                 float(scores[k]),
                 verdict_of(float(scores[k]), vote, row.found),
                 number,
+                who,
             )
-            for k, face, number in zip(range(start, stop), row.faces, row.frames or [None])
+            for k, face, number, who in zip(
+                range(start, stop),
+                row.faces,
+                row.frames or [None] * len(row.faces),
+                row.people or [None] * len(row.faces),
+            )
         ]
-        if row.frames:
-            whole = _of_video(row, of_frames, vote, calibrators, video_mean)
-            of_frames.insert(0, whole)
-        result += of_frames
         start = stop
+        if row.people:
+            result += _of_people(row, of_frames, vote, calibrators, video_mean)
+        elif row.frames:
+            result += [_of_video(row, of_frames, vote, calibrators, video_mean), *of_frames]
+        else:
+            result += of_frames
     return result
+
+
+def _of_people(
+    row: Scored,
+    entries: Sequence[SidecarRow],
+    vote: VoteConfig,
+    calibrators: Mapping[str, Calibrator],
+    video_mean: str,
+) -> list[SidecarRow]:
+    """The input's row, and after it a row per face, or per track one and those of its frames."""
+    if not row.frames:
+        return [deciding(entries)._replace(who=None), *entries]
+    tracks, result = [], []
+    for who in sorted(set(row.people)):
+        places = [k for k, other in enumerate(row.people) if other == who]
+        frames = [entries[k] for k in places]
+        own = row._replace(logits={name: [z[k] for k in places] for name, z in row.logits.items()})
+        scores = np.array([frame.score for frame in frames])
+        track = Track(
+            len(frames),
+            frames[0].frame,
+            frames[-1].frame,
+            float(scores.std()),
+            float(np.mean(scores >= vote.threshold)),
+        )
+        middle = sorted(frames, key=lambda f: (f.face[2] - f.face[0]) * (f.face[3] - f.face[1]))[len(frames) // 2]
+        whole = _of_video(own, frames, vote, calibrators, video_mean)
+        tracks.append(whole._replace(face=middle.face, who=who, track=track))
+        result += [tracks[-1], *frames]
+    return [deciding(tracks)._replace(face=None, who=None, track=None), *result]
 
 
 def _joined(rows: Sequence[Scored], names: Iterable[str]) -> dict[str, np.ndarray]:

@@ -30,6 +30,7 @@ from solution.io import atomic_file, write_atomically
 FORMATS = (".csv", ".txt", ".zip")
 MEMBER_NAME = "submission.txt"  # the challenge's name for the zip's only member
 STATUSES = ("ok", "failed")
+TRACK_COLUMNS = ("frames", "first_frame", "last_frame", "score_sd", "share_fake")  # of a `Track`
 VERDICTS = ("fake", "real", "unsure", "no_face", "failed")
 
 
@@ -37,11 +38,24 @@ class SubmissionError(UsageError):
     """A file of scores that cannot be written, read or accepted: names it, what was found and what was expected."""
 
 
+class Track(NamedTuple):
+    """One person's face through a video: frames it was scored in, the first's and the last's number, the standard
+    deviation of its scores, and the share of them at or above the threshold.
+    """
+
+    frames: int
+    first: int
+    last: int
+    deviation: float
+    share_fake: float
+
+
 class SidecarRow(NamedTuple):
     """One line of the sidecar: a picture, a video, or a video's frame (`frame` is its number, else None).
 
     face: (x0, y0, x1, y1, score, ...) px, a `FaceBox`, or None. p_fake, level: by member; empty for what failed.
-    verdict: one of `VERDICTS`.
+    verdict: one of `VERDICTS`. who: the number of a face or a track, None on the row of a whole input. track: on the row
+    of a track.
     """
 
     image: str
@@ -53,6 +67,8 @@ class SidecarRow(NamedTuple):
     score: float
     verdict: str
     frame: int | None = None
+    who: int | None = None
+    track: Track | None = None
 
 
 class Summary(NamedTuple):
@@ -254,19 +270,23 @@ def _numeric(name: str) -> list[tuple[str, int]]:
 
 
 # ---------------------------------------------------------------------------------------------------- sidecar
-def sidecar_columns(members: Sequence[str], *, frames: bool = False) -> list[str]:
+def sidecar_columns(members: Sequence[str], *, frames: bool = False, people: bool = False) -> list[str]:
     """The sidecar's header: image, status (`ok` or `failed`), error, the chosen face's box in px and its score, then
     NAME_p and NAME_level of each member, then score and verdict (one of `VERDICTS`).
 
     frames: the run has videos: a column `frame` follows `image`, empty on the row of a picture or of a whole video.
+    people: all faces were scored: a column `face` follows `image`, the number of a face in its picture or of a track in
+    its video, empty on the row of the whole input; and the columns `TRACK_COLUMNS` end the row, filled for tracks.
     """
     return [
         "image",
+        *(["face"] if people else []),
         *(["frame"] if frames else []),
         *("status", "error", "face_x0", "face_y0", "face_x1", "face_y1", "face_score"),
         *(f"{name}_{what}" for name in members for what in ("p", "level")),
         "score",
         "verdict",
+        *(TRACK_COLUMNS if people else ()),
     ]
 
 
@@ -277,16 +297,17 @@ def write_sidecar(
     *,
     decimals: int = 6,
     frames: bool = False,
+    people: bool = False,
 ) -> None:
     """Write `rows`, as they come, to `out` (see `members_path`), whole or not at all.
 
     Raises:
-        SubmissionError: a status not in `STATUSES`, a verdict not in `VERDICTS`, or a frame's row although `frames` is
-            False.
+        SubmissionError: a status not in `STATUSES`, a verdict not in `VERDICTS`, a frame's row although `frames` is
+            False, or a face's although `people` is.
     """
     with atomic_file(out) as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(sidecar_columns(members, frames=frames))
+        writer.writerow(sidecar_columns(members, frames=frames, people=people))
         for row in rows:
             for what, found, allowed in (("status", row.status, STATUSES), ("verdict", row.verdict, VERDICTS)):
                 if found not in allowed:
@@ -295,11 +316,15 @@ def write_sidecar(
                     )
             if row.frame is not None and not frames:
                 raise SubmissionError(f"{out}: {row.image!r} has frames; pass frames=True")
-            writer.writerow(_cells(row, members, decimals, frames))
+            if row.who is not None and not people:
+                raise SubmissionError(f"{out}: {row.image!r} has faces; pass people=True")
+            writer.writerow(_cells(row, members, decimals, frames=frames, people=people))
 
 
-def _cells(row: SidecarRow, members: Sequence[str], decimals: int, frames: bool) -> Iterator[Any]:
+def _cells(row: SidecarRow, members: Sequence[str], decimals: int, *, frames: bool, people: bool) -> Iterator[Any]:
     yield row.image
+    if people:
+        yield "" if row.who is None else row.who
     if frames:
         yield "" if row.frame is None else row.frame
     yield row.status
@@ -314,6 +339,11 @@ def _cells(row: SidecarRow, members: Sequence[str], decimals: int, frames: bool)
         yield f"{row.level[name]:g}" if name in row.level else ""
     yield f"{row.score:.{decimals}f}"
     yield row.verdict
+    if people and row.track is None:
+        yield from [""] * len(TRACK_COLUMNS)
+    elif people:
+        yield from row.track[:3]
+        yield from (f"{value:.{decimals}f}" for value in row.track[3:])
 
 
 # ---------------------------------------------------------------------------------------------------- merging

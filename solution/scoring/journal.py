@@ -33,6 +33,8 @@ class Scored(NamedTuple):
     frames: numbers of a video's frames, empty for a picture. faces: per frame (a picture is one) a `FaceBox`'s box and
     score, or None. logits: by member, one raw logit per frame.
     found: faces of any size in the picture, or at most in one frame; -1 where nobody looked for faces.
+    people: where all faces were scored and there are any, whose each logit is: numbers from 1, the number of a face in
+    the picture or of a track in the video. `frames`, `faces` and `logits` then have an entry per face and frame.
     """
 
     index: int
@@ -44,6 +46,7 @@ class Scored(NamedTuple):
     faces: Sequence[Sequence[float] | None] = ()
     logits: Mapping[str, Sequence[float]] | None = None
     found: int = -1
+    people: Sequence[int] = ()
 
 
 def journal_path(out: Path | str, rank: int = 0) -> Path:

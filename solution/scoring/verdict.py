@@ -6,15 +6,25 @@ JSON values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from solution.bundles.bundle import Bundle
 from solution.config import VoteConfig
+from solution.scoring.files import SidecarRow
 from solution.scoring.vote import decide
 
+LEAST_SIDE = 32  # px, of a face that can decide
+LEAST_PART = 0.1  # of the largest face's area, of the longest track's frames
+# What run.json says of how the score of several people comes about.
+RULES = {
+    "one": "the face that stands for the picture; of a video, the person with the largest summed area",
+    "all": f"the most fake-looking face, or track of a video, of those large enough: {LEAST_SIDE} px wide and high, a "
+    f"{LEAST_PART:g} of the largest one's area and of the longest track's frames; each further face is another chance of "
+    "a false alarm",
+}
 NOBODY_LOOKED = -1  # for faces: no member needs any, or there is no detector
 
 
@@ -24,6 +34,23 @@ def verdict_of(score: float, vote: VoteConfig, found: int) -> str:
     Where no face was found the score says nothing, and the word is `no_face`.
     """
     return "no_face" if found == 0 else str(decide(np.array([score]), vote)[0])
+
+
+def deciding(rows: Sequence[SidecarRow]) -> SidecarRow:
+    """The row of the face or track that decides for all: the most fake-looking of those large enough.
+
+    Large enough: the box's shorter side has `LEAST_SIDE` px, its area a tenth of the largest one's, and of tracks their
+    number of frames a tenth of the longest one's; where none is, all are. Ties go to the first row.
+    """
+    sizes = [(row.face[2] - row.face[0], row.face[3] - row.face[1]) for row in rows]
+    lengths = [row.track.frames if row.track else 1 for row in rows]
+    largest, longest = max(w * h for w, h in sizes), max(lengths)
+    enough = [
+        row
+        for row, (w, h), length in zip(rows, sizes, lengths)
+        if min(w, h) >= LEAST_SIDE and w * h >= LEAST_PART * largest and length >= LEAST_PART * longest
+    ]
+    return max(enough or rows, key=lambda row: row.score)
 
 
 def threshold_record(bundle: Bundle, vote: VoteConfig) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def start_from(member: Member, folder: Path) -> None:
         raise WeightsError(f"{folder}: no model.safetensors; train that member first")
     given = load_file(folder / "model.safetensors")
     target = member.stored_state()
-    if member.config.adapter.in_place:  # --tower brings that
+    if member.config.stores_tower:  # --tower brings that
         target = {k: t for k, t in target.items() if not k.startswith("tower.")}
     if read_config(folder).kind != member.config.kind:
         given = {k: t for k, t in given.items() if k.startswith("adapter.")}

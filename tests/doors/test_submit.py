@@ -18,13 +18,16 @@ import pytest
 import torch
 from make_clip import CLIP
 from odd_files import make_odd_files
+from people import collage, two_people
 from skimage import data
 from tiny import make_bundle, make_pictures
 
 import submit
 from solution.bundles import selftest
+from solution.data.faces import overlap
 from solution.data.images import find_inputs
 from solution.models import merging as fastpath
+from solution.records import FaceBox
 from solution.scoring import ensemble as predict
 from solution.scoring.files import main as submission_main
 
@@ -216,6 +219,61 @@ def test_a_face_is_followed_through_a_clip_or_is_nowhere_in_it(tiny, tmp_path):
     found = [bool(row["face_x0"]) for row in sides if row["image"] == "face.mp4"]
     assert found == [True] * 5  # the middle one bridged
     assert [bool(r["face_x0"]) for r in sides if r["image"] == "nobody.mp4"] == ([False] * 5)
+
+
+def test_all_faces_of_a_collage_and_of_a_clip_have_rows_and_one_decides(tiny, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    picture, places = collage()
+    cv2.imwrite(str(folder / "four.png"), picture[:, :, ::-1])
+    clip = two_people(folder / "two.mp4")
+    for name in ("grey.jpg", "portrait.webp"):
+        shutil.copy(PHOTOS / name, folder)
+    cv2.imwrite(str(folder / "nobody.png"), data.coffee())
+    out = tmp_path / "all.csv"
+    assert run(tiny, folder, out, "--faces", "all", "--frames", 16) == 0
+    scores = {row["image"]: row["score"] for row in table(out)}
+    sides = table(tmp_path / "all.members.csv")
+    by_name = {name: [row for row in sides if row["image"] == name] for name in scores}
+    whole = {name: rows[0] for name, rows in by_name.items()}
+    assert all(row["face"] == row["frame"] == "" and row["score"] == scores[n] for n, row in whole.items())
+    # The collage: a row for each of the four faces, and the picture's is that of the most fake-looking.
+    four = by_name["four.png"][1:]
+    assert [row["face"] for row in four] == ["1", "2", "3", "4"]
+    boxes = [FaceBox(*(float(row[f"face_{side}"]) for side in ("x0", "y0", "x1", "y1")), 1.0) for row in four]
+    assert sorted(max(range(4), key=lambda k: overlap(FaceBox(*places[k], 1.0), b)) for b in boxes) == [0, 1, 2, 3]
+    assert all(max(overlap(FaceBox(*place, 1.0), b) for b in boxes) > 0.5 for place in places)
+    assert len({row["global_p"] for row in four}) == 4  # each is seen on its own
+    top = max(four, key=lambda row: float(row["score"]))
+    assert {**top, "face": ""} == whole["four.png"]
+    # The clip: three tracks (the third behind a cut) with the frames in which each is to be seen.
+    two = by_name["two.mp4"][1:]
+    tracks = [row for row in two if not row["frame"]]
+    assert [row["face"] for row in tracks] == ["1", "2", "3"]
+    for row, (first, last) in zip(tracks, [(0, clip.cut), (clip.enters, clip.cut), (clip.cut, clip.frames)]):
+        own = [r for r in two if r["face"] == row["face"] and r["frame"]]
+        numbers = [int(r["frame"]) for r in own]
+        assert numbers == [n for n in range(1, clip.frames, 3) if first <= n < last]
+        assert [int(row[name]) for name in ("frames", "first_frame", "last_frame")] == [
+            len(numbers),
+            numbers[0],
+            numbers[-1],
+        ]
+        assert float(row["score"]) == pytest.approx(np.mean([float(r["score"]) for r in own]), abs=1e-5)
+        assert float(row["share_fake"]) == pytest.approx(np.mean([float(r["score"]) >= 0.5 for r in own]), abs=1e-5)
+    assert float(scores["two.mp4"]) == max(float(row["score"]) for row in tracks)
+    # One face or none: as with `--faces one`, and a row for the face.
+    assert whole["nobody.png"]["verdict"] == "no_face" and len(by_name["nobody.png"]) == 1
+    assert run(tiny, folder, tmp_path / "one.csv", "--frames", 16) == 0
+    one = {row["image"]: row["score"] for row in table(tmp_path / "one.csv")}
+    for name in ("grey.jpg", "portrait.webp", "nobody.png"):
+        assert one[name] == scores[name]
+    assert [row["face"] for row in by_name["grey.jpg"]] == ["", "1"]
+    record = json.loads((tmp_path / "all.run.json").read_text())
+    assert "most fake-looking" in record["verdict"]["faces"] and sum(record["counts"]["verdicts"].values()) == 5
+    # The journal of one rule is none of the other.
+    assert run(tiny, folder, out, "--frames", 16) == 0
+    assert "another people" in capsys.readouterr().err
 
 
 def test_without_the_detector_whole_pictures_are_scored_and_that_is_said(tiny, tmp_path, capsys, monkeypatch):

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from solution.io import atomic_file, write_atomically
 from solution.scoring.files import (
+    TRACK_COLUMNS,
     SidecarRow,
     SubmissionError,
+    Track,
     check_submission,
     ensure_writable,
     main,
@@ -255,6 +257,20 @@ def test_frames_have_rows_of_their_own(tmp_path):
     with pytest.raises(SubmissionError, match="'guilty'.*fake, real"):
         write_sidecar([rows[0]._replace(verdict="guilty")], tmp_path / "x.csv", [])
     assert read_table(tmp_path / "x.csv") == table
+
+
+def test_faces_and_tracks_have_rows_and_columns_of_their_own(tmp_path):
+    (whole,) = sidecar(["a.mp4"])
+    track = whole._replace(who=2, track=Track(5, 3, 30, 0.25, 0.4))
+    rows = [whole, track, track._replace(track=None, frame=3)]
+    with pytest.raises(SubmissionError, match="people=True"):
+        write_sidecar(rows, tmp_path / "x.csv", ["global"], frames=True)
+    write_sidecar(rows, tmp_path / "x.csv", ["global"], decimals=2, frames=True, people=True)
+    table = read_table(tmp_path / "x.csv")
+    assert list(table[0])[:4] == ["image", "face", "frame", "status"]
+    assert [(row["face"], row["frame"]) for row in table] == [("", ""), ("2", ""), ("2", "3")]
+    of_track = [[row[name] for name in TRACK_COLUMNS] for row in table]
+    assert of_track == [[""] * 5, ["5", "3", "30", "0.25", "0.40"], [""] * 5]
 
 
 # ---------------------------------------------------------------------------------------------------- merging

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from make_smoke_data import write
-from tiny import make_bundle
+from tiny import TIMM, make_bundle, timm_tower
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from solution import benchmark
 from solution.bundles.bundle import load_members
 from solution.bundles.members import build_member, random_towers
-from solution.config import MEMBERS, AdapterConfig, VoteConfig
+from solution.config import MEMBERS, AdapterConfig, ViewConfig, VoteConfig
 from solution.data.faces import FaceLocator
 from solution.models.calibration import Calibrator
 from solution.models.flops import member_flops
@@ -87,6 +87,14 @@ def test_flops_by_arithmetic_are_those_of_the_forward(size, name):
         images = torch.zeros(1, 3, one.view.side, one.view.side)
         with torch.no_grad():
             assert counted(member, images) == member_flops(one)
+
+
+@pytest.mark.parametrize("family", TIMM)
+def test_flops_of_timm_towers_by_arithmetic(family):
+    config = replace(preset("tiny", "global"), tower=timm_tower(family), view=ViewConfig("face", 48, 48))
+    member = build_member(replace(config, adapter=AdapterConfig("lora", rank=3)), random_towers([config])).eval()
+    with torch.no_grad():
+        assert counted(member, torch.zeros(1, 3, 48, 48)) == member_flops(member.config)
 
 
 def test_merged_adapters_are_counted_no_more(tmp_path):
