@@ -6,15 +6,18 @@
 #
 # DATA     manifest (CSV path,label,..., DeepfakeBench JSON, or a folder with real/ and fake/), with train and val splits
 #          and, better, an `unseen` split of other generators, which then helps to choose the best checkpoint
-# PRESET   giant (towers from the Hub) or compact (TOWER: a DINOv2-S/14 folder as facebook/dinov2-small on the Hub)
+# PRESET   giant, dinov3, gend (towers from the Hub) or compact (TOWER: a DINOv2-S/14 folder as facebook/dinov2-small on
+#          the Hub); members of several presets: one call each with the same OUT and BUNDLE=0, then solution.assemble
 # OUT      where members, checkpoints and the bundle OUT/bundle go; the same call goes on where it stopped
-# MEMBERS  which (default: global face fusion qtfp vlaforge); what others start from is trained first
+# MEMBERS  which (default: all of the preset); what others start from is trained first
 # SEED     of everything (default 0)
 # EXTRA    further arguments of python -m solution.train, e.g. "--set train.epochs=2 --workers 4"; EXTRA_global (and so
 #          on) for one member
 # JOBS     members trained at once on one device (default 1)
 # NPROC    processes of torchrun (default 1)
 # BUNDLE   0: stop after training
+# ASSEMBLE further arguments of python -m solution.assemble, e.g. "--int8" for towers of half the size
+# LIMIT    pictures on which the last step takes every mechanism of the bundle away, OUT/mechanisms (default 200)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 python=${PYTHON:-python}
@@ -24,15 +27,19 @@ if [[ ${1:-} == --smoke ]]; then
   "$python" tests/make_smoke_data.py --out "$OUT/data" # seeded drawings, half of them with a pasted patch
   DATA=$OUT/data/manifest.csv
   EXTRA="--workers 0 ${EXTRA:-}"
+  LIMIT=${LIMIT:-24}
 elif [[ $# -gt 0 ]]; then
   echo "train.sh: unknown argument $1; it takes its settings from variables, see its first lines" >&2
   exit 2
 fi
 
 : "${DATA:?train.sh: set DATA to a manifest (CSV path,label,source,split; a DeepfakeBench JSON; a folder real/ fake/)}"
-: "${PRESET:?train.sh: set PRESET to giant or compact}"
+: "${PRESET:?train.sh: set PRESET to giant, compact, dinov3 or gend}"
 OUT=${OUT:-runs/$PRESET}
-MEMBERS=${MEMBERS:-global face fusion qtfp vlaforge}
+case $PRESET in
+  dinov3 | gend) MEMBERS=${MEMBERS:-$PRESET} ;; # the member has its preset's name
+  *) MEMBERS=${MEMBERS:-global face fusion qtfp vlaforge} ;;
+esac
 run=("$python")
 if [[ ${NPROC:-1} -gt 1 ]]; then
   run=("$python" -m torch.distributed.run --standalone --nproc-per-node "$NPROC")
@@ -103,5 +110,8 @@ stage ${first[@]+"${first[@]}"}
 stage ${second[@]+"${second[@]}"}
 if [[ ${BUNDLE:-1} == 0 ]]; then exit 0; fi
 
-"$python" -m solution.assemble --members "$OUT" --names "${MEMBERS// /,}" --data "$DATA" --out "$OUT/bundle"
+# shellcheck disable=SC2086
+"$python" -m solution.assemble --members "$OUT" --names "${MEMBERS// /,}" --data "$DATA" --out "$OUT/bundle" ${ASSEMBLE:-}
+"$python" -m solution.studies.mechanisms --weights "$OUT/bundle" --data "$DATA" --limit "${LIMIT:-200}" \
+  --out "$OUT/mechanisms"
 echo "train.sh: done; score pictures with: python submit.py --weights $OUT/bundle --input DIR --out preds.csv"

@@ -2,7 +2,7 @@
 
 `python -m solution.assemble --members DIR --names global,face,fusion --data MANIFEST --out BUNDLE`. Takes the members'
 folders that `solution.train` left in DIR; writes BUNDLE with calibrators, votes, threshold, hashes, a golden file, and
-`validation.json`: how the ways of voting compare on the validation pictures (cross-validated).
+`validation.json`: how the ways of voting compare on seen and unseen generators (cross-validated over generators).
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from solution.errors import door
 
@@ -27,6 +30,7 @@ def assemble(
     out: Path,
     *,
     seeds: tuple[int, ...] = (7,),
+    int8: bool = False,
     device: str = "auto",
     workers: int = 1,
     about: Mapping[str, Any] | None = None,
@@ -35,68 +39,38 @@ def assemble(
 ) -> dict:
     """Fit and write the bundle `out`; returns the comparison that it also writes as `out/validation.json`.
 
-    Calibrators and votes are fitted on the validation split of `data`, clean and degraded (global_p = 1) together. The
-    degraded pictures are drawn anew for each of `seeds`.
-    about: what the model card says of it, as fields of `bundle.About`: licence, base_model.
-    limit: at most so many validation pictures, seeded (smoke runs).
+    Calibrators and votes are fitted on the splits `val` and, where there is one, `unseen` of `data`, clean and degraded
+    (global_p = 1) together. The degraded pictures are drawn anew for each of `seeds`. Raw logits are kept in
+    `members/scores`: a run that was interrupted goes on.
+    int8: pack the towers' matrices (`bundle.collect`). about: `licence`, `base_model`, `datasets` of `write_bundle`.
+    limit: at most so many pictures of each split, drawn in proportion from each source and label (smoke runs).
     """
-    import numpy as np
-
-    from solution.bundles.bundle import About, write_bundle
-    from solution.bundles.members import read_config
+    from solution.bundles.bundle import collect, write_bundle
     from solution.bundles.selftest import add_golden
-    from solution.config import DegradationConfig, VoteConfig
-    from solution.data.manifest import draw_items, read_manifest
-    from solution.data.training import readable
-    from solution.evaluation.fit import fit_ensemble
+    from solution.config import VoteConfig
+    from solution.evaluation.conditions import degraded_conditions
+    from solution.evaluation.fit import Known, fit_ensemble
+    from solution.evaluation.measure import CLEAN
     from solution.io import write_atomically
     from solution.models.calibration import Calibrator
-    from solution.scoring import ensemble as predict
 
-    items, report = read_manifest(data, split="val")
-    configs = [read_config(members / name) for name in names]
-    strict = any(c.sampling.on_unreadable == "fail" for c in configs)
-    items = readable(items, "fail" if strict else "drop", report, progress=progress)
-    if report.dropped:
-        print(report.summary(), file=sys.stderr)
-    items = draw_items(items, limit, 0)
+    about = dict(about or {})
+    items = validation_items(members, names, data, limit=limit, progress=progress)
     final, out = out, out.with_name(f"{out.name}.part")
     shutil.rmtree(out, ignore_errors=True)
+    collect(members, out, names, int8=int8)
     # A first, uncalibrated bundle: scoring goes the way that every submission goes.
-    plain = VoteConfig(dict.fromkeys(names, 1))
-    bundle = write_bundle(
-        out,
-        names,
-        plain,
-        {n: Calibrator() for n in names},
-        source=members,
-        name=final.name,
-    )
-    ensemble = predict.load_ensemble(str(out), device=device)
-    clean = predict.score_pictures(ensemble, items, workers=workers, progress=progress)
-    degraded = [
-        predict.score_pictures(
-            ensemble,
-            items,
-            degradation=DegradationConfig(global_p=1.0),
-            seed=seed,
-            workers=workers,
-            progress=progress,
-        )
-        for seed in seeds
-    ]
-    labels = np.array([item.label for item in items])
-    what = f"{len(items)} validation pictures of {data.name}, clean and degraded (global_p=1, seeds {list(seeds)})"
-    calibrators, vote, comparison = fit_ensemble(clean, degraded, labels, fitted_on=what)
+    plain = VoteConfig(dict.fromkeys(names, 1), mean="probability")
+    bundle = write_bundle(out, names, plain, {n: Calibrator() for n in names}, name=final.name)
+    how = {"folder": members / "scores", "device": device, "workers": workers, "progress": progress}
+    logits = [member_logits(bundle, items, c, **how) for c in (CLEAN, *degraded_conditions(seeds))]
+    splits = Counter(item.split for item in items)
+    counts = ", ".join(f"{count} of {split}" for split, count in splits.items())
+    what = f"{counts} of {data.name}, clean and degraded (global_p=1, seeds {list(seeds)})"
+    calibrators, vote, comparison = fit_ensemble(logits[0], logits[1:], Known.of(items), fitted_on=what)
     comparison["fitted_on"] = what
-    bundle = write_bundle(
-        out,
-        names,
-        vote,
-        calibrators,
-        name=final.name,
-        about=About(**about or {}, data=f"fitted on {what}", report=comparison),
-    )
+    about.setdefault("data", f"fitted on {what}")
+    bundle = write_bundle(out, names, vote, calibrators, name=final.name, report=comparison, **about)
     add_golden(bundle)
     write_atomically(out / "validation.json", json.dumps(comparison, indent=1) + "\n")
     if final.exists():
@@ -105,22 +79,73 @@ def assemble(
     return comparison
 
 
+def member_logits(
+    bundle: Any, items: list, condition: Any, *, folder: Path, device: str, workers: int, progress: bool
+) -> dict:
+    """Raw logits (N,) of every member under a condition, kept in `folder` by the member's own weights: a member that is
+    trained anew is scored alone, and the others' are taken from there."""
+    from solution.bundles.bundle import member_hash
+    from solution.evaluation.kept import keep_logits, kept_logits, score
+    from solution.scoring.ensemble import load_ensemble, score_pictures
+
+    keys = {name: {"key": member_hash(bundle, name), "folder": folder} for name in bundle.configs}
+    found = {name: kept_logits(items, condition, **key) for name, key in keys.items()}
+    missing = [name for name, logits in found.items() if logits is None]
+    if missing:
+        ensemble = load_ensemble(bundle, device, exact=True, members=missing)
+
+        def scorer(chunk: Sequence[Any], **settings: Any) -> dict:
+            return score_pictures(ensemble, chunk, workers=workers, **settings)
+
+        with tqdm(total=len(items), desc=condition.name, unit="picture", disable=not progress) as bar:
+            scored = score(items, condition, scorer, bar.update)
+        for name in missing:
+            found[name] = {name: scored[name]}
+            keep_logits(found[name], items, condition, **keys[name])
+    return {name: found[name][name] for name in keys}
+
+
+def validation_items(members: Path, names: list[str], data: Path, *, limit: int = 0, progress: bool = True) -> list:
+    """The readable pictures of `val` and `unseen`, for the members' own rule on what cannot be read.
+
+    Raises:
+        ManifestError: no real or no fake ones in `val`.
+    """
+    from solution.bundles.members import read_config
+    from solution.data.manifest import manifest_splits, read_manifest
+    from solution.data.training import readable
+    from solution.evaluation.conditions import limit_items
+
+    configs = [read_config(members / name) for name in names]
+    strict = any(c.sampling.on_unreadable == "fail" for c in configs)
+    items = []
+    for split in [s for s in ("val", "unseen") if s in manifest_splits(data) or s == "val"]:
+        part, report = read_manifest(data, split=split)
+        part = readable(part, "fail" if strict else "drop", report, progress=progress)
+        if report.dropped:
+            print(report.summary(), file=sys.stderr)
+        items += limit_items(part, limit, 0)
+    return items
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m solution.assemble", description=__doc__.splitlines()[0])
     parser.add_argument("--members", type=Path, required=True, help="folder of trained members")
     parser.add_argument("--names", required=True, help="members of the bundle, comma-separated")
-    parser.add_argument("--data", type=Path, required=True, help="manifest with a val split")
+    parser.add_argument("--data", type=Path, required=True, help="manifest with a val split and, better, an unseen one")
     parser.add_argument("--out", type=Path, required=True, help="the bundle's folder")
     parser.add_argument(
         "--seeds",
         default="7",
         help="of the degraded validation pictures, comma-separated",
     )
+    parser.add_argument("--int8", action="store_true", help="towers as int8 with a scale a row: half the bytes")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--licence", default="other", help="identifier from the Hub's list of licences")
-    parser.add_argument("--limit", type=int, default=0, help="at most so many validation pictures")
+    parser.add_argument("--limit", type=int, default=0, help="at most so many pictures of each split")
     parser.add_argument("--base-model", action="append", default=[], help="for the model card")
+    parser.add_argument("--data-terms", help="for the model card: what it was trained on, and what that allows")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
 
@@ -129,15 +154,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 usage, 3 environment or weights."""
     args = parse(argv)
+    about = {"licence": args.licence, "base_model": args.base_model}
+    if args.data_terms:
+        about["data"] = args.data_terms
     comparison = assemble(
         args.members,
         [name for name in args.names.split(",") if name],
         args.data,
         args.out,
         seeds=tuple(int(s) for s in args.seeds.split(",")),
+        int8=args.int8,
         device=args.device,
         workers=args.workers,
-        about={"licence": args.licence, "base_model": tuple(args.base_model)},
+        about=about,
         limit=args.limit,
         progress=not args.quiet,
     )

@@ -37,8 +37,12 @@ KINDS = {
     "fusion": Kind(second_tower=True),
     "qtfp": Kind(),
     "vlaforge": Kind(masks=True, text=True, spares_parameters=True),
+    # Neither reads what a timm tower pools by attention.
+    "layers": Kind(spares_parameters=True),
+    "topk": Kind(spares_parameters=True),
 }
-MEMBERS = tuple(KINDS)
+# The five of the shipped bundle; `layers` and `topk` are what other entries are made of.
+MEMBERS = ("global", "face", "fusion", "qtfp", "vlaforge")
 # Of Score-CAM, unless all are asked for.
 SCORE_CAM_CHANNELS = 64
 # Table (b) of arXiv 2604.25889, in its order; the index of an op is its number there.
@@ -339,6 +343,82 @@ class StreamConfig:
     focal_alpha: float = 1.0
     fusion_hidden: int = 512
     fusion_dropout: float = 0.2
+    normalize: bool = False  # global, face: the head reads features at length one (GenD)
+
+
+@dataclass(frozen=True)
+class LayersConfig:
+    """`layers`: tokens of the last blocks, a head for each (first place of NTIRE 2026, github.com/qcf-568/DINOMAC).
+
+    last: how many blocks. deep: weight of the summed cross-entropies of all heads but the last block's, which is the one
+    that scores. hidden: width between a head's two linear layers; 0: one layer. dropout: between them.
+    """
+
+    last: int = 4
+    deep: float = 0.25
+    hidden: int = 1024
+    dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        require(self.last > 0, f"layers.last is {self.last}; it must be positive")
+        require(self.deep > 0, f"layers.deep is {self.deep}; it must be positive (one head alone is the kind global)")
+        require(self.hidden >= 0, f"layers.hidden is {self.hidden}; it cannot be negative")
+        require(0 <= self.dropout < 1, f"layers.dropout is {self.dropout}; it must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TopkConfig:
+    """`topk`: every patch has a logit, and the picture the mean of its highest ones (multiple-instance learning).
+
+    share: of the patches, rounded, at least one.
+    """
+
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(0 < self.share <= 1, f"topk.share is {self.share}; it must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class FeatureLossConfig:
+    """Weights of losses on any member's pooled features at length one, beside the member's own; 0: none.
+
+    uniformity and alignment: Wang and Isola, ICML 2020; alignment is between pictures of one class, as in GenD (WACV
+    2026). contrast: supervised contrastive (Khosla et al., NeurIPS 2020) at `temperature`. Each is of one process's
+    micro-batch.
+    """
+
+    uniformity: float = 0.0
+    alignment: float = 0.0
+    contrast: float = 0.0
+    temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("uniformity", "alignment", "contrast"):
+            value = getattr(self, name)
+            require(value >= 0, f"features.{name} is {value}; it cannot be negative")
+        require(self.temperature > 0, f"features.temperature is {self.temperature}; it must be positive")
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """How often a picture is looked at when it is scored; the logits are averaged.
+
+    sides: px; none: the view's own. The largest is cut from the picture, the others are made from it smaller. mirrored:
+    each mirrored too. Every look costs a whole forward, one of k times the side k^2 times the patches.
+    """
+
+    sides: tuple[int, ...] = ()
+    mirrored: bool = False
+
+    def __post_init__(self) -> None:
+        require(all(side > 0 for side in self.sides), f"inference.sides {self.sides}: they must be positive")
+        require(len(set(self.sides)) == len(self.sides), f"inference.sides {self.sides}: one stands twice")
+
+    @property
+    def looks(self) -> int:
+        """Forwards for one picture."""
+        return max(1, len(self.sides)) * (2 if self.mirrored else 1)
 
 
 @dataclass(frozen=True)
@@ -626,8 +706,11 @@ class SamplingConfig:
 
     balance: `none` shuffles; `balanced` forces half real, half fake in every batch; `temperature` also draws a source
         of n pictures with weight n ** -temperature.
+    paired: a fake is drawn together with a real picture of its group (the manifest's column), where there is one; pairs
+        are in one batch.
     cap, drop: per source and class, as `SOURCE/real=VALUE` or `SOURCE/fake=VALUE`: at most so many pictures; a share
         dropped at random (seeded, fixed over the run).
+    leave_out: generators whose fakes are left out of training: what a picture by a generator nobody knew would meet.
     frames: at most so many frames of one video.
     """
 
@@ -635,15 +718,20 @@ class SamplingConfig:
     temperature: float = 0.5
     cap: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
     frames: int = 8
     fully_generated: tuple[str, ...] = ()  # generators that make whole faces: their forgery mask is the face region
     on_unreadable: str = "fail"  # or `drop`: counted, reported
+    paired: bool = False
 
     def __post_init__(self) -> None:
         allowed = ("none", "balanced", "temperature")
         require(
             self.balance in allowed,
             f"sampling.balance is {self.balance!r}; allowed: {', '.join(allowed)}",
+        )
+        require(
+            not self.paired or self.balance != "none", "sampling.paired needs sampling.balance balanced or temperature"
         )
         require(
             self.on_unreadable in ("fail", "drop"),
@@ -725,7 +813,7 @@ class TrainConfig:
 class MemberConfig:
     """One member, complete.
 
-    name: its own in a bundle: letters, digits, `-` and `_`. kind: which class it is, one of MEMBERS; empty: its name.
+    name: its own in a bundle: letters, digits, `-` and `_`. kind: which class it is, one of KINDS; empty: its name.
     """
 
     name: str
@@ -743,13 +831,17 @@ class MemberConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     kind: str = ""
+    layers: LayersConfig = field(default_factory=LayersConfig)
+    topk: TopkConfig = field(default_factory=TopkConfig)
+    features: FeatureLossConfig = field(default_factory=FeatureLossConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
 
     def __post_init__(self) -> None:
         if not self.kind:
             object.__setattr__(self, "kind", self.name)
         require(
-            self.kind in MEMBERS,
-            f"member {self.name!r} has the kind {self.kind!r}; known: {', '.join(MEMBERS)}",
+            self.kind in KINDS,
+            f"member {self.name!r} has the kind {self.kind!r}; known: {', '.join(KINDS)}",
         )
         require(
             re.fullmatch(r"[A-Za-z0-9_-]+", self.name) is not None,
@@ -768,6 +860,31 @@ class MemberConfig:
             not needs.text or self.tower.kind == "clip",
             "vlaforge needs a CLIP tower with its text encoder",
         )
+        self._check_inference()
+        require(
+            not self.sampling.paired or self.train.batch % 2 == 0,
+            f"{self.name}: sampling.paired needs an even train.batch, found {self.train.batch}",
+        )
+        require(
+            self.kind != "layers" or self.layers.last <= self.tower.arch.layers,
+            f"{self.name}: layers.last is {self.layers.last}; the tower has {self.tower.arch.layers} blocks",
+        )
+
+    def _check_inference(self) -> None:
+        towers = [tower for tower in (self.tower, self.clip) if tower is not None]
+        for tower in towers if self.inference.sides else ():
+            require(tower.kind != "clip", f"{self.name}: inference.sides; {tower.name} takes pictures of one side")
+            for side in self.inference.sides:
+                patch = tower.arch.patch
+                require(side % patch == 0, f"{self.name}: inference.sides has {side}, no multiple of the patch {patch}")
+
+    @property
+    def seen(self) -> ViewConfig:
+        """What is cut from a picture that is scored: the view, or at the largest of `inference.sides`."""
+        if not self.inference.sides:
+            return self.view
+        side = max(self.inference.sides)
+        return ViewConfig(self.view.source, round(self.view.resize * side / self.view.side), side)
 
     @property
     def stores_tower(self) -> bool:
@@ -788,13 +905,18 @@ class MemberConfig:
         return self.view.source == "face" or self.augment.self_blend_p > 0 or self.needs_masks
 
 
+DISCRETE_MEANS = ("levels", "levels_rounded", "maximum", "noisy_or")
+
+
 @dataclass(frozen=True)
 class VoteConfig:
     """The vote (arXiv 2604.25889).
 
     weights: votes per member, by name. step: the grid of a level. mean: `levels` (discretized), `levels_rounded`
-    (the mean rounded to the grid again: the published entry), `probability` or `logit` (no grid).
-    threshold: fake at or above; unsure: half-width of the band around it; false_alarm: the rate the threshold holds.
+    (the mean rounded to the grid again: the published entry), `maximum` and `noisy_or` (of levels: one expert may
+    speak for all), `probability` or `logit` (no grid).
+    threshold: fake at or above; unsure: half-width of the band around it. false_alarm: the share of real pictures that
+    the threshold calls fake at most, as a mean over real sources; worst_false_alarm: the same of the worst source.
     """
 
     weights: dict[str, int]
@@ -803,9 +925,10 @@ class VoteConfig:
     threshold: float = 0.5
     unsure: float = 0.0
     false_alarm: float | None = None
+    worst_false_alarm: float | None = None
 
     def __post_init__(self) -> None:
-        allowed = ("levels", "levels_rounded", "probability", "logit")
+        allowed = (*DISCRETE_MEANS, "probability", "logit")
         require(
             self.mean in allowed,
             f"vote.mean is {self.mean!r}; allowed: {', '.join(allowed)}",
@@ -820,6 +943,11 @@ class VoteConfig:
             f"vote.weights {self.weights}: somebody must vote",
         )
         require(0 < self.step <= 1, f"vote.step is {self.step}; it must lie in (0, 1]")
+
+    @property
+    def discrete(self) -> bool:
+        """Whether members' scores become levels, so that a small change of a logit may change a vote by a step."""
+        return self.mean in DISCRETE_MEANS
 
 
 # ---------------------------------------------------------------------------------------------------- to and from JSON

@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +28,7 @@ from solution.config import VoteConfig
 from solution.errors import UsageError, door
 from solution.evaluation import report
 from solution.evaluation.conditions import degraded_conditions, limit_frames, limit_items, sweep_conditions
+from solution.evaluation.kept import Logits, Scorer, condition_logits
 from solution.evaluation.measure import (
     CLEAN,
     ENSEMBLE,
@@ -38,17 +38,13 @@ from solution.evaluation.measure import (
     Run,
     measure,
 )
-from solution.io import atomic_file, source_hash, write_atomically
+from solution.io import atomic_file, write_atomically
 from solution.models import calibration
 from solution.models.calibration import Calibrator
 from solution.scoring.vote import combine
 
-CHUNK = 512  # pictures between two steps of the progress bar
 NAME_COLUMNS = ("image", "name", "path", "file", "filename")
 SCORE_COLUMNS = ("score", "p_fake", "p", "probability", "prob")
-
-Logits = dict[str, np.ndarray]
-Scorer = Callable[..., Logits]  # (items, *, degradation, seed, progress) -> logits
 
 
 class Ensemble(Protocol):
@@ -73,22 +69,13 @@ def score_conditions(
     """A run per condition; logits come from `folder` where it has them and are put there as soon as they are known."""
     from tqdm import tqdm
 
-    pictures = Pictures.of(items)
-    fingerprint = pictures.fingerprint()
-    folder.mkdir(parents=True, exist_ok=True)
     runs = []
     total = len(items) * len(conditions)
     with tqdm(total=total, unit="picture", disable=not progress) as bar:
         for condition in conditions:
             bar.set_description(condition.name)
             key = f"{ensemble.hash}-{way}" if way else ensemble.hash
-            path = folder / _score_file(condition, key, fingerprint)
-            if path.exists():
-                logits = _read_logits(path, pictures.names)
-                bar.update(len(items))
-            else:
-                logits = _score(items, condition, scorer, bar.update)
-                _write_logits(path, pictures.names, logits)
+            logits = condition_logits(items, condition, scorer=scorer, key=key, folder=folder, done=bar.update)
             runs.append(calibrated(condition, logits, ensemble))
     return runs
 
@@ -103,70 +90,6 @@ def calibrated(condition: Condition, logits: Logits, ensemble: Ensemble) -> Run:
     p = {name: ensemble.calibrators[name].apply(x) for name, x in logits.items()}
     raw = {name: calibration.sigmoid(x) for name, x in logits.items()}
     return Run(condition, {**p, ENSEMBLE: combine(p, ensemble.vote)}, raw)
-
-
-def _score(
-    items: Sequence[Any],
-    condition: Condition,
-    scorer: Scorer,
-    done: Callable[[int], Any],
-) -> Logits:
-    """The scorer's logits, chunk by chunk, checked."""
-    parts: list[Logits] = []
-    for start in range(0, len(items), CHUNK):
-        chunk = items[start : start + CHUNK]
-        logits = scorer(
-            chunk,
-            degradation=condition.degradation,
-            seed=condition.seed,
-            progress=False,
-        )
-        for name, values in logits.items():
-            if np.shape(values) != (len(chunk),) or not np.isfinite(values).all():
-                raise EvaluationError(
-                    f"{name}, {condition.name}: expected {len(chunk)} finite logits, found "
-                    f"{int(np.isfinite(values).sum())} finite in shape {np.shape(values)}"
-                )
-        parts.append(logits)
-        done(len(chunk))
-    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-
-
-def _score_file(condition: Condition, bundle: str, fingerprint: str) -> str:
-    degradation = condition.degradation
-    key = {
-        "bundle": bundle,
-        "pictures": fingerprint,
-        "degradation": degradation and dataclasses.asdict(degradation),
-        "seed": condition.seed if degradation else None,
-        "engine": _engine_hash() if degradation else None,
-    }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    slug = "".join(c if c.isalnum() or c == "." else "-" for c in condition.name)
-    return f"{slug}-{digest[:16]}.npz"
-
-
-def _engine_hash() -> str:
-    """Of the engine's source: degraded scores that an older engine made are not taken for this one's."""
-    return source_hash("data.degradation", "data.degradation_ops")
-
-
-def _write_logits(path: Path, names: Sequence[str], logits: Logits) -> None:
-    """Whole or not at all: an interrupted write leaves no score file."""
-    arrays = {f"of {name}": values for name, values in logits.items()}
-    with atomic_file(path, binary=True) as file:
-        np.savez_compressed(file, names=np.array(names), **arrays)
-
-
-def _read_logits(path: Path, names: Sequence[str]) -> Logits:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise EvaluationError(f"{path}: not a file of scores ({error}); delete it and run again") from None
-    if tuple(arrays.pop("names", ())) != tuple(names):
-        raise EvaluationError(f"{path}: holds other pictures than its name says; delete it and run again")
-    return {name.removeprefix("of "): x for name, x in arrays.items()}
 
 
 # ------------------------------------------------------------------------------------------------ anyone's scores
@@ -323,6 +246,17 @@ def text_table(results: Mapping[str, Any]) -> str:
             f"{r['condition']}, {r['scope']}, {r['who']}: {r['n']} {r['label']} only, accuracy {r['accuracy']:.4f}, "
             f"mean score {r['mean_score']:.4f}"
         )
+    for r in results["unseen"]:
+        gain = r.get("ensemble_minus")
+        over = f", the vote {gain['value']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f}) over it" if gain else ""
+        lines.append(
+            f"{r['condition']}, unseen generators, mean over {r['sources']} sources, {r['who']}: AUC {r['auc']:.4f} "
+            f"({r['auc_low']:.4f}-{r['auc_high']:.4f}){over}"
+        )
+    for r in results["false_alarms"]:
+        lines.append(
+            f"{r['condition']}, false alarms on {r['source'] or '(no source)'}: {r['rate']:.1%} of {r['n']} reals"
+        )
     return "\n".join(lines)
 
 
@@ -349,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--by-name", action="store_true", help="join --preds by file name alone")
     add("--threshold", type=float, default=0.5, help="of --preds: fake at or above")
     add("--out", type=Path, required=True, help="folder for report, JSON and scores")
-    add("--split", help="rows of this split only, such as val")
+    add("--split", help="rows of these splits only, such as val or val,unseen")
     add("--degraded", action="store_true", help="also with every picture degraded")
     add("--robustness", action="store_true", help="also every op, JPEG and noise sweeps")
     add("--seeds", type=int, nargs="+", default=[7], help="of the degradation")
@@ -561,9 +495,13 @@ def _bundle_protocol(ensemble: Ensemble, pictures: Pictures, way: str) -> dict[s
 def read_items(manifest: Path, *, split: str | None, frames: int, out: Path) -> tuple[list[Any], str]:
     """The manifest's pictures, and what it lost. With `frames`, video files become that many PNGs under `out/frames`."""
     from solution.data.images import VIDEO_SUFFIXES
-    from solution.data.manifest import read_manifest
+    from solution.data.manifest import DropReport, read_manifest
 
-    items, dropped = read_manifest(manifest, split=split, videos=frames > 0)
+    items, dropped = [], DropReport()
+    for part in split.split(",") if split else [None]:
+        found, lost = read_manifest(manifest, split=part, videos=frames > 0)
+        items += found
+        dropped.take(lost, DropReport())
     pictures = []
     for item in items:
         if item.path.suffix.lower() in VIDEO_SUFFIXES:

@@ -1,4 +1,4 @@
-"""The presets, as data: what each member of `giant`, `compact`, `tiny` and `ntire26` is made of.
+"""The presets, as data: what each member of `giant`, `compact`, `tiny` and `ntire26` is made of, and where the others are.
 
 `preset("compact", "global")` is a `MemberConfig`; `python -m solution.train --preset compact --member global` trains it.
 """
@@ -14,11 +14,13 @@ from solution.config import (
     ClipArch,
     Dinov2Arch,
     FaceConfig,
+    LayersConfig,
     MemberConfig,
     OptimConfig,
     QtfpConfig,
     SamplingConfig,
     StreamConfig,
+    TopkConfig,
     TowerConfig,
     TrainConfig,
     ViewConfig,
@@ -26,6 +28,8 @@ from solution.config import (
     VoteConfig,
     require,
 )
+from solution.preset_dinov3 import dinov3
+from solution.preset_gend import gend
 
 # A gathering that starts distinct and far from uniform, and time to find something before RAAL pulls it to the CLS map.
 QTFP_LIVE = QtfpConfig(
@@ -47,6 +51,7 @@ def _dinov2_giant() -> TowerConfig:
         source="facebook/dinov2-giant",
         revision="611a9d42f2335e0f921f1e313ad3c1b7178d206d",
         sha256="917d3c470db999d32a312f8542149be91c7cbac61ee8fb4b67ae3d82b79ce21f",
+        licence="apache-2.0",
     )
 
 
@@ -61,6 +66,7 @@ def _clip_large(statistics: str = "clip", text: bool = True) -> TowerConfig:
         revision="18d0535469bb561bf468d76c1d73aa35156c922b",
         statistics=statistics,
         sha256="9ce2e8a8ebfff3793d7d375ad6d3c35cb9aebf3de7ace0fc7308accab7cd207e",
+        licence="mit",
     )
 
 
@@ -203,10 +209,6 @@ def _compact(member: str) -> MemberConfig:
         shared["optim"] = replace(decayed, head_lr=5e-4)
         shared["qtfp"] = replace(QTFP_LIVE, readout="each", raal_warmup=500)
         return MemberConfig("qtfp", whole, _compact_tower("qtfp"), full, **shared)
-    require(
-        member == "vlaforge",
-        f"preset compact has no member {member!r}; it has {', '.join(MEMBERS)}, semantic",
-    )
     vlaforge = VlaforgeConfig(
         width=96,
         blocks=4,
@@ -248,6 +250,11 @@ def _tiny(member: str) -> MemberConfig:
         text_layers=1 if member == "vlaforge" else 0,
         text_heads=2,
     )
+    if member in ("layers", "topk"):
+        tower = TowerConfig(f"tiny-{member}", "dinov2", dino)
+        few = LayersConfig(last=2, hidden=8)
+        base = _tiny("global")
+        return replace(base, name=member, kind=member, tower=tower, layers=few, topk=TopkConfig(share=0.25))
     config = _compact(member)
     own = config.tower.name.removeprefix("s14-")  # the same towers are shared as in compact
     tower = TowerConfig(f"tiny-{own}", "dinov2", dino)
@@ -295,10 +302,6 @@ def _tiny(member: str) -> MemberConfig:
 
 def _ntire26(member: str) -> MemberConfig:
     """The published entry: `giant`'s three streams, with ImageNet statistics into CLIP as its weights were trained."""
-    require(
-        member in ("global", "face", "fusion"),
-        f"the published entry has no member {member!r}",
-    )
     config = _giant(member)
     if config.clip is not None:
         config = replace(
@@ -308,15 +311,30 @@ def _ntire26(member: str) -> MemberConfig:
     return config
 
 
-PRESETS = {"giant": _giant, "compact": _compact, "tiny": _tiny, "ntire26": _ntire26}
+PRESETS = {
+    "giant": _giant,
+    "compact": _compact,
+    "tiny": _tiny,
+    "ntire26": _ntire26,
+    "dinov3": dinov3,
+    "gend": gend,
+}
+PRESET_MEMBERS = {
+    "giant": MEMBERS,
+    "compact": (*MEMBERS, "semantic"),
+    "tiny": (*MEMBERS, "semantic", "layers", "topk"),
+    "ntire26": ("global", "face", "fusion"),
+    "dinov3": ("dinov3",),
+    "gend": ("gend",),
+}
 # Where its authors published its weights.
 NTIRE26_REPOSITORY = "hf:lpmkhoa/hcmusaqua-ntire26-weights"
 NTIRE26_VOTE = VoteConfig({"global": 2, "face": 1, "fusion": 2}, mean="levels_rounded")
 
 
 def preset(name: str, member: str) -> MemberConfig:
-    """The configuration of `member` in the preset `name` (`giant`, `compact`, `ntire26`)."""
+    """The configuration of `member` in the preset `name`, of those in `PRESETS` and `PRESET_MEMBERS`."""
     require(name in PRESETS, f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
-    known = (*MEMBERS, "semantic") if name in ("compact", "tiny") else MEMBERS
-    require(member in known, f"member {member!r} is unknown; {name} has {', '.join(known)}")
+    known = PRESET_MEMBERS[name]
+    require(member in known, f"member {member!r} is unknown; the preset {name} has {', '.join(known)}")
     return PRESETS[name](member)

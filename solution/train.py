@@ -1,6 +1,6 @@
 """Entry: train one member.
 
-`python -m solution.train --member NAME --preset giant|compact --data MANIFEST --out DIR`. Leaves in DIR/NAME: the best
+`python -m solution.train --member NAME --preset compact --data MANIFEST --out DIR`. Leaves in DIR/NAME: the best
 weights (`config.json`, `model.safetensors`; a tower trained whole in DIR/towers) and what they make of the validation
 pictures (`validation.csv`: logits), `checkpoint.pt` to go on from, `metrics.jsonl`, and the rows that were left out of
 training or validation with their reasons (`dropped.csv`). The same command goes on where it stopped, bit for bit on CPU.
@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from solution.config import MEMBERS, override
+from solution.config import override
 from solution.errors import INTERRUPTED, door, tell
-from solution.presets import PRESETS, preset
+from solution.presets import PRESET_MEMBERS, PRESETS, preset
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -28,7 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--member",
         required=True,
-        help=f"a member of the preset: {', '.join(MEMBERS)}; compact has `semantic` too, the tower of two of them",
+        help="; ".join(f"{name}: {', '.join(who)}" for name, who in PRESET_MEMBERS.items()),
     )
     add("--preset", default="compact", choices=list(PRESETS))
     add("--data", required=True, type=Path, help="manifest: CSV, DeepfakeBench JSON, or folder")

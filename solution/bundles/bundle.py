@@ -5,16 +5,18 @@
     BUNDLE/MEMBER/model.safetensors     what the member trained, under stable keys
     BUNDLE/towers/NAME.safetensors      towers trained by us; public ones are named by repository and commit instead
     BUNDLE/golden.json                  the logits that seeded pictures must give (the self-test)
+    BUNDLE/claims.json                  mechanisms that the card claims, for `solution.studies.mechanisms`; may be absent
 
 Reads and writes such folders and loads their members. Where a folder comes from is the business of `weights.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,10 +26,13 @@ from safetensors import SafetensorError, safe_open
 from solution.bundles import hub
 from solution.bundles.members import (
     FORMAT,
+    SCALE,
     fill_tower,
     load_member,
+    pack_tower,
     read_config,
     tower_configs,
+    unpack_rows,
 )
 from solution.config import (
     ConfigError,
@@ -44,7 +49,7 @@ from solution.models.member import Member
 from solution.models.towers import WeightsError, is_text, to_stable
 
 LABEL_ORDER = ("real", "fake")
-MANIFEST, GOLDEN = "ensemble.json", "golden.json"
+MANIFEST, GOLDEN, CLAIMS = "ensemble.json", "golden.json", "claims.json"
 _MEMBER_FILES = ("config.json", "model.safetensors")
 _FIELDS = ("format", "name", "label_order", "members", "vote", "calibrators", "towers")
 _FIELDS += ("files", "report", "licence", "data", "base_model", "datasets")
@@ -52,7 +57,8 @@ _FIELDS += ("files", "report", "licence", "data", "base_model", "datasets")
 
 # ------------------------------------------------------------------------------------------------ towers
 class StableFile(Mapping[str, torch.Tensor]):
-    """A tower's .safetensors as a mapping from stable key to CPU tensor, in any layout of `KEY_TABLE` or our own.
+    """A tower's .safetensors as a mapping from stable key to CPU tensor, in any layout of `KEY_TABLE` or our own, packed
+    (`members.pack_tower`) or not.
 
     Tensors are read when asked for and belong to the asker alone, so a pass over a file of gigabytes needs the memory
     of one tensor.
@@ -71,7 +77,10 @@ class StableFile(Mapping[str, torch.Tensor]):
             raise WeightsError(f"{path}: damaged ({error}); fetch it again") from error
         self.layout = _layout(path, shapes)
         self._source: dict[str, str] = {}  # stable key -> key in the file
+        self._packed = {key.removesuffix(SCALE) for key in shapes if key.endswith(SCALE)}
         for key, shape in shapes.items():
+            if key.endswith(SCALE):
+                continue
             for name in self._split(key, torch.empty(shape, device="meta")):
                 if not (image_only and is_text(name)):
                     self._source[name] = key
@@ -86,7 +95,12 @@ class StableFile(Mapping[str, torch.Tensor]):
         # Opened anew each time: pages of a mapped file count as memory for as long as the mapping lives.
         key = self._source[name]
         with safe_open(self.path, framework="pt") as file:
-            return self._split(key, file.get_tensor(key))[name]
+            tensor = file.get_tensor(key)
+            if key in self._packed:
+                tensor = unpack_rows(tensor, file.get_tensor(key + SCALE))
+            elif not tensor.is_floating_point():
+                raise WeightsError(f"{self.path}: {key} is {tensor.dtype} without {key + SCALE}; fetch the file again")
+            return self._split(key, tensor)[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._source)
@@ -241,7 +255,7 @@ class Bundle:
     hash: SHA-256 of ensemble.json, which holds those of all other files.
     towers: every tower its members need, by name.
     files: path inside the bundle -> SHA-256.
-    report, licence, data, base_model: see `About`; datasets: names on the Hub.
+    report, licence, data, base_model, datasets: for the reader and the model card, see `write_bundle`.
     offline: True for a local folder: loading its members uses no network either.
     """
 
@@ -370,41 +384,30 @@ def check_files(folder: Path, files: dict[str, str], *, hashes: bool = True) -> 
             hub.check_sha256(path, expected)
 
 
-@dataclass(frozen=True)
-class About:
-    """What a reader should know of a bundle, in its manifest and on its model card.
-
-    licence: an identifier of the Hub's list (`apache-2.0`, `other`). data: what it was trained on and what that allows, in
-    words. base_model: names on the Hub. report: figures of the ensemble, by name.
-    """
-
-    licence: str = ""
-    data: str = ""
-    base_model: tuple[str, ...] = ()
-    report: Mapping[str, Any] = field(default_factory=dict)
-
-
 def write_bundle(
     folder: Path,
     members: Sequence[str],
     vote: VoteConfig,
     calibrators: Mapping[str, Calibrator],
     *,
-    source: Path | None = None,
     name: str = "",
-    about: About | None = None,
+    report: dict[str, Any] | None = None,
+    licence: str = "",
+    data: str = "",
+    base_model: Sequence[str] = (),
+    datasets: Sequence[str] = (),
 ) -> Bundle:
     """Make `folder` a bundle of the named members; ensemble.json is written last and atomically.
 
-    members: names of the members' folders (of `members.save_member`) in `folder`, or in `source`, from where they and
-        the towers trained with them are copied. A member without a calibrator gets the identity.
+    members: names of the members' folders (of `members.save_member`) in `folder`; see `collect`. A member without a
+        calibrator gets the identity.
+    report: figures of the ensemble, by name. licence: an identifier of the Hub's list (`apache-2.0`, `other`). data:
+        what it was trained on and what that allows, in words. base_model, datasets: their names on the Hub.
 
     Raises:
         WeightsError: a member or tower that is not there or cannot be read, a vote for an absent member.
     """
-    folder, about = Path(folder), about or About()
-    if source is not None and source.resolve() != folder.resolve():
-        _collect(source, folder, members)
+    folder = Path(folder)
     configs = {member: read_config(folder / member) for member in members}
     for member, config in configs.items():
         if config.name != member:
@@ -417,8 +420,7 @@ def write_bundle(
     }
     files = [f"{member}/{file}" for member in members for file in _MEMBER_FILES]
     files += [entry["file"] for entry in towers.values() if "file" in entry]
-    if (folder / GOLDEN).is_file():
-        files.append(GOLDEN)
+    files += [name for name in (GOLDEN, CLAIMS) if (folder / name).is_file()]
     calibrators = {m: calibrators.get(m, Calibrator()) for m in members}
     _check_names(str(folder), configs, vote, calibrators)
     check_files(folder, dict.fromkeys(files, ""), hashes=False)
@@ -431,19 +433,24 @@ def write_bundle(
         "calibrators": {m: calibration.to_dict(c) for m, c in calibrators.items()},
         "towers": towers,
         "files": {file: hub.sha256(folder / file) for file in dict.fromkeys(files)},
-        "report": dict(about.report),
-        "licence": about.licence,
-        "data": about.data,
-        "base_model": list(about.base_model),
-        # For whoever publishes the bundle to fill in: names on the Hub.
-        "datasets": [],
+        "report": report or {},
+        "licence": licence,
+        "data": data,
+        "base_model": list(base_model),
+        "datasets": list(datasets),
     }
     write_atomically(folder / MANIFEST, json.dumps(record, indent=1) + "\n")
     return read_bundle(folder, verify=False)
 
 
-def _collect(source: Path, folder: Path, members: Sequence[str]) -> None:
-    """Copy the members and the towers that travel with them; a self-test of other weights goes."""
+def collect(source: Path, folder: Path, members: Sequence[str], *, int8: bool = False) -> None:
+    """Copy the members that `solution.train` left in `source`, and the towers that travel with them, to `folder`.
+
+    int8: the towers' matrices as int8 with a scale a row (`members.pack_tower`). A self-test of other weights goes.
+
+    Raises:
+        WeightsError: a file that is not there.
+    """
     configs = [read_config(source / member) for member in members]
     files = [f"{member}/{file}" for member in members for file in _MEMBER_FILES]
     files += [
@@ -454,6 +461,8 @@ def _collect(source: Path, folder: Path, members: Sequence[str]) -> None:
             raise WeightsError(f"{source / file}: missing; train that member first")
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / file, folder / file)
+        if int8 and file.startswith("towers/"):
+            pack_tower(folder / file)
     (folder / GOLDEN).unlink(missing_ok=True)
 
 
@@ -517,6 +526,19 @@ def load_members(
             for parameter in member.parameters():
                 parameter.data = parameter.data.to(dtype)
     return members
+
+
+def member_hash(bundle: Bundle, name: str) -> str:
+    """What a member's logits depend on: SHA-256 over its files and those of its towers, or the commits of public ones."""
+    config, digest = bundle.configs[name], hashlib.sha256()
+    towers = {tower.name: tower for tower in (config.tower, config.clip) if tower is not None}
+    for path in (
+        *(f"{name}/{file}" for file in _MEMBER_FILES),
+        *(f"towers/{t.stored_name}.safetensors" for t in towers.values()),
+    ):
+        digest.update(f"{path} {bundle.files.get(path, '')}\n".encode())
+    digest.update(json.dumps([to_dict(tower) for tower in towers.values()]).encode())
+    return digest.hexdigest()
 
 
 def _own_file(bundle: Bundle, config: TowerConfig) -> str | None:

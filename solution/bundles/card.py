@@ -23,6 +23,20 @@ def _seen(config: MemberConfig) -> str:
     return "small face" if small else config.view.source
 
 
+def _looks(config: MemberConfig) -> str:
+    """The side of a member's view, or of all its looks: `224 px`, `384+656 px x4` (four forwards)."""
+    sides = "+".join(str(side) for side in config.inference.sides or (config.view.side,))
+    looks = config.inference.looks
+    return f"{sides} px" + (f" x{looks}" if looks > 1 else "")
+
+
+def licences(bundle: Bundle) -> dict[str, str]:
+    """Tower -> the licence of its weights, which binds whoever uses the bundle; a tower of ours: the bundle's own, and
+    that of what it was trained from where the configuration says it."""
+    ours = bundle.licence or "not stated"
+    return {name: tower.licence or (ours if tower.travels else "not stated") for name, tower in bundle.towers.items()}
+
+
 def member_rows(bundle: Bundle) -> list[dict[str, Any]]:
     """Per member what `show` and the card tell: tower, adapter, trained parameters, bytes, calibration, votes, SHA-256."""
     rows = []
@@ -34,7 +48,7 @@ def member_rows(bundle: Bundle) -> list[dict[str, Any]]:
         rows.append(
             {
                 "member": name,
-                "view": f"{_seen(config)} {config.view.side} px",
+                "view": f"{_seen(config)} {_looks(config)}",
                 "tower": " + ".join(tower.name for tower in towers),
                 "adapter": config.adapter.kind,
                 "trained": sum(_count(bundle.folder / path) for path in paths),
@@ -57,6 +71,7 @@ def _count(path: Path) -> int:
 def show(bundle: Bundle) -> str:
     """The bundle as a table for a terminal."""
     head = f"{'member':9} {'view':17} {'tower':44} {'adapter':8} {'stored':>12} {'MB':>7} {'calibration':12} {'votes':>5}  sha256"
+    terms = licences(bundle)
     lines = [f"{bundle.name}  {bundle.folder}  sha256 {bundle.hash}", head]
     for row in member_rows(bundle):
         lines.append(
@@ -68,7 +83,8 @@ def show(bundle: Bundle) -> str:
         place = f"{tower.source}@{tower.revision}" if tower.public else path
         digest = tower.sha256 if tower.public else bundle.files[path]
         lines.append(
-            f"tower {tower.name}: {place.rstrip('@')} ({tower.statistics} statistics) sha256 {digest[:12] or '-'}"
+            f"tower {tower.name}: {place.rstrip('@')} ({tower.statistics} statistics) sha256 {digest[:12] or '-'}; "
+            f"licence {terms[tower.name]}"
         )
     vote = bundle.vote
     lines.append(
@@ -135,6 +151,7 @@ def _card_text(bundle: Bundle, repository: str, rows: list[dict[str, Any]]) -> s
         f"{r['calibration']} | {r['votes']} |"
         for r in member_rows(bundle)
     )
+    terms = "\n".join(f"- `{name}`: {licence}" for name, licence in licences(bundle).items())
     engine = next(iter(bundle.configs.values())).degradation
     figures = "Not measured with this upload."
     if rows:
@@ -175,4 +192,7 @@ with fixed seeds.
 
 ## Data and licence
 {bundle.data or "Not stated."}
+
+Licences of the towers' weights, which bind whoever uses these members:
+{terms}
 """

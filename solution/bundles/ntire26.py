@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from solution import presets
 from solution.bundles import hub
 from solution.bundles.bundle import (
-    About,
     Bundle,
     StableFile,
     read_geometry,
@@ -335,12 +334,10 @@ def import_ntire26(
         NTIRE26_VOTE,
         {},
         name="ntire26",
-        about=About(
-            "other",
-            "The weights of the NTIRE 2026 fourth-place entry (arXiv 2604.25889), imported from "
-            f"{NTIRE26_REPOSITORY.removeprefix('hf:')}: trained by its authors on fourteen public deepfake sets, several of them "
-            "for research only. Their licence applies, and DINOv2's (Apache-2.0) and CLIP's (MIT) to the towers.",
-        ),
+        licence="other",
+        data="The weights of the NTIRE 2026 fourth-place entry (arXiv 2604.25889), imported from "
+        f"{NTIRE26_REPOSITORY.removeprefix('hf:')}: trained by its authors on fourteen public deepfake sets, several of them "
+        "for research only. Their licence applies, and DINOv2's (Apache-2.0) and CLIP's (MIT) to the towers.",
     )
 
 

@@ -54,15 +54,15 @@ def golden_logits(members: Mapping[str, Member]) -> dict[str, list[float]]:
     logits = {}
     for name, member in members.items():
         device = next(member.parameters()).device
-        pictures = golden_pictures(member.config.view.side).to(device).split(1)
+        pictures = golden_pictures(member.config.seen.side).to(device).split(1)
         # one by one: the activations of all would come on top of a giant member's towers
-        logits[name] = [member(picture).logit.double().item() for picture in pictures]
+        logits[name] = [member.judge(picture).double().item() for picture in pictures]
     return logits
 
 
 def make_golden(members: Mapping[str, Member]) -> dict[str, Any]:
     """The content of golden.json: the pictures' SHA-256 by side, and every member's logits on them."""
-    sides = sorted({member.config.view.side for member in members.values()})
+    sides = sorted({member.config.seen.side for member in members.values()})
     return {
         "format": FORMAT,
         "pictures": {str(side): _picture_hash(side) for side in sides},

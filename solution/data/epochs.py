@@ -34,15 +34,17 @@ def plan_epoch(
     seed: int,
     epoch: int,
     batches: int = 0,
+    groups: Sequence[str] = (),
 ) -> list[list[Sample]]:
     """The batches of one epoch, over all ranks: a pure function of its arguments.
 
     labels: (N,) 0/1. `batch` samples each; an epoch draws N samples, the remainder is left out, or as many as `batches`
     take, in whole shuffled passes over the data. With `balanced` or `temperature`, every batch is half real, half fake.
-    A fake slot becomes a self-blended real with `blend_p`.
+    A fake slot becomes a self-blended real with `blend_p`. groups: N names (`sampling.paired`): a real slot then takes a
+    picture of the group of the fake beside it, where the group has one.
 
     Raises:
-        ConfigError: a class is missing that the balance needs.
+        ConfigError: a class is missing that the balance needs, or no group has both.
     """
     rng = np.random.default_rng([seed, epoch, 202])
     real, fake = np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)
@@ -56,6 +58,8 @@ def plan_epoch(
             )
         half = -(-total // 2) if batches else total // 2
         draws = [_draw(group, half, sources, sampling, rng) for group in (real, fake)]
+        if sampling.paired:
+            draws[0] = _partners(draws[1], draws[0], real, groups, rng)
         # real, fake, real, fake: every even batch is half and half
         order = np.stack(draws, axis=1).reshape(-1)[:total]
     blend = (labels[order] == 1) & (rng.random(len(order)) < blend_p)
@@ -82,6 +86,27 @@ def _draw(
     # A source of n pictures is drawn with weight n * n ** -temperature; each of its pictures with n ** -temperature.
     weights = np.array([sizes[n] ** -sampling.temperature for n in names])
     return rng.choice(group, count, p=weights / weights.sum())
+
+
+def _partners(
+    fakes: np.ndarray, reals: np.ndarray, real: np.ndarray, groups: Sequence[str], rng: np.random.Generator
+) -> np.ndarray:
+    """For each drawn fake a real picture of its group, drawn anew; where it has none, the one drawn before (`reals`)."""
+    by_group: dict[str, list[int]] = {}
+    for index in real:
+        if groups[index]:
+            by_group.setdefault(groups[index], []).append(index)
+    if not any(groups[index] in by_group for index in fakes):
+        raise ConfigError(
+            "sampling.paired: no drawn fake has a real picture of its group; name each fake's source video in the manifest's "
+            "column `group`, or set sampling.paired=false"
+        )
+    return np.array(
+        [
+            rng.choice(by_group[groups[fake]]) if groups[fake] in by_group else drawn
+            for fake, drawn in zip(fakes, reals, strict=True)
+        ]
+    )
 
 
 def _passes(group: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

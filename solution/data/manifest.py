@@ -69,9 +69,11 @@ class DropReport:
         self.dropped.append((name, reason))
 
     def take(self, other: DropReport, *told: DropReport) -> None:
-        """Add the rows of `other` that are neither here nor in `told`: what a folder hides is found at every reading."""
+        """Add what `other` has and neither this nor `told`: what a folder hides is found at every reading."""
         known = {row for report in (self, *told) for row in report.dropped}
         self.dropped += [row for row in other.dropped if row not in known]
+        notes = {note for report in (self, *told) for note in report.notes}
+        self.notes += [note for note in other.notes if note not in notes]
 
     def summary(self) -> str:
         """The notes, and one line a reason, with its count and an example."""
@@ -537,9 +539,21 @@ def _mask_beside(frame: Path) -> str:
 
 
 def select(items: Sequence[Item], sampling: SamplingConfig, seed: int) -> tuple[list[Item], DropReport]:
-    """`items` after the frame cap per video and the per-source caps and drop rates, a fixed draw of `seed`."""
+    """`items` less the generators to leave out, after the frame cap per video and the per-source caps and drop rates,
+    a fixed draw of `seed`.
+
+    Raises:
+        ConfigError: a cap or rate of a source, or a generator, that no picture has.
+    """
     rng = np.random.default_rng([seed, 101])
     report, kept = DropReport(), []
+    made_by = {item.generator for item in items if item.label}
+    if unknown := set(sampling.leave_out) - made_by:
+        raise ConfigError(f"sampling.leave_out names {sorted(unknown)}; the manifest has {sorted(made_by)}")
+    for item in items:
+        if item.label and item.generator in sampling.leave_out:
+            report.add(item.name, f"generator {item.generator} is left out")
+    items = [item for item in items if not (item.label and item.generator in sampling.leave_out)]
     videos: dict[tuple[str, int, str], list[Item]] = defaultdict(list)
     for item in items:
         if item.video:

@@ -41,8 +41,8 @@ class View(NamedTuple):
 
     @classmethod
     def of(cls, config: MemberConfig) -> View:
-        """The view of a member."""
-        return cls(config.view, config.face if config.view.source == "face" else None)
+        """The view of a member that scores."""
+        return cls(config.seen, config.face if config.view.source == "face" else None)
 
 
 # ------------------------------------------------------------------------------------------------ decode, degrade

@@ -98,7 +98,7 @@ class Probe(NamedTuple):
 
 def probe(member: Member, batch: int) -> Probe:
     """Measured on `batch` grey views, after one batch to warm up."""
-    device, side = member.tower.mean.device, member.config.view.side
+    device, side = member.tower.mean.device, member.config.seen.side
     views = torch.full((batch, 3, side, side), 128, dtype=torch.uint8, device=device)
     sight = look(member, views)
     sight.logit.cpu()  # waits for a GPU

@@ -45,13 +45,17 @@ CLEAN = Condition("clean", "clean", "as they are")
 
 @dataclass(frozen=True)
 class Pictures:
-    """What is known of the N pictures. `labels` (N,) int; every other field has one entry per picture."""
+    """What is known of the N pictures. `labels` (N,) int; every other field has one entry per picture.
+
+    splits: of the manifest, where `unseen` are pictures by generators that nothing was trained on; may be empty.
+    """
 
     names: tuple[str, ...]
     paths: tuple[str, ...]
     labels: np.ndarray
     sources: tuple[str, ...]
     videos: tuple[str, ...]
+    splits: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, items: Sequence[Any]) -> Pictures:
@@ -62,7 +66,13 @@ class Pictures:
             np.array([item.label for item in items], dtype=np.int64),
             tuple(item.source for item in items),
             tuple(item.video for item in items),
+            tuple(item.split for item in items),
         )
+
+    @property
+    def unseen(self) -> np.ndarray:
+        """(N,) bool: by generators that nothing was trained on."""
+        return np.array([split == "unseen" for split in self.splits or [""] * len(self.names)], dtype=bool)
 
     def fingerprint(self) -> str:
         """SHA-256 of names, labels, sources, videos and file sizes."""
@@ -120,6 +130,8 @@ def measure(
         "protocol": dict(protocol),
         "rows": [row for row in told if "auc" in row],
         "single_class": [row for row in told if "auc" not in row],
+        "unseen": _unseen(pictures, headline, seed, draws),
+        "false_alarms": _false_alarms(pictures, headline, thresholds),
         "comparisons": _comparisons(pictures, headline, seed, draws),
         "calibration": _calibration(pictures, headline),
         "robustness": _robustness(pictures, runs, clean, **options, seed=seed, draws=draws),
@@ -135,6 +147,8 @@ def _scopes(pictures: Pictures, pools: Mapping[str, Sequence[str]]) -> dict[str,
     known = sorted(set(pictures.sources))
     if len(known) > 1:
         scopes |= {source or "(no source)": sources == source for source in known}
+    if 0 < pictures.unseen.sum() < len(sources):
+        scopes |= {"seen generators": ~pictures.unseen, "unseen generators": pictures.unseen}
     for name, members in pools.items():
         unknown = sorted(set(members) - set(known))
         if unknown:
@@ -202,6 +216,48 @@ def _protocol_text(found: Mapping[str, Any], runs: Sequence[Run], protocol: Mapp
         seeds = [run.condition.seed for run in runs]
         text += f", {'mean of seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
     return f"{text}; {protocol['origin']}"
+
+
+def _unseen(pictures: Pictures, headline: Mapping[str, Sequence[Run]], seed: int, draws: int) -> list[dict[str, Any]]:
+    """On unseen generators, the mean AUC over the sources that have both classes, of each scorer, and what the vote has
+    over it; intervals by bootstrap over the pictures of each source."""
+    rows = np.flatnonzero(pictures.unseen)
+    labels, sources = pictures.labels[rows], np.array(pictures.sources)[rows]
+    if not 0 < labels.sum() < len(labels):
+        return []
+    parts = metrics.parts_by_source(labels, sources)
+    found = []
+    for condition, runs in headline.items():
+        who = list(runs[0].p)
+        scores = np.concatenate([np.stack([run.p[name][rows] for run in runs]) for name in who])  # (who S, n)
+        values, drawn = metrics.mean_auc_draws(labels, scores, parts, seed=seed, draws=draws)
+        values, drawn = values.reshape(len(who), -1).mean(1), drawn.reshape(len(who), len(runs), -1).mean(1)
+        for index, name in enumerate(who):
+            low, high = np.quantile(drawn[index], [0.025, 0.975])
+            row = {"who": name, "condition": condition, "sources": len(parts), "n": len(rows)}
+            row |= {"auc": float(values[index]), "auc_low": float(low), "auc_high": float(high)}
+            if ENSEMBLE in who and name != ENSEMBLE:
+                more = who.index(ENSEMBLE)
+                low, high = np.quantile(drawn[more] - drawn[index], [0.025, 0.975])
+                gain = {"value": float(values[more] - values[index]), "low": float(low), "high": float(high)}
+                row["ensemble_minus"] = gain
+            found.append(row)
+    return found
+
+
+def _false_alarms(
+    pictures: Pictures, headline: Mapping[str, Sequence[Run]], thresholds: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Which share of each source's real pictures the vote calls fake, the worst first."""
+    sources, found = np.array(pictures.sources), []
+    for condition, runs in headline.items():
+        if ENSEMBLE not in runs[0].p:
+            continue
+        for source in np.unique(sources[pictures.labels == 0]):
+            rows = (sources == source) & (pictures.labels == 0)
+            rate = float(np.mean([run.p[ENSEMBLE][rows] >= thresholds[ENSEMBLE] for run in runs]))
+            found.append({"condition": condition, "source": str(source), "n": int(rows.sum()), "rate": rate})
+    return sorted(found, key=lambda row: (row["condition"], -row["rate"]))
 
 
 def _comparisons(

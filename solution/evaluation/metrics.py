@@ -105,20 +105,52 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(_auc_from_counts(real[None], fake[None])[0])
 
 
-def auc_by_source(labels: np.ndarray, scores: np.ndarray, sources: np.ndarray) -> float:
-    """The mean AUC over the sources that have both classes; the others are pooled into one source more.
+def auc_of_steps(labels: np.ndarray, steps: np.ndarray) -> float:
+    """`auc` of scores that are whole numbers from 0 on, (N,) int64, unchecked: for searches over thousands of votes."""
+    kinds = int(steps.max()) + 1
+    fake = np.bincount(steps, weights=labels, minlength=kinds)
+    real = np.bincount(steps, minlength=kinds) - fake
+    return float(_auc_from_counts(real[None], fake[None])[0])
 
-    Raises:
-        ValueError: as `auc`; also when the pictures of the sources with one class are all there is, of one class.
+
+def parts_by_source(labels: np.ndarray, sources: np.ndarray) -> list[np.ndarray]:
+    """(N,) bool masks: each source that has both classes, and the pictures of all others together.
+
+    The rest is left out where it has one class only and there are other parts.
     """
-    labels, scores = _checked(labels, scores)
-    sources = np.asarray(sources)
+    labels, sources = np.asarray(labels), np.asarray(sources)
     both = [s for s in np.unique(sources) if len(set(labels[sources == s])) == 2]
     parts = [sources == s for s in both]
     rest = ~np.isin(sources, both)
     if len(set(labels[rest])) == 2 or not parts:
         parts.append(rest)
-    return float(np.mean([auc(labels[part], scores[part]) for part in parts]))
+    return parts
+
+
+def auc_by_source(labels: np.ndarray, scores: np.ndarray, sources: np.ndarray) -> float:
+    """The mean AUC over `parts_by_source`.
+
+    Raises:
+        ValueError: as `auc`; also when the pictures of the sources with one class are all there is, of one class.
+    """
+    labels, scores = _checked(labels, scores)
+    return float(np.mean([auc(labels[part], scores[part]) for part in parts_by_source(labels, sources)]))
+
+
+def mean_auc_draws(
+    labels: np.ndarray, runs: np.ndarray, parts: Sequence[np.ndarray], *, seed: int, draws: int = 1000
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mean AUC over `parts` (masks or rows) of each of `runs` (S, N): values (S,), and (S, draws) bootstrap draws.
+
+    Every part is resampled for itself, within each class; all runs over the same resamples, so that differences of
+    draws are those of a paired test.
+    """
+    values, drawn = np.zeros(len(runs)), np.zeros((len(runs), draws))
+    for number, part in enumerate(parts):
+        of_part, scores = _checked_runs(labels[part], runs[:, part])
+        values += [auc(of_part, run) for run in scores]
+        drawn += _bootstrap_aucs(of_part, scores, seed + number, draws)
+    return values / len(parts), drawn / len(parts)
 
 
 def auc_interval(

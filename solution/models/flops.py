@@ -8,13 +8,27 @@ in a hundred. No library's counter is asked: what those count changes from relea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
-from solution.config import ClipArch, Dinov2Arch, MemberConfig, TimmArch, TowerConfig
+from solution.config import ClipArch, Dinov2Arch, InferenceConfig, MemberConfig, TimmArch, TowerConfig
+
+
+def scoring_flops(config: MemberConfig, *, adapters: bool = False) -> int:
+    """FLOP of one picture that is scored: a forward for each of `config.inference`'s looks. adapters: see `member_flops`."""
+    mirrored = 2 if config.inference.mirrored else 1
+    sides = config.inference.sides or (config.view.side,)
+    return mirrored * sum(member_flops(at_side(config, side), adapters=adapters) for side in sides)
+
+
+def at_side(config: MemberConfig, side: int) -> MemberConfig:
+    """The member whose view is of `side` px, looked at once."""
+    view = replace(config.view, side=side, resize=max(side, config.view.resize))
+    return replace(config, view=view, inference=InferenceConfig())
 
 
 def member_flops(config: MemberConfig, *, adapters: bool = True) -> int:
-    """FLOP of one picture through the member `config`.
+    """FLOP of one picture through the member `config`, one forward at the view's side.
 
     adapters: whether LoRA or Effort is computed beside its projection, as in training; False where it is merged.
     """
@@ -37,12 +51,31 @@ def _qtfp(config: MemberConfig, beside: int) -> int:
     """Products of a tower and of the queries over its patches; a stream where the class token is pooled."""
     if config.qtfp.pool != "queries":
         return _stream(config, beside)
-    patches = _tokens(config.tower, config.view.side) - config.tower.arch.prefix
-    return _own_tower(config, beside) + _queries(config, patches)
+    return _own_tower(config, beside) + _queries(config, _patches(config))
+
+
+def _layerwise(config: MemberConfig, beside: int) -> int:
+    """Products of a tower and of a head on each of its last layers."""
+    return _own_tower(config, beside) + config.layers.last * _head_of_layer(config)
+
+
+def _topk(config: MemberConfig, beside: int) -> int:
+    """Products of a tower and of one score a patch."""
+    return _own_tower(config, beside) + _patches(config) * config.tower.arch.width
+
+
+def _patches(config: MemberConfig) -> int:
+    return _tokens(config.tower, config.view.side) - config.tower.arch.prefix
 
 
 def _own_tower(config: MemberConfig, beside: int) -> int:
     return _tower(config.tower, _tokens(config.tower, config.view.side), beside)
+
+
+def _head_of_layer(config: MemberConfig) -> int:
+    """Products of one head of `layers`."""
+    read, hidden = (config.tower.arch.prefix + 1) * config.tower.arch.width, config.layers.hidden
+    return _layers(read, hidden, 2) if hidden else _layers(read, 2)
 
 
 def _queries(config: MemberConfig, patches: int) -> int:
@@ -179,4 +212,12 @@ def _convolutions(channels: Sequence[int], kernels: Sequence[int]) -> int:
 
 
 # By kind in `config.KINDS`: (config, products that the adapter adds to a token in a block) -> products of a picture.
-_PRODUCTS = {"global": _stream, "face": _stream, "fusion": _fusion, "qtfp": _qtfp, "vlaforge": _vlaforge}
+_PRODUCTS = {
+    "global": _stream,
+    "face": _stream,
+    "fusion": _fusion,
+    "qtfp": _qtfp,
+    "vlaforge": _vlaforge,
+    "layers": _layerwise,
+    "topk": _topk,
+}

@@ -6,9 +6,11 @@ Takes pictures (B, 3, H, W), uint8 or float in [0, 1]; returns `MemberOutput` wi
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from solution.config import MemberConfig
+from solution.models.feature_losses import feature_losses
 from solution.models.towers import Tower, adapter_state, is_norm, tower_state
 from solution.records import Batch, MemberOutput
 
@@ -37,6 +39,30 @@ class Member(nn.Module):
     def loss(self, output: MemberOutput, batch: Batch) -> tuple[torch.Tensor, dict[str, float | str]]:
         """The scalar training loss, and its parts for the log: numbers, or a word on what was skipped."""
         raise NotImplementedError
+
+    def training_loss(self, output: MemberOutput, batch: Batch) -> tuple[torch.Tensor, dict[str, float | str]]:
+        """`loss`, and the losses on features that the configuration asks for, with their parts for the log."""
+        loss, parts = self.loss(output, batch)
+        extra, more = feature_losses(self.config.features, output.features, batch.labels)
+        return loss if extra is None else loss + extra, parts | more
+
+    def judge(self, images: torch.Tensor) -> torch.Tensor:
+        """The logit (B,) of pictures (B, 3, S, S), S the side of `config.seen`: of one look, or the mean of several.
+
+        Several sides and mirrored views are those of `config.inference`; each costs a forward.
+        """
+        options = self.config.inference
+        if options.looks == 1:
+            return self(images).logit
+        if images.dtype == torch.uint8:
+            images = images.to(self.tower.mean.dtype) / 255
+        logits = []
+        for side in options.sides or (images.shape[-1],):
+            seen = images
+            if side != images.shape[-1]:
+                seen = F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
+            logits += [self(view).logit for view in ((seen, seen.flip(-1)) if options.mirrored else (seen,))]
+        return torch.stack(logits).mean(dim=0)
 
     def after_step(self, output: MemberOutput, batch: Batch) -> dict[str, float]:
         """Called after every optimizer step's last forward, without gradients; numbers for the log (none here)."""

@@ -42,7 +42,10 @@ def as_two_class(logit: torch.Tensor) -> torch.Tensor:
 
 
 class Stream(Member):
-    """`global` and `face`: DINOv2 with LoRA, pooled CLS after the final LayerNorm, Linear D -> 2."""
+    """`global` and `face`: DINOv2 with LoRA, pooled CLS after the final LayerNorm, Linear D -> 2.
+
+    With `stream.normalize` the head reads the CLS at length one.
+    """
 
     def __init__(self, config: MemberConfig, tower: Tower):
         super().__init__(config, tower)
@@ -50,6 +53,8 @@ class Stream(Member):
 
     def forward(self, images: torch.Tensor) -> MemberOutput:
         pooled = self.tower(images, adapter=self.adapter).cls_token  # (B, D)
+        if self.config.stream.normalize:
+            pooled = F.normalize(pooled, dim=1)
         return MemberOutput(two_class_logit(self.head(pooled)), pooled)
 
     def loss(self, output: MemberOutput, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:

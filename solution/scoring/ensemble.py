@@ -183,7 +183,7 @@ class Ensemble:
             rows = []
             for name, member in self.members.items():
                 member.tower.use(member.adapter)
-                rows.append(member(views[self.view_of[name]]).logit.float()[:count])
+                rows.append(member.judge(views[self.view_of[name]]).float()[:count])
             return torch.stack(rows)
 
     def finish(self, launched: torch.Tensor, views: Sequence[torch.Tensor]) -> np.ndarray:
@@ -219,7 +219,7 @@ class Ensemble:
         member = self.exact[name]
         member.tower.use(member.adapter)
         with torch.inference_mode():
-            parts = [member(p).logit for p in views.split(max(1, self.limit // 2))]
+            parts = [member.judge(p) for p in views.split(max(1, self.limit // 2))]
         return torch.cat(parts).double().cpu().numpy()
 
 
@@ -291,8 +291,7 @@ def narrow_early(configs: Iterable[MemberConfig], device: torch.device, precisio
 def make_fast(ensemble: Ensemble, *, second_look: bool = True) -> Ensemble:
     """Merge, narrow and, for second looks, keep and measure: the members of a freshly loaded ensemble, in place."""
     dtype, members = ensemble.dtype, ensemble.members
-    levelled = ensemble.vote.mean in ("levels", "levels_rounded")
-    if second_look and levelled and dtype != torch.float32 and _room_for_copy(ensemble):
+    if second_look and ensemble.vote.discrete and dtype != torch.float32 and _room_for_copy(ensemble):
         ensemble.exact = copy.deepcopy(members)
     ensemble.merged = fastpath.merge_adapters(members, dtype)
     if dtype != torch.float32:
@@ -321,10 +320,10 @@ def _parameters(members: Mapping[str, Member]) -> list[torch.nn.Parameter]:
 def _measure_margins(ensemble: Ensemble) -> dict[str, float]:
     margins = {}
     for name, member in ensemble.members.items():
-        side = ensemble.configs[name].view.side
+        side = ensemble.configs[name].seen.side
         pictures = golden_pictures(side, PROBES).to(ensemble.device)
-        fast = member(pictures).logit.double()
-        true = ensemble.exact[name](pictures).logit.double()
+        fast = member.judge(pictures).double()
+        true = ensemble.exact[name].judge(pictures).double()
         rms = (fast - true).square().mean().sqrt().item()
         # Half precision that overflows on a probe settles no level: every picture is looked at again.
         margins[name] = SECOND_LOOK * rms if math.isfinite(rms) else EVERY_LOOK

@@ -1,7 +1,7 @@
 """Discretize and combine scores: P(fake) of each member (N,) to levels on a grid to one vote (N,) in [0, 1].
 
 The published entry (arXiv 2604.25889) rounds each stream's P(fake) to one decimal, takes their weighted mean and rounds
-that to one decimal again. `VoteConfig.mean` says which of the four ways of combining is used. Nothing here sees
+that to one decimal again. `VoteConfig.mean` says which of the six ways of combining is used. Nothing here sees
 labels: evaluation/search.py finds the votes.
 """
 
@@ -35,6 +35,8 @@ def combine(p_by_member: Mapping[str, np.ndarray], vote: VoteConfig) -> np.ndarr
 
     `levels`: weighted mean of levels, computed in whole steps so that equal votes are equal numbers.
     `levels_rounded`: that mean rounded again as `numpy.round` does (the published entry).
+    `maximum`: the highest level of the members that have votes, whatever their number.
+    `noisy_or`: 1 - prod (1 - level)^(votes / all votes): a sure member outweighs several that doubt.
     `probability`, `logit`: weighted mean of P(fake), or the sigmoid of the weighted mean of its logits; no grid.
 
     Raises:
@@ -49,6 +51,11 @@ def combine(p_by_member: Mapping[str, np.ndarray], vote: VoteConfig) -> np.ndarr
     if vote.mean == "logit":
         p = np.clip(p, LEAST_P, 1 - LEAST_P)
         return sigmoid(np.average(np.log(p) - np.log1p(-p), axis=0, weights=weights))
+    if vote.mean == "maximum":
+        return np.minimum(levels(p.max(axis=0), vote.step), 1.0)
+    if vote.mean == "noisy_or":  # a level of 1 keeps a quarter step of doubt, or it would silence the others
+        doubt = np.maximum(1 - levels(p, vote.step), vote.step / 4)
+        return 1 - np.exp(np.average(np.log(doubt), axis=0, weights=weights))
     votes = np.asarray(weights) @ multiples(p, vote.step)  # (N,) whole steps
     mean = _grid_values(votes, Fraction(repr(float(vote.step))) / sum(weights))
     if vote.mean == "levels":

@@ -4,6 +4,10 @@
 variant is the member's preset with some `--set`; every run is a `solution.train` of its own in DIR/STUDY/VARIANT-SEED, so
 the same command goes on where it stopped. Prints a table and writes DIR/STUDY.json: per variant the AUC of each
 seed, their mean, and the paired difference to the first variant over the seeds that both have.
+
+`--leave-out sdxl,sd21 [--member global]` instead of `--study` trains once on all generators and once without each of these,
+and compares on the generator's own validation pictures: what its absence from the training costs, as the absence of the
+next one will.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from solution.data.manifest import ManifestError
+from solution.data.manifest import ManifestError, read_manifest
 from solution.errors import UsageError, door
 from solution.evaluation import metrics
 from solution.io import write_atomically
@@ -80,6 +84,15 @@ STUDIES = {
 }
 
 
+ALL = "all generators"
+
+
+def leave_out_study(member: str, generators: Sequence[str], steps: int) -> Study:
+    """Training on all, and without each of `generators`."""
+    without = {f"without {g}": (f"sampling.leave_out={g}",) for g in generators}
+    return Study(member, _short(steps), {ALL: (), **without})
+
+
 # ------------------------------------------------------------------------------------------------ runs
 def train_command(study: Study, variant: str, seed: int, out: Path, given: Sequence[str]) -> list[str]:
     """The `solution.train` call of one run."""
@@ -100,6 +113,12 @@ def validation_scores(path: Path) -> tuple[tuple[str, ...], np.ndarray, np.ndarr
     return tuple(table["image"]), table["label"].to_numpy(int), table[[*CONDITIONS]].to_numpy().T
 
 
+def of_generator(data: Path, generator: str) -> set[str]:
+    """Names of the seen validation pictures that tell about a generator: its fakes, and every real one."""
+    items, _ = read_manifest(data, split="val")
+    return {item.name for item in items if item.label == 0 or item.generator == generator}
+
+
 def run_to_its_end(command: list[str]) -> int:
     """The exit code; Ctrl-C reaches the training too, which is given the time to write its checkpoint."""
     with subprocess.Popen(command) as child:
@@ -111,11 +130,11 @@ def run_to_its_end(command: list[str]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ comparison
-def compare(folder: Path, study: Study, draws: int = 2000) -> list[dict[str, Any]]:
-    """One row per variant that has a finished run in `folder`, as plain JSON values.
+def read_runs(folder: Path, study: Study) -> tuple[tuple[str, ...], np.ndarray, dict[str, dict[int, np.ndarray]]]:
+    """Names (N,), labels (N,) and, by variant and seed, logits (2, N) of every finished run in `folder`.
 
-    Per condition: `auc` by seed, their `mean`, its bootstrap interval over pictures, and `difference` to the first
-    variant (`value, low, high`, paired bootstrap over pictures, mean of the `paired_seeds`).
+    Raises:
+        ManifestError: runs that were validated on other pictures than the first.
     """
     names, labels, runs = None, None, {}
     for path in sorted(folder.glob(f"*/{study.member}/validation.csv")):
@@ -129,36 +148,63 @@ def compare(folder: Path, study: Study, draws: int = 2000) -> list[dict[str, Any
             )
         names = found
         runs.setdefault(variant, {})[int(seed)] = logits
-    rows = []
+    return names or (), labels, runs
+
+
+def compare(folder: Path, study: Study, draws: int = 2000) -> list[dict[str, Any]]:
+    """One row per variant that has a finished run in `folder`, as plain JSON values.
+
+    Per condition: `auc` by seed, their `mean`, its bootstrap interval over pictures, and `difference` to the first
+    variant (`value, low, high`, paired bootstrap over pictures, mean of the `paired_seeds`).
+    """
+    _, labels, runs = read_runs(folder, study)
     reference = next(iter(study.variants))
+    return [_row(variant, labels, runs, reference, draws) for variant in study.variants if variant in runs]
+
+
+def compare_left_out(folder: Path, study: Study, data: Path, draws: int = 2000) -> list[dict[str, Any]]:
+    """As `compare`, of each generator on its own validation pictures (`of_generator`): a row with it, one without it."""
+    names, labels, runs = read_runs(folder, study)
+    rows = []
     for variant in study.variants:
-        if variant not in runs:
+        if variant == ALL or variant not in runs or ALL not in runs:
             continue
-        row: dict[str, Any] = {"variant": variant, "seeds": sorted(runs[variant])}
-        shared = sorted(set(runs[variant]) & set(runs.get(reference, {})))
-        for index, condition in enumerate(CONDITIONS):
-            mine = np.stack([runs[variant][s][index] for s in row["seeds"]])
-            interval = metrics.auc_interval(labels, mine, seed=0, draws=draws)
-            told = {
-                "auc": [metrics.auc(labels, run) for run in mine],
-                "mean": interval.value,
-                "low": interval.low,
-                "high": interval.high,
-            }
-            if shared and variant != reference:
-                pair = [np.stack([runs[v][s][index] for s in shared]) for v in (variant, reference)]
-                test = metrics.paired_auc_test(labels, *pair, method="bootstrap", draws=draws)
-                told["difference"] = {
-                    "value": test.difference,
-                    "low": test.low,
-                    "high": test.high,
-                    "by_seed": [metrics.auc(labels, a) - metrics.auc(labels, b) for a, b in zip(*pair)],
-                    "paired_seeds": shared,
-                }
-            row[condition] = told
-        row["pictures"] = len(labels)
-        rows.append(row)
+        wanted = of_generator(data, variant.removeprefix("without "))
+        keep = np.array([name in wanted for name in names])
+        part = {v: {s: x[:, keep] for s, x in runs[v].items()} for v in (ALL, variant)}
+        rows += [
+            _row(v, labels[keep], part, ALL, draws) | {"generator": variant.removeprefix("without ")} for v in part
+        ]
     return rows
+
+
+def _row(
+    variant: str, labels: np.ndarray, runs: Mapping[str, Mapping[int, np.ndarray]], reference: str, draws: int
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"variant": variant, "seeds": sorted(runs[variant])}
+    shared = sorted(set(runs[variant]) & set(runs.get(reference, {})))
+    for index, condition in enumerate(CONDITIONS):
+        mine = np.stack([runs[variant][s][index] for s in row["seeds"]])
+        interval = metrics.auc_interval(labels, mine, seed=0, draws=draws)
+        told = {
+            "auc": [metrics.auc(labels, run) for run in mine],
+            "mean": interval.value,
+            "low": interval.low,
+            "high": interval.high,
+        }
+        if shared and variant != reference:
+            pair = [np.stack([runs[v][s][index] for s in shared]) for v in (variant, reference)]
+            test = metrics.paired_auc_test(labels, *pair, method="bootstrap", draws=draws)
+            told["difference"] = {
+                "value": test.difference,
+                "low": test.low,
+                "high": test.high,
+                "by_seed": [metrics.auc(labels, a) - metrics.auc(labels, b) for a, b in zip(*pair)],
+                "paired_seeds": shared,
+            }
+        row[condition] = told
+    row["pictures"] = len(labels)
+    return row
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -168,7 +214,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [row["variant"], ", ".join(map(str, row["seeds"]))]
+        variant = f"{row['generator']}: {row['variant']}" if "generator" in row else row["variant"]
+        cells = [variant, ", ".join(map(str, row["seeds"]))]
         for condition in CONDITIONS:
             told = row[condition]
             each = " ".join(_plain(a) for a in told["auc"])
@@ -191,17 +238,25 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(prog="python -m solution.studies.ablate", description=__doc__.splitlines()[0])
-    parser.add_argument("--study", required=True, choices=list(STUDIES))
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--study", choices=list(STUDIES))
+    what.add_argument("--leave-out", metavar="GENERATORS", help="comma-separated, as the manifest writes them")
+    parser.add_argument("--member", default="global", help="of --leave-out")
+    parser.add_argument("--steps", type=int, default=150, help="of each run of --leave-out")
     parser.add_argument("--out", required=True, type=Path, help="folder of all runs")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--variants", default="", help="comma-separated; default: all")
     parser.add_argument("--table", action="store_true", help="train nothing; compare what is there")
-    args = parser.parse_args(argv[:split])
-    study, given = STUDIES[args.study], argv[split + 1 :]
+    args, given = parser.parse_args(argv[:split]), argv[split + 1 :]
+    name, study = args.study, STUDIES.get(args.study)
+    if args.leave_out:
+        name, study = f"leave-out-{args.member}", leave_out_study(args.member, args.leave_out.split(","), args.steps)
+        if "--data" not in given:
+            parser.error("--leave-out: give --data MANIFEST after --, also with --table")
     variants = args.variants.split(",") if args.variants else list(study.variants)
     if unknown := set(variants) - set(study.variants):
-        parser.error(f"--variants {', '.join(sorted(unknown))}: {args.study} has {', '.join(study.variants)}")
-    folder = args.out / args.study
+        parser.error(f"--variants {', '.join(sorted(unknown))}: {name} has {', '.join(study.variants)}")
+    folder = args.out / name
     for seed in [] if args.table else [int(s) for s in args.seeds.split(",")]:
         for variant in variants:
             out = folder / f"{variant}-{seed}"
@@ -215,11 +270,14 @@ def main(argv: list[str] | None = None) -> int:
                     file=sys.stderr,
                 )
                 return code
-    rows = compare(folder, study)
+    if args.leave_out:
+        rows = compare_left_out(folder, study, Path(given[given.index("--data") + 1]))
+    else:
+        rows = compare(folder, study)
     if not rows:
         raise UsageError(f"{folder}: no finished run")
-    content = {"study": args.study, "shared": study.shared, "rows": rows}
-    write_atomically(args.out / f"{args.study}.json", json.dumps(content, indent=1))
+    content = {"study": name, "shared": study.shared, "rows": rows}
+    write_atomically(args.out / f"{name}.json", json.dumps(content, indent=1))
     print(table(rows))
     return 0
 

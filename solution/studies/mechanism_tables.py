@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from solution.bundles.bundle import Bundle
+from solution.bundles.bundle import CLAIMS, Bundle
 from solution.evaluation import metrics
 from solution.evaluation.measure import ENSEMBLE, rank_correlation
 from solution.evaluation.report import axes_style
@@ -26,7 +26,6 @@ from solution.studies.drift import Bootstrap, cosine
 from solution.studies.drift_figures import COLOURS
 from solution.studies.probes import BUILT, MIXTURES, Measured
 
-CLAIMS = "claims.json"
 LEAST_CHANGE = 0.01  # mean |change of P(fake)| from which on a mechanism acts
 ALIKE = 0.9  # correlation from which on two queries look at the same patches
 SAME = 0.9  # cosine, or predictability, from which on two halves are the same features

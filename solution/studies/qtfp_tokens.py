@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.seeds < 1:
         parser.error(f"--seeds is {arguments.seeds}; it must be at least 1")
     if arguments.study:
-        from solution.studies.planted import report_study
+        from solution.studies.planted_world import report_study
 
         report_study(arguments.seeds)
     else:

@@ -173,7 +173,7 @@ def _members(ensemble, views, rate: float) -> None:
     """Time each member's forward alone, and all of them; rate: the device's FLOP/s in matrix products."""
     import torch
 
-    from solution.models.flops import member_flops
+    from solution.models.flops import scoring_flops
 
     size, total, operations = len(views[0]), 0.0, 0.0
     for name, member in ensemble.members.items():
@@ -182,11 +182,11 @@ def _members(ensemble, views, rate: float) -> None:
         def forward(member=member, seen=seen):
             member.tower.use(member.adapter)
             with torch.inference_mode():
-                return member(seen).logit
+                return member.judge(seen)
 
         spent = timed(forward, ensemble.device)
         apart = adapters_apart(member)
-        flops = size * member_flops(ensemble.configs[name], adapters=apart)
+        flops = size * scoring_flops(ensemble.configs[name], adapters=apart)
         share = f"{flops / spent / 1e12:.2f} TFLOP/s, {flops / spent / rate:.0%} of the matrix product"
         _line(name, size / spent, share)
         total, operations = total + spent, operations + flops

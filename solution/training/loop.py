@@ -61,7 +61,7 @@ class TrainingStep(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float], MemberOutput]:
         output = self.member(batch.images)
-        loss, parts = self.member.loss(output, batch)
+        loss, parts = self.member.training_loss(output, batch)
         return loss, parts, output
 
 
@@ -135,6 +135,7 @@ class Run:
         self.provenance = provenance or {}
         self.labels = np.array([item.label for item in data.train])
         self.sources = [item.source for item in data.train]
+        self.groups = [item.group for item in data.train]
         precision = self.config.train.precision
         self.bf16 = precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
         member.tower.checkpointing = self.config.train.grad_checkpointing
@@ -160,6 +161,7 @@ class Run:
             seed=train.seed,
             epoch=epoch,
             batches=train.steps_per_epoch * self.gather,
+            groups=self.groups,
         )
         if not plan:
             raise TrainingError(

@@ -58,7 +58,7 @@ def score_items(
     logits = []
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for images in tqdm(loader, desc="validation", leave=False, disable=not machine.progress):
-            logits.append(member(images.to(device)).logit.float().cpu())
+            logits.append(member.judge(images.to(device)).float().cpu())
     return torch.cat(logits).double().numpy()
 
 

@@ -12,11 +12,12 @@ from torch import nn
 
 from solution import doctor, weights
 from solution.bundles import bundle, hub, selftest
-from solution.bundles.bundle import About, load_members, read_bundle, tower_weights, write_bundle
+from solution.bundles.bundle import collect, load_members, read_bundle, tower_weights, write_bundle
 from solution.bundles.members import (
     build_member,
     dump_tower,
     fill_tower,
+    pack_tower,
     random_towers,
     save_member,
 )
@@ -40,7 +41,7 @@ def made(tmp_path_factory):
         save_member(build_member(config, random_towers([config])), folder / name)
     calibrators = {"face": Calibrator("temperature", (2.0,), fitted_on="a test")}
     report = {"auc": 0.5}
-    made = write_bundle(folder, MEMBERS, VOTE, calibrators, about=About(data="none", report=report))
+    made = write_bundle(folder, MEMBERS, VOTE, calibrators, report=report, data="none")
     return selftest.add_golden(made)
 
 
@@ -118,10 +119,12 @@ def test_members_are_collected_from_a_training_folder(made, tmp_path):
     shutil.copytree(made.folder, runs)
     (runs / "face/checkpoint.pt").write_bytes(b"not for the bundle")
     names, vote = ["face", "qtfp"], VoteConfig({"face": 2, "qtfp": 1})
-    collected = write_bundle(out, names, vote, {}, source=runs, name="two")
+    collect(runs, out, names)
+    collected = write_bundle(out, names, vote, {}, name="two")
     assert collected.name == "two" and not (out / "face/checkpoint.pt").exists()
     selftest.add_golden(collected)
-    again = write_bundle(out, names, vote, {}, source=runs, name="two")
+    collect(runs, out, names)
+    again = write_bundle(out, names, vote, {}, name="two")
     assert "golden.json" not in again.files  # of weights that may be others now
     expected = logits(load_members(made, names))
     shutil.rmtree(runs)
@@ -303,6 +306,32 @@ def test_a_tower_starts_from_a_folder_or_a_file(tmp_path, swiglu):
         for key, tensor in state.items():
             assert torch.equal(tensor, expected[key]), (source, key)
         fill_tower(config, state)
+
+
+def test_a_packed_tower_is_half_as_large_and_nearly_the_same(tmp_path):
+    config = small_tower(width=120)
+    tower = build_tower(config)
+    path = tmp_path / "own.safetensors"
+    dump_tower(tower, path)
+    whole, size = dict(tower_weights(config, str(path))), path.stat().st_size
+    error = pack_tower(path)
+    assert 0 < error < 0.02 and path.stat().st_size < 0.6 * size
+    packed = tower_weights(config, str(path))
+    assert set(packed) == set(whole)
+    changed = [k for k in whole if not torch.equal(packed[k].float(), whole[k].float())]
+    assert changed and all(whole[k].ndim == 2 for k in changed)
+    for key in changed:  # no entry moves by more than half a step of its row
+        half_step = whole[key].float().abs().amax(dim=1, keepdim=True) / 127 * 0.51
+        assert ((packed[key] - whole[key].float()).abs() <= half_step + 1e-7).all(), key
+    fill_tower(config, packed)
+    pictures = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
+    with torch.inference_mode():
+        a, b = (fill_tower(config, s)(pictures).cls_token for s in (whole, packed))
+    assert torch.nn.functional.cosine_similarity(a, b).min() > 0.999
+    scale = next(k for k in load_file(path) if k.endswith("/scale"))
+    save_file({k: t for k, t in load_file(path).items() if k != scale}, path)
+    with pytest.raises(WeightsError, match="scale"):
+        dict(tower_weights(config, str(path)))
 
 
 def test_a_clip_image_tower_leaves_the_text_behind(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from make_smoke_data import portrait, write
 
-from solution.config import AugmentConfig, ConfigError, DegradationConfig, SamplingConfig
+from solution.config import AugmentConfig, ConfigError, DegradationConfig, SamplingConfig, override
 from solution.data.epochs import Sample, plan_epoch
 from solution.data.images import UnreadableInput, decode_mask
 from solution.data.manifest import Item, ManifestError, read_manifest, select
@@ -236,6 +236,27 @@ def plan_of(labels, sources=None, **changes):
     settings = {"sampling": SamplingConfig(), "blend_p": 0.0, "batch": 8, "seed": 0}
     sources = sources or ["s"] * len(labels)
     return plan_epoch(labels, sources, **(settings | {"epoch": 0} | changes))
+
+
+def test_paired_batches_hold_a_real_picture_of_each_fakes_group():
+    labels = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
+    groups = ["a", "a", "b", "", "a", "b", "b", "a", "c", ""]  # c has no real picture, and two have no group
+    paired = SamplingConfig(paired=True)
+    plan = plan_of(labels, sampling=paired, groups=groups, batch=2, batches=40)
+    seen = set()
+    for real, fake in plan:
+        assert (labels[real.index], labels[fake.index]) == (0, 1)
+        if groups[fake.index] in ("a", "b"):
+            assert groups[real.index] == groups[fake.index]
+        seen.add(real.index)
+    assert seen == {0, 1, 2, 3}
+    assert plan == plan_of(labels, sampling=paired, groups=groups, batch=2, batches=40)
+    with pytest.raises(ConfigError, match="column `group`"):
+        plan_of(labels, sampling=paired, groups=[""] * 10, batch=2)
+    with pytest.raises(ConfigError, match="needs sampling.balance"):
+        SamplingConfig(paired=True, balance="none")
+    with pytest.raises(ConfigError, match="even train.batch"):
+        override(preset("tiny", "global"), ["sampling.paired=true", "train.batch=3"])
 
 
 def test_balanced_batches_are_half_and_half():

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 
 from solution.config import (
-    MEMBERS,
     ConfigError,
     DegradationConfig,
     MemberConfig,
@@ -15,9 +14,9 @@ from solution.config import (
     override,
     to_dict,
 )
-from solution.presets import PRESETS, preset
+from solution.presets import PRESET_MEMBERS, PRESETS, preset
 
-PAIRS = [(p, m) for p in PRESETS for m in MEMBERS if not (p == "ntire26" and m in ("qtfp", "vlaforge"))]
+PAIRS = [(p, m) for p in PRESETS for m in PRESET_MEMBERS[p]]
 
 
 @pytest.mark.parametrize("name, member", PAIRS)

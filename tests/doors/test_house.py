@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # From the ground up. What stands on a floor imports from its own wing and from the floors below; `data` and `models`
 # share a floor and do not know of each other. Files beside the wings that are not of the ground are doors.
-GROUND = {"config", "presets", "records", "errors", "io"}
+GROUND = {"config", "presets", "preset_dinov3", "preset_gend", "records", "errors", "io"}
 FLOORS = {"ground": 0, "data": 1, "models": 1, "bundles": 2, "scoring": 3, "evaluation": 4}
 FLOORS |= {"training": 5, "studies": 6, "doors": 7}
 WINGS = set(FLOORS) - {"ground", "doors"}

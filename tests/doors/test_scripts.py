@@ -13,6 +13,7 @@ import pytest
 import submit
 from solution import assemble, presets, train, weights
 from solution.config import MEMBERS, override
+from solution.studies import mechanisms
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "2"}
@@ -63,7 +64,7 @@ def asked_for(**environment):
 @pytest.mark.parametrize("preset", ["compact", "giant"])
 def test_train_sh_asks_for_what_training_takes(preset, tmp_path):
     (tmp_path / "data.csv").touch()
-    *trainings, last = asked_for(
+    *trainings, assembling, last = asked_for(
         PRESET=preset,
         DATA=str(tmp_path / "data.csv"),
         TOWER=str(tmp_path),
@@ -76,7 +77,8 @@ def test_train_sh_asks_for_what_training_takes(preset, tmp_path):
         names.append(args.member)
         override(presets.preset(args.preset, args.member), args.set)
     assert set(MEMBERS) <= set(names)
-    assert last[1] == "solution.assemble"
+    assert assembling[1] == "solution.assemble"
+    assert last[1] == "solution.studies.mechanisms" and mechanisms.parse(last[2:]).limit == 200
 
 
 def scores_with_every_member(out, folder):
@@ -94,12 +96,14 @@ def scores_with_every_member(out, folder):
 def test_what_smoke_training_asks_for_leaves_a_bundle_that_scores(tmp_path):
     """Data, five members and the tower that two of them look through, calibration, bundle, a submission: one process."""
     out = tmp_path / "smoke"
-    (_, *data), *trainings, last = asked_for(OUT=str(out), EXTRA="--quiet")
+    (_, *data), *trainings, assembling, last = asked_for(OUT=str(out), EXTRA="--quiet")
     assert data == ["--out", str(out / "data")]
     make_smoke_data.write(out / "data")
     for _, module, *words in trainings:
         assert module == "solution.train" and train.main(words) == 0
-    assert last[:2] == ["-m", "solution.assemble"] and assemble.main(last[2:]) == 0
+    assert assembling[:2] == ["-m", "solution.assemble"] and assemble.main(assembling[2:]) == 0
+    assert last[:2] == ["-m", "solution.studies.mechanisms"] and mechanisms.main([*last[2:], "--draws", "20"]) == 0
+    assert (out / "mechanisms/mechanisms.md").is_file()
     scores_with_every_member(out, tmp_path)
 
 

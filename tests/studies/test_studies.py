@@ -63,6 +63,31 @@ def test_variants_are_compared_on_the_seeds_that_both_have(runs):
     assert len(lines) == 4 and lines[3].startswith("| queries | 0, 1, 2 | .")
 
 
+def test_a_generator_left_out_is_judged_on_its_own_pictures(tmp_path):
+    """Without `b` in training its fakes look real; those of `a`, and the reals, score as ever."""
+    made_by = ["", "a", "b"] * 40
+    lines = ["path,label,split,generator"]
+    for index, generator in enumerate(made_by):
+        (tmp_path / f"{index}.png").touch()
+        lines.append(f"{index}.png,{int(bool(generator))},val,{generator}")
+    data = tmp_path / "data.csv"
+    data.write_text("\n".join(lines) + "\n")
+    labels = np.array([bool(g) for g in made_by], int)
+    noise = np.random.default_rng(0).normal(size=(2, len(labels)))
+    study = ablate.leave_out_study("global", ["b"], 5)
+    folder = tmp_path / "leave-out-global"
+    write_run(folder, ablate.ALL, 0, labels, 3 * labels + noise, member="global")
+    blind = 3 * labels * (np.array(made_by) != "b") + noise
+    write_run(folder, "without b", 0, labels, blind, member="global")
+    with_it, without = ablate.compare_left_out(folder, study, data, draws=100)
+    assert (with_it["generator"], with_it["pictures"], without["pictures"]) == ("b", 80, 80)
+    assert with_it["clean"]["mean"] > 0.95 and 0.3 < without["clean"]["mean"] < 0.7
+    assert without["clean"]["difference"]["high"] < -0.2
+    assert "b: without b" in ablate.table([with_it, without])
+    call = ["--leave-out", "b", "--out", str(tmp_path), "--table", "--", "--data", str(data)]
+    assert ablate.main(call) == 0 and (tmp_path / "leave-out-global.json").is_file()
+
+
 def test_runs_on_other_pictures_are_not_compared(runs):
     out, labels, known = runs
     write_run(out / "qtfp", "cls", 5, labels[:-1], known["cls", 0][:, :-1])

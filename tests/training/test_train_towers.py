@@ -11,6 +11,7 @@ from tiny import TIMM, make_pictures, timm_tower
 
 from solution import train
 from solution.bundles.bundle import load_members, tower_weights, write_bundle
+from solution.bundles.card import model_card, show
 from solution.bundles.members import build_member, fill_tower, read_config, save_member
 from solution.config import AdapterConfig, VoteConfig, override
 from solution.data.images import find_inputs
@@ -111,6 +112,9 @@ def test_trained_members_of_all_families_score_from_one_bundle(family, public, t
         assert tower in bundle.files and read_config(bundle.folder / family).tower.source == "bundle"
     else:
         assert tower not in bundle.files and bundle.configs[family].tower.source == str(public[family])
+    told, card = show(bundle), model_card(bundle, "someone/something")
+    for text in (told, card):
+        assert "a-licence" in text and "not stated" in text
     if family == "pe":
         kept = {k.removeprefix("tower.") for k in stored if k.startswith("tower.")}
         assert kept and all(map(is_norm, kept))
