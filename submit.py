@@ -51,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
         type=_positive,
         help="pictures computed at once (default: by the towers' size)",
     )
-    add("--workers", type=_count, help="loader processes (default: by the cores)")
+    add("--workers", type=_count, help="loader processes (default: by the cores); 0: a file that crashes ends the run")
+    add("--limit", type=_count, default=600, help="seconds to read one file, in a loader; 0: none (default: 600)")
     add("--decimals", type=_positive, default=6, help="of the scores (default: 6)")
     add(
         "--on-error",
@@ -106,13 +107,13 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--report",
         action="store_true",
-        help="PREDS.report/report.html: histograms, disagreement, most uncertain, failures",
+        help="PREDS.report/report.html: every verdict, videos over time, histograms, disagreement, failures",
     )
     add(
         "--explain",
         type=_explain,
         metavar="N",
-        help="maps for the N highest scores (or `all`) in PREDS.explain/",
+        help="maps for the N highest scores (or `all`) in PREDS.explain/; of a video, for its most telling frame",
     )
     add(
         "--selftest",
@@ -179,6 +180,8 @@ def prepare(args: argparse.Namespace):
 
     submission.score_format(args.out)
     inputs = find_inputs(args.input)
+    if args.out.exists() and args.out.samefile(args.input):
+        raise UsageError(f"--out {args.out} is the --input, which it would overwrite; choose another name")
     beside = submission.members_path(args.out), journal_path(args.out, _rank())
     try:
         for path in (args.out, *beside):
@@ -246,8 +249,9 @@ def score(args: argparse.Namespace, inputs) -> int:
             return 0
         journal.gather(ranks)
     failed = write(args, ensemble, bundle, plan, journal, found, seconds)
-    if args.explain is not None:
-        explain(args, ensemble, inputs)
+    maps = None if args.explain is None else explain(args, ensemble, inputs)
+    if args.report:
+        write_report(args, ensemble, bundle, inputs, maps)
     return 4 if failed else 0
 
 
@@ -295,6 +299,8 @@ def announce(ensemble, bundle, plan, found: int, rank: int, ranks: int) -> None:
     tell(f"vote: {ensemble.vote.mean} of {', '.join(votes)}")
     others = f"; the bar shows rank 0 of {ranks}" if ranks > 1 else ""
     tell(f"{int(plan.share().sum())} inputs, {found} scored before{others}")
+    if plan.inputs.passed_over:
+        tell(plan.inputs.passed())
 
 
 def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> float:
@@ -315,7 +321,7 @@ def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> fl
         gpu = ensemble.device.type == "cuda"
         rows_of = predict.ray_stream(batches, load, settings, gpu=gpu)
     else:
-        reader = predict.Reader(ensemble.views, **settings)
+        reader = predict.Reader(ensemble.views, limit=args.limit, **settings)
         rows_of = predict.stream(ensemble, batches, reader, workers=args.workers)
     begun = time.monotonic()
     try:
@@ -379,6 +385,7 @@ def write(args, ensemble, bundle, plan, journal, found: int, seconds: float) -> 
     speed = scored / seconds if scored else None
     record = run_record(args, ensemble, bundle, journal) | {
         "counts": {**counts, "scored_now": scored},
+        "passed_over": journal.inputs.passed_over,
         "seconds": round(seconds, 3),
         "images_per_second": speed and round(speed, 2),
     }
@@ -392,8 +399,6 @@ def write(args, ensemble, bundle, plan, journal, found: int, seconds: float) -> 
     submission.write_scores(rows, args.out, args.decimals)
     told = f"; {speed:.1f} images/s" if speed else ""
     print(f"{args.out}: {len(indices)} rows, {counts['failed']} could not be read{told}")
-    if args.report:
-        write_report(args, ensemble, journal.inputs)
     return counts["failed"]
 
 
@@ -453,12 +458,21 @@ def run_record(args, ensemble, bundle, journal) -> dict:
     }
 
 
-def write_report(args, ensemble, inputs) -> None:
-    """The label-free report of this run's sidecar."""
+def read_judged(args, inputs):
+    """The sidecar back from disk: all that has a verdict of its own."""
+    from solution.evaluation.verdicts import read_judged
+    from solution.scoring import files as submission
+
+    return read_judged(submission.members_path(args.out), inputs)
+
+
+def write_report(args, ensemble, bundle, inputs, maps) -> None:
+    """The label-free report of this run's sidecar; maps: the pages of --explain, or None."""
     import csv
 
-    from solution.evaluation import report
+    from solution.evaluation import report, verdicts
     from solution.scoring import files as submission
+    from solution.scoring.verdict import meaning, threshold_record
 
     with submission.members_path(args.out).open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if not (row.get("frame") or row.get("face"))]
@@ -467,19 +481,43 @@ def write_report(args, ensemble, inputs) -> None:
         row["path"] = paths.get(row["image"])
     folder = args.out.with_suffix(".report")
     title, threshold = f"Scores of {Path(args.input).name}", ensemble.vote.threshold
-    print(report.write_submission_report(rows, folder, title=title, threshold=threshold))
+    places = {} if maps is None else maps.places
+    judged = read_judged(args, inputs)
+    targets = ((j.key, explained(args, ensemble, j).name) for j in judged)
+    table = verdicts.verdict_section(
+        judged,
+        threshold=threshold,
+        meaning=meaning(threshold_record(bundle, ensemble.vote)),
+        frames=args.frames,
+        why={
+            key: {"href": f"../{args.out.with_suffix('.explain').name}/{places[name][0]}", "uri": places[name][1]}
+            for key, name in targets
+            if name in places
+        },
+    )
+    print(report.write_submission_report(rows, folder, title=title, threshold=threshold, verdicts=table))
 
 
-def explain(args, ensemble, inputs) -> None:
-    """Maps for the pictures with the highest scores, in PREDS.explain/."""
+def explain(args, ensemble, inputs):
+    """Maps of the pictures, or faces and persons, with the highest scores, in PREDS.explain/; its pages."""
     from solution.evaluation.explainer import explain_pictures
-    from solution.scoring import files as submission
 
-    scores = submission.read_scores(args.out)
-    pictures = [i for i in inputs if i.kind == "image" and i.name in scores]
-    pictures.sort(key=lambda item: -scores[item.name])
-    chosen = pictures[: args.explain or None]
-    print(explain_pictures(ensemble, chosen, args.out.with_suffix(".explain")))
+    judged = sorted((j for j in read_judged(args, inputs) if j.verdict != "failed"), key=lambda j: -j.score)
+    chosen = [explained(args, ensemble, j) for j in judged[: args.explain or None]]
+    pages = explain_pictures(ensemble, chosen, args.out.with_suffix(".explain"))
+    print(pages.written[0])
+    return pages
+
+
+def explained(args, ensemble, judged):
+    """What is shown of why something was judged as it was: the picture, its face, or a video's most telling frame."""
+    from solution.evaluation.explainer import Target
+    from solution.evaluation.verdicts import face_of
+
+    if judged.frames:
+        (row,) = judged.telling(1, ensemble.vote.threshold)
+        return Target(judged.item, judged.who, face_of(row), int(row["frame"]), args.frames)
+    return Target(judged.item, judged.who, face_of(judged.row) if judged.who is not None else None)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def run_drift(args: argparse.Namespace) -> Path:
 
 def run_pictures(args: argparse.Namespace) -> Path:
     """Maps of every picture of --input; the page's path."""
-    from solution.evaluation.explainer import explain_pictures
+    from solution.evaluation.explainer import Target, explain_pictures
 
     inputs = [item for item in find_inputs(args.input) if item.kind == "image"]
     if not inputs:
@@ -72,7 +72,7 @@ def run_pictures(args: argparse.Namespace) -> Path:
     ensemble = _load(args, second_look=True)
     title = f"What the members looked at: {args.input.name}"
     settings = {"channels": args.channels, "title": title, "progress": not args.quiet}
-    return explain_pictures(ensemble, inputs, args.out, **settings)
+    return explain_pictures(ensemble, [Target(item) for item in inputs], args.out, **settings).written[0]
 
 
 def _channels(text: str) -> int | None:

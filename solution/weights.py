@@ -6,6 +6,7 @@
     python -m solution.weights import-ntire26 --out BUNDLE     the published checkpoints as a bundle
     python -m solution.weights pull hf:owner/name              everything a bundle needs, its public towers included
     python -m solution.weights push BUNDLE owner/name          with a model card made from the bundle
+    python -m solution.weights push BUNDLE --space owner/name  the page of solution.app as a Space
     python -m solution.weights verify|show|golden BUNDLE
 """
 
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from solution.errors import door, tell
+from solution.errors import UsageError, door, tell
 from solution.presets import NTIRE26_REPOSITORY
 
 # What needs torch is imported inside functions: --help answers at once.
@@ -58,10 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--force", action="store_true", help="even what the cache has")
     add = commands.add_parser("push", help="upload a bundle with a model card")
     add.add_argument("weights", help="the bundle")
-    add.add_argument("repository", help="owner/name")
+    add.add_argument("repository", nargs="?", help="owner/name of the bundle")
+    add.add_argument("--space", metavar="OWNER/NAME", help="the page of solution.app with this bundle, as a Space")
     add.add_argument("--evaluation", type=Path, help="evaluation.json, for the card")
     add.add_argument("--private", action="store_true")
-    add.add_argument("--dry-run", action="store_true", help="print the card, upload nothing")
+    add.add_argument("--dry-run", action="store_true", help="print the card or the Space's files, upload nothing")
     helps = {
         "verify": "check every file and the cached public towers against their SHA-256",
         "show": "a table of members, towers and hashes",
@@ -146,7 +148,13 @@ def _push(arguments: argparse.Namespace) -> None:
     from solution.bundles.store import open_bundle, push
     from solution.models.towers import WeightsError
 
+    if not (arguments.repository or arguments.space):
+        raise UsageError("push: name the bundle's repository owner/name, --space owner/name, or both")
     bundle = open_bundle(arguments.weights)
+    if arguments.space:
+        _push_space(bundle, arguments)
+    if not arguments.repository:
+        return
     evaluation = None
     if arguments.evaluation:
         try:
@@ -157,6 +165,20 @@ def _push(arguments: argparse.Namespace) -> None:
         print(model_card(bundle, arguments.repository, evaluation))
         return
     print(push(bundle, arguments.repository, evaluation=evaluation, private=arguments.private))
+
+
+def _push_space(bundle, arguments: argparse.Namespace) -> None:
+    import tempfile
+
+    from solution.bundles.space import push_space, write_space
+
+    if not arguments.dry_run:
+        print(push_space(bundle, arguments.space, private=arguments.private))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_space(bundle, Path(folder), arguments.space.rpartition("/")[2])
+        for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+            print(f"{path.stat().st_size:12,}  {path.relative_to(folder).as_posix()}")
 
 
 def _verify(arguments: argparse.Namespace) -> None:

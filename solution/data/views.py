@@ -27,6 +27,7 @@ from solution.data.faces import (
     share_locators,
 )
 from solution.data.images import decode_image, stable_seed
+from solution.data.processes import limit_memory
 from solution.data.videos import sample_frames
 from solution.records import FaceBox
 
@@ -123,13 +124,9 @@ def cut_views(picture: np.ndarray, views: Sequence[View], chosen: Chosen) -> lis
     return [make_view(picture, view, chosen.get(face), face or FaceConfig()) for view, face in views]
 
 
-def cut_views_of(picture: np.ndarray, views: Sequence[View], face: FaceBox) -> list[np.ndarray]:
-    """`cut_views` of one of several people: face views show this face, however large or small it is in the picture."""
-    alone = {config: replace(config, min_area=0.0, max_area=1.0) for _, config in views if config is not None}
-    return [
-        make_view(picture, view, face if config else None, alone[config] if config else FaceConfig())
-        for view, config in views
-    ]
+def close_views(views: Sequence[View]) -> list[View]:
+    """The same views for one of several people: face views show the face, however large or small in the picture it is."""
+    return [View(view, config and replace(config, min_area=0.0, max_area=1.0)) for view, config in views]
 
 
 def see(picture: np.ndarray, views: Sequence[View], locators: Mapping[FaceConfig, FaceLocator]) -> list[np.ndarray]:
@@ -140,10 +137,11 @@ def see(picture: np.ndarray, views: Sequence[View], locators: Mapping[FaceConfig
 
 # ------------------------------------------------------------------------------------------------ loaders
 def quiet_worker(_: int) -> None:
-    """A loader's worker: one thread of torch, and deaf to Ctrl-C, which is the main process's to handle."""
+    """A loader's worker: one thread of torch, limited memory, deaf to Ctrl-C, which is the main process's to handle."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    limit_memory()
 
 
 def stack_views(views: Sequence[np.ndarray]) -> torch.Tensor:

@@ -27,7 +27,8 @@ from solution.data.faces import (
     view_box,
 )
 from solution.data.images import Input, UnreadableInput, decode_image, resize_image
-from solution.data.views import View, choose_faces, cut_views
+from solution.data.videos import sample_frames
+from solution.data.views import View, choose_faces, close_views, cut_views
 from solution.errors import tell
 from solution.evaluation import maps
 from solution.evaluation.pages import Explained, Map, MemberView, Pages
@@ -35,7 +36,7 @@ from solution.records import FaceBox
 from solution.scoring import ensemble as predict
 from solution.scoring.ensemble import Ensemble
 from solution.scoring.journal import Scored
-from solution.scoring.vote import decide
+from solution.scoring.verdict import NOBODY_LOOKED, verdict_of
 
 CAM, ATTENTION = "score_cam", "attention"
 # Of a stated time over the measured speed: a busy machine.
@@ -67,15 +68,19 @@ class Seen(NamedTuple):
 
 def see(picture: np.ndarray, views: Sequence[View], locators: Mapping[FaceConfig, Any]) -> Seen:
     """Cut every view of a picture (H, W, 3), faces located in it as submission does; no locators: no faces."""
+    return see_found(picture, views, locate_once(locators, picture))
+
+
+def see_found(picture: np.ndarray, views: Sequence[View], found: Mapping[FaceConfig, Sequence[FaceBox]]) -> Seen:
+    """`see` with the faces that were found before."""
     size = picture.shape[:2]
-    found = locate_once(locators, picture)
     chosen = choose_faces(found, size)
     boxes = [view_box(view, chosen.get(config), size, config or FaceConfig()) for view, config in views]
     rects = [maps.seen_rect(view, size, box) for (view, _), box in zip(views, boxes)]
     return Seen(cut_views(picture, views, chosen), np.array(rects), _any_face(found, size))
 
 
-def _any_face(found: Mapping[FaceConfig, list[FaceBox]], size: tuple[int, int]):
+def _any_face(found: Mapping[FaceConfig, Sequence[FaceBox]], size: tuple[int, int]):
     for config, faces in found.items():
         face = choose_face(faces, *size, replace(config, min_area=0.0))
         if face is not None:
@@ -92,15 +97,15 @@ def locators_of(views: Sequence[View]) -> dict[FaceConfig, FaceLocator]:
 # ------------------------------------------------------------------------------------------------ pictures
 def explain_pictures(
     ensemble: Ensemble,
-    items: Sequence[Input],
+    targets: Sequence[Target],
     out: Path,
     *,
     channels: int | None = SCORE_CAM_CHANNELS,
     title: str = "What the members looked at",
     report: Callable[[str], None] = tell,
     progress: bool = True,
-) -> Path:
-    """Maps of every picture of `items` in `out`, as one page (a further one every 100 pictures); its path.
+) -> Pages:
+    """Maps of all `targets` in `out`, as one page (a further one every 100): the pages, written.
 
     What it costs is reported before it starts: forward passes, and the time they take here at most. A picture that
     cannot be read is listed with its reason.
@@ -117,18 +122,18 @@ def explain_pictures(
     probes = probe_members(ensemble)
     # One pass for the score, one for attention, and those of Score-CAM.
     per = {n: 2 + min(channels or p.width, p.width) for n, p in probes.items()}
-    passes = {n: len(items) * count for n, count in per.items()}
-    report(cost(probes, passes, len(items) * _other_seconds(explainer, items)))
-    pages = Pages(out, title, len(items), _facts(ensemble, channels, len(items)))
+    passes = {n: len(targets) * count for n, count in per.items()}
+    report(cost(probes, passes, len(targets) * _other_seconds(explainer, targets)))
+    pages = Pages(out, title, len(targets), _facts(ensemble, channels, len(targets)))
     begun = time.monotonic()
-    for item in tqdm(items, unit="picture", desc="maps", disable=not progress):
+    for target in tqdm(targets, unit="picture", desc="maps", disable=not progress):
         try:
-            pages.add(explainer.explain(item))
+            pages.add(explainer.explain(target))
         except UnreadableInput as error:
-            pages.fail(item.name, error.reason)
-    first = pages.close()
-    report(f"maps of {len(items)} pictures took {_spoken(time.monotonic() - begun)}")
-    return first
+            pages.fail(target.name, error.reason)
+    pages.close()
+    report(f"maps of {len(targets)} pictures took {_spoken(time.monotonic() - begun)}")
+    return pages
 
 
 def probe_members(ensemble: Ensemble) -> dict[str, maps.Probe]:
@@ -137,12 +142,12 @@ def probe_members(ensemble: Ensemble) -> dict[str, maps.Probe]:
         return {name: maps.probe(member, ensemble.batch_size) for name, member in ensemble.members.items()}
 
 
-def _other_seconds(explainer: Explainer, items: Sequence[Input]) -> float:
+def _other_seconds(explainer: Explainer, targets: Sequence[Target]) -> float:
     """What a picture takes beside its forward passes, by the first that can be read."""
-    for item in items:
+    for target in targets:
         begun = time.perf_counter()
         try:
-            explainer.prepare(item)
+            explainer.prepare(target)
         except UnreadableInput:
             continue
         return time.perf_counter() - begun + DRAWING
@@ -175,6 +180,26 @@ def _facts(ensemble: Ensemble, channels: int | None, count: int) -> dict[str, st
     }
 
 
+class Target(NamedTuple):
+    """What is explained: a picture, one face of it, or a face in one frame of a video.
+
+    who: the number of the face or track where all faces were scored, else None. frame: its number, of `frames` that the
+    video is sampled at. face: whose; None: the one that stands for the picture.
+    """
+
+    item: Input
+    who: int | None = None
+    face: FaceBox | None = None
+    frame: int | None = None
+    frames: int = 0
+
+    @property
+    def name(self) -> str:
+        """The file's name, and which face and frame of it."""
+        face = "" if self.who is None else f", face {self.who}"
+        return f"{self.item.name}{face}" + ("" if self.frame is None else f", frame {self.frame}")
+
+
 class Look(NamedTuple):
     """A member's maps (h, w) by kind, what part of the picture they show, and the face's share of every patch."""
 
@@ -184,45 +209,52 @@ class Look(NamedTuple):
 
 
 class Explainer:
-    """Explains one picture at a time: what every member saw, said, and looked at."""
+    """Explains one picture at a time: what every member saw, said, and looked at.
+
+    channels: of Score-CAM, the strongest so many; None: all; 0: no Score-CAM, which is nearly all of the work.
+    """
 
     def __init__(self, ensemble: Ensemble, channels: int | None, *, faces: bool) -> None:
         self.ensemble, self.channels = ensemble, channels
         self.locators = locators_of(ensemble.views) if faces else {}
 
-    @torch.inference_mode()
-    def explain(self, item: Input) -> Explained:
-        """Everything about one picture.
+    def explain(self, target: Target) -> Explained:
+        """Everything about one picture, or one face of it.
 
         Raises:
             UnreadableInput: it cannot be read.
         """
-        picture, seen = self.prepare(item)
+        return self.explain_seen(target.name, *self.prepare(target))
+
+    @torch.inference_mode()
+    def explain_seen(self, name: str, picture: np.ndarray, seen: Seen) -> Explained:
+        """Everything about what the members see of a picture (H, W, 3) uint8."""
         ensemble = self.ensemble
         face = None if np.isnan(seen.face).any() else tuple(seen.face.tolist())
         views = [torch.from_numpy(v).permute(2, 0, 1)[None].to(ensemble.device) for v in seen.views]
-        row = self._verdict(item.name, views)
+        row = self._verdict(name, views)
         looks = {
-            name: self._look(name, views[place][0], seen.rects[place], face) for name, place in ensemble.view_of.items()
+            who: self._look(who, views[place][0], seen.rects[place], face) for who, place in ensemble.view_of.items()
         }
         crop, note = self._crop(picture, face)
         scale = min(1.0, DRAWN / max(picture.shape[:2]))
         size = [max(1, round(scale * n)) for n in picture.shape[:2]]
-        joint, joint_note = self._joint(looks, scale, size)
-        verdict = str(decide(np.array([row.score]), ensemble.vote)[0])
+        joint, joint_note = self._joint(looks, scale, size) if self.channels != 0 else (None, "")
+        looked = bool(self.locators) and any(view.face is not None for view in ensemble.views)
+        verdict = verdict_of(row.score, ensemble.vote, int(face is not None) if looked else NOBODY_LOOKED)
         members = [
             MemberView(
-                name,
-                ensemble.vote.weights.get(name, 0),
-                row.level[name],
-                row.p_fake[name],
-                seen.views[ensemble.view_of[name]],
+                who,
+                ensemble.vote.weights.get(who, 0),
+                row.level[who],
+                row.p_fake[who],
+                seen.views[ensemble.view_of[who]],
                 [_shown(kind, m, look.covered) for kind, m in look.maps.items()],
             )
-            for name, look in looks.items()
+            for who, look in looks.items()
         ]
         return Explained(
-            item.name,
+            name,
             row.score,
             verdict,
             resize_image(picture, size[1], size[0]),
@@ -234,10 +266,19 @@ class Explainer:
             members,
         )
 
-    def prepare(self, item: Input) -> tuple[np.ndarray, Seen]:
+    def prepare(self, target: Target) -> tuple[np.ndarray, Seen]:
         """The picture, and what the members see of it."""
-        picture = decode_image(item.path)
-        return picture, see(picture, self.ensemble.views, self.locators)
+        if target.frame is None:
+            picture = decode_image(target.item.path)
+        else:
+            picture = dict(sample_frames(target.item.path, target.frames))[target.frame]
+        views = self.ensemble.views
+        if target.face is None:
+            return picture, see(picture, views, self.locators)
+        if target.who is not None:
+            views = close_views(views)
+        configs = [config for _, config in views if config is not None] or [FaceConfig()]
+        return picture, see_found(picture, views, {config: [target.face] for config in configs})
 
     def _verdict(self, name: str, views: list[torch.Tensor]):
         """The row of the sidecar, as scoring makes it, second looks included."""
@@ -251,10 +292,12 @@ class Explainer:
         """Score-CAM, attention and the member's own maps."""
         member = self.ensemble.members[name]
         sight = maps.look(member, view[None])
-        channels = maps.channel_maps(member, sight)[0]
-        size = self.ensemble.batch_size
-        cam = maps.score_cam(member, view, channels, count=self.channels, batch=size)
-        found = {CAM: cam, ATTENTION: maps.attention_map(member, sight)[0]}
+        found = {}
+        if self.channels != 0:
+            channels = maps.channel_maps(member, sight)[0]
+            size = self.ensemble.batch_size
+            found[CAM] = maps.score_cam(member, view, channels, count=self.channels, batch=size)
+        found[ATTENTION] = maps.attention_map(member, sight)[0]
         found |= {kind: m[0] for kind, m in sight.evidence.items()}
         covered = None
         if face is not None:

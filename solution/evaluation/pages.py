@@ -23,6 +23,7 @@ from solution.io import write_atomically
 TEMPLATE = "explain_template.html"
 COLOURS = "inferno"  # of equal perceived steps
 SHOWN = 100  # pictures on a page
+PLACES = 2000  # whose place is remembered for another page: the first ones
 SOURCE, TILE, THUMBNAIL = 220, 140, 160  # px
 OPACITY = 0.6  # of a map over the grey picture
 
@@ -51,7 +52,8 @@ class MemberView:
 
 @dataclass(frozen=True)
 class Explained:
-    """One picture. face: its box (x0, y0, x1, y1) in px; crop: the face crop; joint: the members' maps in one (H, W).
+    """One picture. face: its box (x0, y0, x1, y1) in px; crop: the face crop; joint: the members' maps in one (H, W),
+    or None where no Score-CAM was asked for.
 
     note: on the face; joint_note: on the joint map.
     """
@@ -63,7 +65,7 @@ class Explained:
     face: tuple[float, float, float, float] | None
     crop: np.ndarray | None
     note: str
-    joint: np.ndarray
+    joint: np.ndarray | None
     joint_note: str
     members: Sequence[MemberView]
 
@@ -152,7 +154,8 @@ def _shortened(words: str, font: Any) -> str:
 class Pages:
     """Collects cards and writes them, SHOWN a page. facts: of the run, by name, on every page.
 
-    total: of pictures, known beforehand, so that every page can name the others.
+    total: of pictures, known beforehand, so that every page can name the others. places: by name, where a picture stands
+    (page and anchor) and a small picture of its maps.
     """
 
     folder: Path
@@ -163,14 +166,18 @@ class Pages:
     thumbnails: list[tuple[np.ndarray, str, str]] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     written: list[Path] = field(default_factory=list)
+    places: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def add(self, shown: Explained) -> None:
         """One more picture; a full page is written and let go of."""
-        joint = overlay(shown.picture, shown.joint)
-        thumbnail = _fitted(joint, THUMBNAIL)
+        drawn = shown.picture if shown.joint is None else overlay(shown.picture, shown.joint)
+        thumbnail = _fitted(drawn, THUMBNAIL)
         name = printable(shown.name)
         self.thumbnails.append((thumbnail, f"{shown.score:.3f} {shown.verdict}", name))
-        self.cards.append(_card(shown, name, joint, _uri(thumbnail)))
+        self.cards.append(card(shown) | {"thumbnail": _uri(thumbnail)})
+        page = _page_name(len(self.written) + 1)
+        if len(self.places) < PLACES:
+            self.places[shown.name] = f"{page}#p{len(self.cards)}", self.cards[-1]["thumbnail"]
         if len(self.cards) + len(self.failures) == SHOWN:
             self._flush()
 
@@ -216,16 +223,18 @@ def _scale_colours() -> list[str]:
     return ["#{:02x}{:02x}{:02x}".format(*colour) for colour in table]
 
 
-def _card(shown: Explained, name: str, joint: np.ndarray, thumbnail: str) -> dict[str, Any]:
+def card(shown: Explained) -> dict[str, Any]:
+    """What a template draws of one picture: name, score, sources and members with their maps, pictures as data URIs."""
     sources = [("picture", _with_face(shown.picture, shown.face, SOURCE), "")]
     if shown.crop is not None:
         sources.append(("the face, 1.3 times its box", _fitted(shown.crop, SOURCE), ""))
-    sources.append(("all Score-CAMs", _fitted(joint, SOURCE), shown.joint_note))
+    if shown.joint is not None:
+        joint = overlay(shown.picture, shown.joint)
+        sources.append(("all Score-CAMs", _fitted(joint, SOURCE), shown.joint_note))
     return {
-        "name": name,
+        "name": printable(shown.name),
         "score": f"{shown.score:.3f}",
-        "verdict": shown.verdict,
-        "thumbnail": thumbnail,
+        "verdict": shown.verdict.replace("_", " "),
         "note": shown.note,
         "sources": [{"title": t, "uri": _uri(p), "note": n} for t, p, n in sources],
         "members": [_member(m) for m in shown.members],

@@ -385,11 +385,13 @@ def write_submission_report(
     *,
     title: str = "Submission",
     threshold: float = 0.5,
+    verdicts: Mapping[str, Any] | None = None,
 ) -> Path:
     """`report.html`, `report.json` and `figures/*.png` about scores whose labels nobody knows; returns the page's path.
 
     rows: one per picture, as the members' sidecar has them: `image`, `score`, `NAME_p` per member, `error` (empty where
-    there is none), and `path` of the file where a thumbnail is wanted. Failures keep out of every figure.
+    there is none), and `path` of the file where a thumbnail is wanted. Failures keep out of every figure. verdicts: of
+    `verdicts.verdict_section`, for the table of verdicts and the videos.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -420,6 +422,7 @@ def write_submission_report(
             {"label": "Failures", "value": f"{len(failures):,}"},
             {"label": f"Called fake, at {threshold:.3g} or above", "value": share},
         ],
+        "verdicts": verdicts,
         "sections": [s for s in sections if s is not None],
     }
     summary = {

@@ -57,17 +57,20 @@ def threshold_record(bundle: Bundle, vote: VoteConfig) -> dict[str, Any]:
     """What run.json says of the threshold: where it lies, the false alarms it was set for, and those measured at it.
 
     `asked`: the share of real pictures that the threshold may call fake; `measured`: false alarms and fakes found by
-    condition, from the bundle's report, `on` these pictures, by `protocol`. None where the bundle does not say, and
-    where `vote` is not the bundle's own: its figures are none of another vote.
+    condition, and `by_source` false alarms by source of real pictures, from the bundle's report, `on` these pictures,
+    by `protocol`. None where the bundle does not say, and where `vote` is not the bundle's own: its figures are none of
+    another vote.
     """
     own = vote == bundle.vote
     report = bundle.report if own else {}
-    measured = {name: rates for name, rates in report.get("at_threshold", {}).items() if isinstance(rates, Mapping)}
+    at = report.get("at_threshold", {})
+    measured = {name: rates for name, rates in at.items() if isinstance(rates, Mapping) and "false_alarms" in rates}
     return {
         "threshold": vote.threshold,
         "unsure": vote.unsure,
         "asked": vote.false_alarm if own else None,
         "measured": measured or None,
+        "by_source": at.get("false_alarms_by_source"),
         "on": report.get("fitted_on"),
         "protocol": report.get("protocol"),
     }
@@ -79,14 +82,18 @@ def meaning(record: Mapping[str, Any]) -> str:
     band = f", unsure between {low:.3g} and {high:.3g}" if record["unsure"] else ""
     text = f"Fake at {record['threshold']:.3g} or above{band}."
     if record["asked"] is not None:
-        text += f" Set to call at most {record['asked']:.3g} of the real pictures it was fitted on fake."
+        text += f" Set so that of the real pictures it was fitted on at most {100 * record['asked']:.3g} in 100 are called fake."
     if not record["measured"]:
         return f"{text} How often real pictures are called fake was not measured for this vote."
     each = "; ".join(f"{name} {_rates(rates)}" for name, rates in record["measured"].items())
-    return f"{text} Measured: {each}. On: {record['on'] or 'not stated'}."
+    text += f" Measured: {each}."
+    if record["by_source"]:
+        source, rate = max(record["by_source"].items(), key=lambda pair: pair[1])
+        text += f" Of the worst source of real pictures, {source}, {rate:.1%} are called fake."
+    return f"{text} On: {record['on'] or 'not stated'}."
 
 
 def _rates(rates: Mapping[str, Any]) -> str:
     words = {"false_alarms": "of the real called fake", "fakes_found": "of the fakes found"}
-    told = [f"{float(value):.1%} {words.get(name, name.replace('_', ' '))}" for name, value in rates.items()]
+    told = [f"{value:.1%} {words[name]}" for name, value in rates.items() if name in words and value is not None]
     return ", ".join(told)

@@ -183,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
     from solution.bundles.bundle import load_members
     from solution.bundles.store import open_bundle
     from solution.data.degradation import use_one_opencv_thread
+    from solution.models.merging import pick_device
 
+    device = pick_device(args.device)
     use_one_opencv_thread()
     items, _ = read_manifest(args.data, split=args.split)
     items = [item for item in items if item.label == 0]
@@ -192,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = draw_items(items, args.count, args.seed)
     bundle = open_bundle(args.weights)
     name = localizer(bundle, args.member)
-    member = load_members(bundle, [name], device=args.device)[name]
+    member = load_members(bundle, [name], device=device)[name]
     args.out.mkdir(parents=True, exist_ok=True)
     degradation = DegradationConfig(global_p=1.0) if args.degraded else None
     faces = blends(chosen, member.config, args.seed, degradation)

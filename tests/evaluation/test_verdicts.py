@@ -1,0 +1,171 @@
+"""The table of verdicts, the videos' timelines, and the answers of the app, without a browser."""
+
+import base64
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from people import collage, two_people
+from tiny import make_bundle
+
+from solution.config import VoteConfig
+from solution.data.images import Input, find_inputs
+from solution.evaluation import report, verdicts
+from solution.evaluation.answers import COPIES, Examiner
+from solution.scoring import ensemble as predict
+from solution.scoring.files import SidecarRow, Track, write_sidecar
+
+BOX = (10.0, 10.0, 60.0, 60.0, 0.9)
+
+
+def line(name, score, word, who=None, frame=None, track=None, face=BOX):
+    return SidecarRow(name, "ok", "", face, {"face": score}, {"face": score}, score, word, frame, who, track)
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """Inputs and their sidecar: a real and a fake face in one picture, a clip of two people, nobody, and a broken file."""
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((100, 100, 3), 90, np.uint8))
+    cv2.imwrite(str(tmp_path / "nobody.png"), np.full((100, 100, 3), 90, np.uint8))
+    two_people(tmp_path / "clip.mp4")
+    (tmp_path / "broken<.jpg").write_bytes(b"no picture")
+    inputs = find_inputs(tmp_path)
+    rows = [
+        line("a.png", 0.9, "fake"),
+        line("a.png", 0.1, "real", who=1),
+        line("a.png", 0.9, "fake", who=2),
+        SidecarRow("broken<.jpg", "failed", "no <picture>", None, {}, {}, 0.5, "failed"),
+        line("clip.mp4", 0.6, "unsure", face=None),
+        line("clip.mp4", 0.2, "real", who=1, track=Track(2, 1, 4, 0.1, 0.0)),
+        line("clip.mp4", 0.3, "real", who=1, frame=1),
+        line("clip.mp4", 0.1, "real", who=1, frame=4),
+        line("clip.mp4", 0.6, "unsure", who=2, track=Track(3, 4, 10, 0.2, 0.66)),
+        line("clip.mp4", 0.4, "real", who=2, frame=4),
+        line("clip.mp4", 0.8, "fake", who=2, frame=7),
+        line("clip.mp4", 0.6, "unsure", who=2, frame=10),
+        line("nobody.png", 0.7, "no_face", face=None),
+    ]
+    sidecar = tmp_path / "preds.members.csv"
+    write_sidecar(rows, sidecar, ["face"], frames=True, people=True)
+    return verdicts.read_judged(sidecar, inputs)
+
+
+def test_faces_and_tracks_stand_for_their_input_and_have_their_frames(scored):
+    assert [(*j.key, j.verdict, len(j.frames)) for j in scored] == [
+        ("a.png", 1, "real", 0),
+        ("a.png", 2, "fake", 0),
+        ("broken<.jpg", None, "failed", 0),
+        ("clip.mp4", 1, "real", 2),
+        ("clip.mp4", 2, "unsure", 3),
+        ("nobody.png", None, "no_face", 0),
+    ]
+    told = [[row["frame"] for row in j.telling(2, 0.5)] for j in scored if j.frames]
+    assert told == [["4", "1"], ["7", "10"]]  # of a real one those that look most real
+
+
+def test_the_page_has_a_row_for_everything_the_most_suspicious_first(scored, tmp_path):
+    why = {("a.png", 2): {"href": "../x.explain/explain.html#p1", "uri": "data:image/jpeg;base64,AA=="}}
+    table = verdicts.verdict_section(scored, threshold=0.5, meaning="Fake at 0.5.", frames=16, why=why)
+    assert [(row["name"], row["who"]) for row in table["rows"]] == [
+        ("a.png", 2),
+        ("clip.mp4", 2),
+        ("clip.mp4", 1),
+        ("a.png", 1),
+        ("nobody.png", ""),
+        ("broken<.jpg", ""),
+    ]
+    (video,) = table["videos"]
+    assert [len(person["telling"]) for person in video["people"]] == [2, 3]
+    assert all(frame["uri"].startswith("data:") for person in video["people"] for frame in person["telling"])
+    first, second = video["timeline"]["lines"]
+    assert first["points"] == "0.0,105.0 213.3,135.0" and len(second["dots"]) == 3
+    page = report.write_submission_report([], tmp_path / "r", threshold=0.5, verdicts=table)
+    text = page.read_text()
+    assert "broken&lt;.jpg" in text and "no &lt;picture&gt;" in text and "<picture>" not in text
+    assert 'href="../x.explain/explain.html#p1"' in text and text.count("<tr data-file") == 6
+    assert not re.search(r"(?:src|href)=\"(?!data:|#|\.\./)", text) and "http" not in text.replace(
+        "http://www.w3.org", ""
+    )
+    assert not verdicts.verdict_section([], threshold=0.5, meaning="", frames=1, why={})["rows"]
+
+
+def test_more_rows_than_are_listed_are_said(scored, tmp_path, monkeypatch):
+    monkeypatch.setattr(verdicts, "LISTED", 2)
+    table = verdicts.verdict_section(scored, threshold=0.5, meaning="", frames=16, why={})
+    text = report.write_submission_report([], tmp_path / "r", verdicts=table).read_text()
+    assert text.count("<tr data-file") == 2 and "The 2 most suspicious of 6" in text
+
+
+# ------------------------------------------------------------------------------------------------ answers
+@pytest.fixture(scope="module")
+def examiner(tmp_path_factory):
+    vote = VoteConfig({"global": 1, "face": 2}, threshold=0.6, unsure=0.01)
+    bundle = make_bundle(tmp_path_factory.mktemp("weights") / "tiny", ("global", "face"), vote=vote)
+    return Examiner(predict.load_ensemble(bundle, "cpu", exact=True), bundle, frames=8)
+
+
+def test_an_answer_is_what_scoring_says_and_tells_whether_it_holds(examiner, tmp_path):
+    picture, _ = collage()
+    cv2.imwrite(str(tmp_path / "four.png"), picture[:, :, ::-1])
+    examiner.start()
+    answer = examiner.examine(tmp_path / "four.png", "four.png")
+    reader = predict.Reader(examiner.ensemble.views, people="all")
+    item = Input("four.png", tmp_path / "four.png", "image")
+    (rows,) = predict.stream(examiner.ensemble, [[(0, item)]], reader, workers=0)
+    true = predict.judge(rows, examiner.ensemble.vote, examiner.ensemble.calibrators)
+    assert answer.score == true[0].score and answer.verdict == true[0].verdict
+    assert [f.judged.score for f in answer.faces] == pytest.approx(
+        sorted((r.score for r in true[1:]), reverse=True), abs=1e-6
+    )
+    examiner.degrade(answer.faces[0])
+    assert list(answer.faces[0].held) == list(COPIES)
+    # The picture itself as its own copy scores what it scored.
+    views, chosen = examiner.views_of(answer.faces[0].picture, answer.faces[0].face, True)
+    assert all(config.max_area == 1.0 for _, config in views if config) and set(chosen.values()) == {
+        answer.faces[0].face
+    }
+    text = examiner.html([answer])
+    assert text.count('class="face"') == 4 and "on degraded copies" in text and "Fake at 0.6 or above" in text
+    assert "http" not in text and "<script" not in text
+    csv = base64.b64decode(re.search(r"data:text/csv;base64,([^\"]+)", text)[1]).decode()
+    assert csv.count("four.png") == 5
+
+
+def test_a_copy_that_changes_nothing_scores_the_same(examiner, tmp_path, monkeypatch):
+    picture, _ = collage()
+    cv2.imwrite(str(tmp_path / "four.png"), picture[:, :, ::-1])
+    for name, shown in (("four.png", picture), ("one.png", picture[:256, :256])):
+        cv2.imwrite(str(tmp_path / name), shown[:, :, ::-1])
+        answer = examiner.examine(tmp_path / name, name)
+        monkeypatch.setattr("solution.evaluation.answers.COPIES", {"the same": lambda p: p})
+        for face in answer.faces:
+            examiner.degrade(face)
+            # Boxes are kept to a tenth of a pixel, which can move a crop by one.
+            assert face.held["the same"][0] == pytest.approx(face.judged.score, abs=0.1)
+
+
+def test_odd_files_are_named_and_never_a_blank(examiner, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "text.pdf").write_bytes(b"%PDF")
+    cv2.imwrite(str(tmp_path / "nobody.png"), np.full((90, 90, 3), 80, np.uint8))
+    clip = two_people(tmp_path / "two.mp4")
+    turned = examiner.examine(Path(__file__).parents[1] / "photos" / "turned.jpg", "turned.jpg")
+    assert turned.notes == ["Turned upright, as the picture's metadata asks."]
+    broken, pdf, nobody, video = (
+        examiner.examine(tmp_path / name, name) for name in ("broken.jpg", "text.pdf", "nobody.png", clip.path.name)
+    )
+    assert broken.verdict == pdf.verdict == "failed" and "picture" in broken.error and ".pdf" in pdf.error
+    assert nobody.verdict == "no_face" and len(nobody.faces) == 1
+    assert "Sound is not judged." in video.notes and len(video.faces) == 3 and video.timeline["lines"]
+    text = examiner.html([broken, pdf, nobody, video])
+    assert text.count("<article data-verdict") == 4 and "Could not be read" in text and "No face found" in text
+    examiner.start()
+    assert examiner.csv().count("\n") == 1
+
+
+def test_a_long_clip_is_refused_by_its_length(examiner, tmp_path, monkeypatch):
+    monkeypatch.setattr("solution.evaluation.answers.LONGEST", 3.0)
+    clip = two_people(tmp_path / "two.mp4")  # 48 frames, 12 a second
+    assert "4 s long; at most 3 s" in examiner.examine(clip.path, "two.mp4").error
