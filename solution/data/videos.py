@@ -56,11 +56,7 @@ def sample_frames(path: Path | str, count: int) -> list[tuple[int, np.ndarray]]:
     if count < 1:
         raise ValueError(f"count is {count}; at least one frame must be asked for")
     with open_regular(path) as opened, _quiet():
-        movie = read_movie(opened)
-        if movie is not None and not movie.tracks:
-            raise UnreadableInput(path, _NO_VIDEO)
-        file = opened if movie is None else movie.with_longest(opened)
-        clip = _scan(path, file, movie and movie.longest)
+        file, clip = _chosen(path, opened)
         total = len(clip.times)
         wanted = middle_places(total, count)
         frames, _ = _read_frames(path, file, wanted, clip, seek=True)
@@ -81,8 +77,17 @@ def duration(path: Path | str) -> float:
         UnreadableInput: see `sample_frames`.
     """
     with open_regular(path) as file, _quiet():
-        times = _scan(path, file).times
+        times = _chosen(path, file)[1].times
     return (times[-1] - times[0]) / 1000
+
+
+def _chosen(path: Path | str, opened: BinaryIO) -> tuple[BinaryIO, _Clip]:
+    """The file as if its longest video track were the only one, and what that holds."""
+    movie = read_movie(opened)
+    if movie is not None and not movie.tracks:
+        raise UnreadableInput(path, _NO_VIDEO)
+    file = opened if movie is None else movie.with_longest(opened)
+    return file, _scan(path, file, movie and movie.longest)
 
 
 def _open_video(path: Path | str, file: BinaryIO, *options: int) -> cv2.VideoCapture:

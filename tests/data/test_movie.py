@@ -8,7 +8,7 @@ import pytest
 
 from solution.data.images import UnreadableInput
 from solution.data.movie import read_movie
-from solution.data.videos import sample_frames
+from solution.data.videos import duration, sample_frames
 
 HOLDERS = (b"moov", b"trak", b"edts", b"mdia", b"minf", b"stbl")
 
@@ -98,6 +98,7 @@ def test_the_longest_of_several_video_tracks_is_the_video(tmp_path):
     with both.open("rb") as file:
         assert [round(t.seconds, 3) for t in read_movie(file).tracks] == [0.3, 2.0]
     assert greys(both, 100) == list(range(20))
+    assert duration(both) == pytest.approx(1.9)
 
 
 def test_a_turned_video_is_upright(tmp_path):
