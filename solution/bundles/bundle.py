@@ -307,6 +307,7 @@ def read_bundle(folder: Path, *, verify: bool = True, offline: bool = True) -> B
     except ConfigError as error:
         raise WeightsError(f"{error}; use a matching release") from error
     _check_names(str(path), configs, vote, calibrators)
+    _check_halves(str(path), configs, record["files"])
     return Bundle(
         folder=folder,
         name=record["name"],
@@ -365,6 +366,20 @@ def _check_names(
         raise WeightsError(f"{where}: vote.weights names {', '.join(absent)}, not in the bundle ({', '.join(members)})")
     if set(calibrators) != set(members):
         raise WeightsError(f"{where}: calibrators of {sorted(calibrators)}, expected those of {sorted(members)}")
+
+
+def _check_halves(where: str, configs: Mapping[str, MemberConfig], files: Mapping[str, str]) -> None:
+    """A member on two towers looks through two: not through one twice, by name or by what lies in their files."""
+    for name, config in configs.items():
+        if config.clip is None:
+            continue
+        halves = [tower.stored_name for tower in (config.tower, config.clip)]
+        hashes = [files.get(f"towers/{half}.safetensors") for half in halves]
+        if halves[0] == halves[1] or (hashes[0] and hashes[0] == hashes[1]):
+            raise WeightsError(
+                f"{where}: both halves of {name} are the tower {halves[0]!r}, the same features twice; expected another "
+                "backbone as its second half (the published one is CLIP): train it on one, as train.sh does"
+            )
 
 
 def check_files(folder: Path, files: dict[str, str], *, hashes: bool = True) -> None:
@@ -529,16 +544,13 @@ def load_members(
 
 
 def member_hash(bundle: Bundle, name: str) -> str:
-    """What a member's logits depend on: SHA-256 over its files and those of its towers, or the commits of public ones."""
-    config, digest = bundle.configs[name], hashlib.sha256()
-    towers = {tower.name: tower for tower in (config.tower, config.clip) if tower is not None}
-    for path in (
-        *(f"{name}/{file}" for file in _MEMBER_FILES),
-        *(f"towers/{t.stored_name}.safetensors" for t in towers.values()),
-    ):
-        digest.update(f"{path} {bundle.files.get(path, '')}\n".encode())
-    digest.update(json.dumps([to_dict(tower) for tower in towers.values()]).encode())
-    return digest.hexdigest()
+    """What a member's logits depend on: SHA-256 over its files, those of its towers, and the commits of public ones."""
+    towers = [tower for tower in (bundle.configs[name].tower, bundle.configs[name].clip) if tower is not None]
+    paths = [f"{name}/{file}" for file in _MEMBER_FILES]
+    paths += [f"towers/{tower.stored_name}.safetensors" for tower in towers if not tower.public]
+    parts = [[path, bundle.files[path]] for path in paths]
+    parts += [[tower.name, tower.source, tower.revision] for tower in towers if tower.public]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _own_file(bundle: Bundle, config: TowerConfig) -> str | None:

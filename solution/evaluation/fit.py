@@ -193,7 +193,7 @@ def fit_ensemble(
         "asked_of_worst_source": options.worst_false_alarm,
         "false_alarms_by_source_as_fitted": false_alarms(known.labels, scores >= threshold, known.sources),
     }
-    comparison["generators"] = _by_generator(known, {"vote": held["scores"][chosen], **held["p"]})
+    comparison["generators"] = _by_generator(logits, known, folds, {f: x[chosen] for f, x in held["all"].items()})
     comparison["search"] = {**fitted.search._asdict(), "weights_stacked": fitted.votes["stacked"].weights}
     comparison["options"] = asdict(options)
     comparison["chosen"] = chosen
@@ -334,19 +334,21 @@ def _threshold(known: Known, scores: np.ndarray, options: FitOptions) -> float:
 
 def _held_out(logits: Logits, known: Known, folds: Folds, options: FitOptions) -> dict[str, Any]:
     """Every member and every way of voting on rows that neither fitted nor chose anything: `p` and `scores` (R,) by
-    name, `fake` (R,) bool verdicts by way, and each fold's `weights` of the search."""
+    name, `fake` (R,) bool verdicts by way, and each fold's `weights` of the search; `all`: by fold, the ways on all rows."""
     count = len(known.labels)
     p = {name: np.empty(count) for name in logits}
     scores: dict[str, np.ndarray] = {}
     fake: dict[str, np.ndarray] = {}
     weights = []
+    everywhere: dict[int, dict[str, np.ndarray]] = {}
     for fold in np.unique(folds.number):
         train, held = np.flatnonzero(folds.number != fold), np.flatnonzero(folds.number == fold)
         of_train = {name: x[train] for name, x in logits.items()}
         fitted = _fit_part(of_train, known.at(train), options)
         weights.append(fitted.search.weights)
-        p_train = _applied(fitted.calibrators, of_train)
-        p_held = _applied(fitted.calibrators, {n: x[held] for n, x in logits.items()})
+        p_all = _applied(fitted.calibrators, logits)
+        p_train, p_held = ({n: x[rows] for n, x in p_all.items()} for rows in (train, held))
+        everywhere[int(fold)] = {way: combine(p_all, vote) for way, vote in fitted.votes.items()}
         for name in logits:
             p[name][held] = p_held[name]
         for way, vote in fitted.votes.items():
@@ -357,7 +359,7 @@ def _held_out(logits: Logits, known: Known, folds: Folds, options: FitOptions) -
     if set(NTIRE26_VOTE.weights) <= set(logits):  # fits nothing: every row is held out
         raw = {n: calibration.sigmoid(logits[n]) for n in NTIRE26_VOTE.weights}
         scores["published recipe"] = combine(raw, NTIRE26_VOTE)
-    return {"scores": scores, "p": p, "fake": fake, "weights": weights}
+    return {"scores": scores, "p": p, "fake": fake, "weights": weights, "all": everywhere}
 
 
 def _chosen(scores: Mapping[str, np.ndarray], known: Known, folds: Folds, penalty: float) -> str:
@@ -414,9 +416,10 @@ def _comparison(
     }
 
 
-def _by_generator(known: Known, scores: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """AUC of each generator's fakes per condition and scorer: against the reals of its own source where it has any, else
-    against all reals of seen sources. scores (R,): held out, by scorer."""
+def _by_generator(logits: Logits, known: Known, folds: Folds, votes: Mapping[int, np.ndarray]) -> list[dict[str, Any]]:
+    """AUC of each generator's fakes per condition, of every member's logits and of the vote: against the reals of its own
+    source where it has any, else against all reals of seen sources. votes: by fold, of all rows (R,) as the rows outside
+    that fold fitted it; a generator's is the one that was fitted without its fakes."""
     told = []
     for generator in np.unique(known.generators[known.labels == 1]):
         for condition in ("clean", "degraded"):
@@ -426,8 +429,9 @@ def _by_generator(known: Known, scores: Mapping[str, np.ndarray]) -> list[dict[s
             own = real & np.isin(known.sources, sources)
             against = own if own.any() else real & ~known.unseen
             rows = np.flatnonzero(fakes | against)
-            if not against.any() or not len(rows):
+            if not fakes.any() or not against.any():
                 continue
+            scores = {"vote": votes[int(folds.number[fakes][0])], **logits}
             told.append(
                 {
                     "generator": str(generator),

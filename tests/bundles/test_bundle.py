@@ -308,6 +308,21 @@ def test_a_tower_starts_from_a_folder_or_a_file(tmp_path, swiglu):
         fill_tower(config, state)
 
 
+def test_a_fusion_of_one_tower_with_itself_is_refused(copy):
+    twin = copy / "towers/tiny-semantic.safetensors"
+    shutil.copyfile(copy / "towers/tiny-global.safetensors", twin)
+    rehash(copy)
+    with pytest.raises(WeightsError, match="both halves of fusion are the tower 'tiny-global'"):
+        read_bundle(copy)
+    path = copy / "fusion/config.json"
+    record = json.loads(path.read_text())
+    record["member"]["clip"]["source"] = "bundle:tiny-global"
+    path.write_text(json.dumps(record))
+    rehash(copy)
+    with pytest.raises(WeightsError, match="the same features twice"):
+        read_bundle(copy)
+
+
 def test_a_packed_tower_is_half_as_large_and_nearly_the_same(tmp_path):
     config = small_tower(width=120)
     tower = build_tower(config)

@@ -39,7 +39,7 @@ def test_the_shipped_bundle_is_whole_and_small_enough():
     folder = ROOT / "weights/compact"
     assert weights.main(["verify", str(folder)]) == 0
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    assert size <= 90e6
+    assert size <= 110e6
 
 
 def test_train_sh_says_what_it_misses(tmp_path):
