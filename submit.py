@@ -51,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
         type=_positive,
         help="pictures computed at once (default: by the towers' size)",
     )
-    add("--workers", type=_count, help="loader processes (default: by the cores)")
+    add("--workers", type=_count, help="loader processes (default: by the cores); 0: a file that crashes ends the run")
+    add("--limit", type=_count, default=600, help="seconds to read one file, in a loader; 0: none (default: 600)")
     add("--decimals", type=_positive, default=6, help="of the scores (default: 6)")
     add(
         "--on-error",
@@ -179,6 +180,8 @@ def prepare(args: argparse.Namespace):
 
     submission.score_format(args.out)
     inputs = find_inputs(args.input)
+    if args.out.exists() and args.out.samefile(args.input):
+        raise UsageError(f"--out {args.out} is the --input, which it would overwrite; choose another name")
     beside = submission.members_path(args.out), journal_path(args.out, _rank())
     try:
         for path in (args.out, *beside):
@@ -296,6 +299,8 @@ def announce(ensemble, bundle, plan, found: int, rank: int, ranks: int) -> None:
     tell(f"vote: {ensemble.vote.mean} of {', '.join(votes)}")
     others = f"; the bar shows rank 0 of {ranks}" if ranks > 1 else ""
     tell(f"{int(plan.share().sum())} inputs, {found} scored before{others}")
+    if plan.inputs.passed_over:
+        tell(plan.inputs.passed())
 
 
 def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> float:
@@ -316,7 +321,7 @@ def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> fl
         gpu = ensemble.device.type == "cuda"
         rows_of = predict.ray_stream(batches, load, settings, gpu=gpu)
     else:
-        reader = predict.Reader(ensemble.views, **settings)
+        reader = predict.Reader(ensemble.views, limit=args.limit, **settings)
         rows_of = predict.stream(ensemble, batches, reader, workers=args.workers)
     begun = time.monotonic()
     try:
@@ -380,6 +385,7 @@ def write(args, ensemble, bundle, plan, journal, found: int, seconds: float) -> 
     speed = scored / seconds if scored else None
     record = run_record(args, ensemble, bundle, journal) | {
         "counts": {**counts, "scored_now": scored},
+        "passed_over": journal.inputs.passed_over,
         "seconds": round(seconds, 3),
         "images_per_second": speed and round(speed, 2),
     }
@@ -494,7 +500,7 @@ def write_report(args, ensemble, bundle, inputs, maps) -> None:
 
 def explain(args, ensemble, inputs):
     """Maps of the pictures, or faces and persons, with the highest scores, in PREDS.explain/; its pages."""
-    from solution.explain import explain_pictures
+    from solution.evaluation.explainer import explain_pictures
 
     judged = sorted((j for j in read_judged(args, inputs) if j.verdict != "failed"), key=lambda j: -j.score)
     chosen = [explained(args, ensemble, j) for j in judged[: args.explain or None]]
@@ -505,8 +511,8 @@ def explain(args, ensemble, inputs):
 
 def explained(args, ensemble, judged):
     """What is shown of why something was judged as it was: the picture, its face, or a video's most telling frame."""
+    from solution.evaluation.explainer import Target
     from solution.evaluation.verdicts import face_of
-    from solution.explain import Target
 
     if judged.frames:
         (row,) = judged.telling(1, ensemble.vote.threshold)

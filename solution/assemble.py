@@ -55,7 +55,7 @@ def assemble(
     from solution.models.calibration import Calibrator
 
     about = dict(about or {})
-    items = validation_items(members, names, data, limit=limit, progress=progress)
+    items = validation_items(members, names, data, limit=limit, workers=workers, progress=progress)
     final, out = out, out.with_name(f"{out.name}.part")
     shutil.rmtree(out, ignore_errors=True)
     collect(members, out, names, int8=int8)
@@ -105,7 +105,9 @@ def member_logits(
     return {name: found[name][name] for name in keys}
 
 
-def validation_items(members: Path, names: list[str], data: Path, *, limit: int = 0, progress: bool = True) -> list:
+def validation_items(
+    members: Path, names: list[str], data: Path, *, limit: int = 0, workers: int = 0, progress: bool = True
+) -> list:
     """The readable pictures of `val` and `unseen`, for the members' own rule on what cannot be read.
 
     Raises:
@@ -121,7 +123,7 @@ def validation_items(members: Path, names: list[str], data: Path, *, limit: int 
     items = []
     for split in [s for s in ("val", "unseen") if s in manifest_splits(data) or s == "val"]:
         part, report = read_manifest(data, split=split)
-        part = readable(part, "fail" if strict else "drop", report, progress=progress)
+        part = readable(part, "fail" if strict else "drop", report, workers=workers, progress=progress)
         if report.dropped:
             print(report.summary(), file=sys.stderr)
         items += limit_items(part, limit, 0)

@@ -16,6 +16,7 @@ import argparse
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from solution.config import VoteConfig
-from solution.errors import UsageError, door
+from solution.data.labels import EXPECTED, LABEL_COLUMNS, PATH_COLUMNS, column_of, label_of
+from solution.errors import UsageError, door, tell
 from solution.evaluation import report
 from solution.evaluation.conditions import degraded_conditions, limit_frames, limit_items, sweep_conditions
 from solution.evaluation.kept import Logits, Scorer, condition_logits
@@ -43,8 +45,8 @@ from solution.models import calibration
 from solution.models.calibration import Calibrator
 from solution.scoring.vote import combine
 
-NAME_COLUMNS = ("image", "name", "path", "file", "filename")
-SCORE_COLUMNS = ("score", "p_fake", "p", "probability", "prob")
+# The last as in DFDC's `filename,label`, whose label is P(fake).
+SCORE_COLUMNS = ("score", "p_fake", "p", "probability", "prob", "prediction", "pred", "label")
 
 
 class Ensemble(Protocol):
@@ -104,10 +106,10 @@ def read_predictions(
     """
     key = (lambda n: n.replace("\\", "/").rpartition("/")[2]) if by_name else str
     scores = _read_scores(preds, key, logits)
-    rows, column = [], None
+    rows, columns = [], None
     for number, row in _csv(labels):
-        column = column or _column(labels, row, NAME_COLUMNS)
-        rows.append((key(row[column]), row))
+        columns = columns or (_column(labels, row, PATH_COLUMNS), _column(labels, row, LABEL_COLUMNS))
+        rows.append((key(_name(row, columns[0], f"{labels}, line {number}")), row))
     names = [name for name, _ in rows]
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
@@ -120,8 +122,8 @@ def read_predictions(
         )
     pictures = Pictures(
         names=tuple(names),
-        paths=tuple(str(labels.parent / row[column]) for _, row in rows),
-        labels=np.array([_label(row, labels) for _, row in rows], dtype=np.int64),
+        paths=tuple(str(labels.parent / row[columns[0]]) for _, row in rows),
+        labels=np.array([_label(row[columns[1]], name, labels) for name, row in rows], dtype=np.int64),
         sources=tuple(row.get("source") or "" for _, row in rows),
         videos=tuple(row.get("video") or "" for _, row in rows),
     )
@@ -140,10 +142,10 @@ def _read_scores(preds: Path, key: Callable[[str], str], logits: bool) -> dict[s
         where = f"{preds}, line {number}"
         if columns is None:
             columns = (
-                _column(preds, row, NAME_COLUMNS),
+                _column(preds, row, PATH_COLUMNS),
                 _column(preds, row, SCORE_COLUMNS),
             )
-        name = key(row[columns[0]])
+        name = key(_name(row, columns[0], where))
         if name in scores:
             raise EvaluationError(f"{where}: {name} occurs twice")
         scores[name] = _score_value(row[columns[1]], where, logits)
@@ -152,10 +154,13 @@ def _read_scores(preds: Path, key: Callable[[str], str], logits: bool) -> dict[s
 
 def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
     """(line number, row) of a CSV with a header and at least one row."""
+    from solution.data.manifest import read_text
+
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(enumerate(csv.DictReader(file), start=2))
-    except (OSError, UnicodeDecodeError) as error:
+        rows = list(enumerate(csv.DictReader(io.StringIO(read_text(path), newline="")), start=2))
+    except OSError as error:
+        raise EvaluationError(f"{path}: {error.strerror or error}") from None
+    except csv.Error as error:
         raise EvaluationError(f"{path}: cannot be read as CSV: {error}") from None
     if not rows:
         raise EvaluationError(f"{path}: no rows below its header")
@@ -163,10 +168,16 @@ def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
 
 
 def _column(path: Path, row: Mapping[str, str], wanted: Sequence[str]) -> str:
-    found = [name for name in wanted if name in row]
-    if not found:
+    found = column_of(row, wanted)
+    if found is None:
         raise EvaluationError(f"{path}: none of the columns {', '.join(wanted)}; found {', '.join(map(str, row))}")
-    return found[0]
+    return found
+
+
+def _name(row: Mapping[str, str], column: str, where: str) -> str:
+    if not row[column]:
+        raise EvaluationError(f"{where}: no name in column {column}")
+    return row[column]
 
 
 def _score_value(text: str, where: str, logits: bool) -> float:
@@ -185,11 +196,11 @@ def _score_value(text: str, where: str, logits: bool) -> float:
     return value
 
 
-def _label(row: Mapping[str, str], path: Path) -> int:
-    text = (row.get("label") or "").strip().lower()
-    if text not in ("0", "1", "real", "fake"):
-        raise EvaluationError(f"{path}: label {text!r}; expected 0 or real, 1 or fake")
-    return int(text in ("1", "fake"))
+def _label(word: str | None, name: str, path: Path) -> int:
+    label = label_of(word)
+    if label is None:
+        raise EvaluationError(f"{path}: the label of {name} is {word!r}; {EXPECTED}")
+    return label
 
 
 # ------------------------------------------------------------------------------------------------ output
@@ -354,7 +365,7 @@ def _evaluate_predictions(arguments: argparse.Namespace) -> int:
         draws=arguments.draws,
     )
     write_results(arguments.out, pictures, [run], results, thumbnails=arguments.thumbnails)
-    print(f"{text_table(results)}\n\n{arguments.out / 'report.html'}")
+    _say(results, pictures.labels, arguments.out)
     return 0
 
 
@@ -371,6 +382,8 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
         frames=arguments.frames,
         out=arguments.out,
     )
+    if notes:
+        tell(notes)
     items = limit_items(items, arguments.limit, arguments.seeds[0])
     ensemble = predict.load_ensemble(arguments.weights, arguments.device, second_look=not arguments.fast)
 
@@ -385,7 +398,6 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
         items,
         scorer=scorer,
         ensemble=ensemble,
-        way="fast" if arguments.fast else "",
         out=arguments.out,
         conditions=[
             CLEAN,
@@ -393,14 +405,41 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
             *(sweep_conditions(arguments.seeds[0]) if arguments.robustness else []),
         ],
         protocol=_asked(arguments, notes),
-        pools=_pools(arguments.pool),
-        seed=arguments.seeds[0],
-        draws=arguments.draws,
-        progress=not arguments.quiet,
-        thumbnails=arguments.thumbnails,
+        options=Options(
+            way="fast" if arguments.fast else "",
+            pools=_pools(arguments.pool),
+            seed=arguments.seeds[0],
+            draws=arguments.draws,
+            progress=not arguments.quiet,
+            thumbnails=arguments.thumbnails,
+        ),
     )
-    print(f"{text_table(results)}\n\n{arguments.out / 'report.html'}")
+    _say(results, np.array([item.label for item in items]), arguments.out)
     return 0
+
+
+def _say(results: Mapping[str, Any], labels: np.ndarray, out: Path) -> None:
+    """The numbers, what was taken as fake, and a warning where the scores run against the labels."""
+    fake = int(labels.sum())
+    taken = (
+        f"taken as fake (label 1): {fake} pictures, as real (label 0): {len(labels) - fake}; a high score means fake"
+    )
+    print(f"{text_table(results)}\n\n{taken}\n{out / 'report.html'}")
+    for warning in swapped(results):
+        tell(warning)
+
+
+def swapped(results: Mapping[str, Any]) -> list[str]:
+    """A warning for each AUC of the scores, or of the vote, whose interval lies below one half.
+
+    Of one source it may be a generator that is taken for real; of all, it is likelier that the labels are swapped.
+    """
+    return [
+        f"warning: {r['who']}, {r['condition']}, {r['scope']}: AUC {r['auc']:.3f} ({r['auc_low']:.3f} to {r['auc_high']:.3f}) "
+        "lies below .5; are the labels swapped (0 is real, 1 is fake), or do the scores say P(real)?"
+        for r in results["rows"]
+        if r["auc_high"] < 0.5 and r["who"] in (ENSEMBLE, "scores")
+    ]
 
 
 def _asked(arguments: argparse.Namespace, notes: str) -> dict[str, str]:
@@ -419,33 +458,41 @@ def _asked(arguments: argparse.Namespace, notes: str) -> dict[str, str]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How an evaluation is measured and told.
+
+    way: how the scorer departs from the default; its scores are kept apart and its name stands beside every number. pools:
+    named groups of sources. seed, draws: of the bootstrap. thumbnails: the report shows pictures.
+    """
+
+    way: str = ""
+    pools: Mapping[str, Sequence[str]] | None = None
+    seed: int = 0
+    draws: int = 1000
+    progress: bool = True
+    thumbnails: bool = True
+
+
 def run(
     items: Sequence[Any],
     *,
     scorer: Scorer,
     ensemble: Ensemble,
     out: Path,
-    way: str = "",
     conditions: Sequence[Condition],
     protocol: Mapping[str, Any],
-    pools: Mapping[str, Sequence[str]] | None = None,
-    seed: int = 0,
-    draws: int = 1000,
-    progress: bool = True,
-    thumbnails: bool = True,
+    options: Options,
 ) -> dict[str, Any]:
-    """Score `items` under every condition (or take up the scores there are), measure, and write everything to `out`.
-
-    way: how the scorer departs from the default; its scores are kept apart and its name stands beside every number.
-    """
+    """Score `items` under every condition (or take up the scores there are), measure, and write everything to `out`."""
     runs = score_conditions(
         items,
         conditions,
         scorer=scorer,
         ensemble=ensemble,
         folder=out / "scores",
-        way=way,
-        progress=progress,
+        way=options.way,
+        progress=options.progress,
     )
     pictures = Pictures.of(items)
     limit = ensemble.vote.threshold
@@ -454,12 +501,12 @@ def run(
         pictures,
         runs,
         thresholds=thresholds,
-        protocol={**protocol, **_bundle_protocol(ensemble, pictures, way)},
-        pools=pools,
-        seed=seed,
-        draws=draws,
+        protocol={**protocol, **_bundle_protocol(ensemble, pictures, options.way)},
+        pools=options.pools,
+        seed=options.seed,
+        draws=options.draws,
     )
-    write_results(out, pictures, runs, results, thumbnails=thumbnails)
+    write_results(out, pictures, runs, results, thumbnails=options.thumbnails)
     return results
 
 
@@ -505,6 +552,7 @@ def _frames_of(item: Any, frames: int, folder: Path) -> list[Any]:
     """An item per sampled frame, written once as PNG and found again by a later run."""
     import cv2
 
+    from solution.data.images import UnreadableInput
     from solution.data.videos import sample_frames
 
     known = f"{item.name}, {os.path.getsize(item.path)} bytes, {frames} frames"
@@ -513,7 +561,11 @@ def _frames_of(item: Any, frames: int, folder: Path) -> list[Any]:
     if not listing.exists():
         folder.mkdir(parents=True, exist_ok=True)
         names = []
-        for index, frame in sample_frames(item.path, frames):
+        try:
+            sampled = sample_frames(item.path, frames)
+        except UnreadableInput as error:
+            raise EvaluationError(f"{error}; mend it or take it out of the manifest") from None
+        for index, frame in sampled:
             names.append(f"{index:06d}.png")
             if not cv2.imwrite(str(folder / names[-1]), frame[:, :, ::-1]):
                 raise EvaluationError(f"{folder / names[-1]}: cannot be written")

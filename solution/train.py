@@ -34,10 +34,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data", required=True, type=Path, help="manifest: CSV, DeepfakeBench JSON, or folder")
     add("--out", required=True, type=Path, help="folder of the trained members")
     add("--tower", action="append", default=[], metavar="NAME=PATH", help="starting weights of a tower")
-    add(
+    tower = parser.add_mutually_exclusive_group()
+    tower.add_argument(
         "--timm",
         metavar="NAME",
         help="another tower: a pre-trained vision transformer of timm, e.g. vit_base_patch16_dinov3.lvd1689m",
+    )
+    tower.add_argument(
+        "--open-clip",
+        metavar="MODEL/TAG",
+        help="another tower: a pre-trained CLIP of open_clip, e.g. ViT-B-16/laion2b_s34b_b88k",
     )
     add("--random-towers", action="store_true", help="towers start at random (smoke runs)")
     add(
@@ -76,6 +82,10 @@ def main(argv: list[str] | None = None) -> int:
         from solution.models.timm_towers import named_tower, on_tower
 
         config = on_tower(config, named_tower(args.timm))
+    if args.open_clip:
+        from solution.models.clip_towers import named_clip, on_clip
+
+        config = on_clip(config, named_clip(args.open_clip))
     job = Job(
         config=override(config, args.set),
         data=args.data,

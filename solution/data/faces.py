@@ -22,6 +22,9 @@ from solution.records import FaceBox
 _SMALLEST_CANVAS = 64  # px
 _SMALLEST_SIDE = 16  # px; a copy smaller than this holds no face that YuNet sees
 _CROWD_SIDE = 1280  # px, longer side of the copy in which small faces beside others are looked for
+# px, longer sides of the copies in which a face is looked for when none is found: one of 0.2 % of a 4K frame is 43 px wide in
+# the first; the second is for tall screenshots. One network's pass over a copy sees what passes over its tiles would.
+_LARGER_SIDES = (1280, 2560)
 _SAME_FACE = 0.2  # IoU of boxes in sampled frames of one video, up to a few seconds apart
 
 
@@ -75,8 +78,9 @@ class FaceLocator:
         """The faces in `image` (H, W, 3) uint8 RGB, best score first, in its own pixels; [] when none is found.
 
         Searched are a copy of at most `config.search_side` px and, while nothing is found: that copy with its contrast
-        stretched, the stretched copy blurred, and the blurred one at half and at quarter size. The search changes only
-        where the face is looked for: the crop is cut from the pixels of `image`.
+        stretched, the stretched copy blurred, the blurred one at half and at quarter size, and, of a larger picture, copies
+        of at most 1280 and 2560 px (a small face in a large frame, a tall screenshot). The search changes only where the
+        face is looked for: the crop is cut from the pixels of `image`.
 
         Raises:
             FaceDetectorMissing: see `detector_file`.
@@ -120,6 +124,10 @@ class FaceLocator:
         yield blurred
         for part in (2, 4):
             yield resize_image(blurred, max(1, copy.shape[1] // part), max(1, copy.shape[0] // part))
+        for side in _LARGER_SIDES:
+            if scale < 1 and side > self.config.search_side:
+                scale = min(1.0, side / max(height, width))
+                yield resize_image(image, max(1, round(width * scale)), max(1, round(height * scale)))
 
     def _detect(self, copy: np.ndarray) -> np.ndarray:
         if self._process != os.getpid():  # a network does not survive a fork

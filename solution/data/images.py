@@ -14,7 +14,7 @@ import stat
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, overload
 
@@ -44,6 +44,13 @@ _TURN = {  # EXIF orientation -> what makes the picture upright
 }
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag
 _DIMMEST_MASK = 16  # of 255; below it the values of a mask are numbers of classes
+# What this kit draws into a folder, by the file that it writes there too: reports, explanations, prepared data sets.
+_DRAWN = {
+    "report.json": re.compile("figures"),
+    "evaluation.json": re.compile("figures"),
+    "explain.html": re.compile(r"contact(-\d+)?\.png"),
+    "prepared.jsonl": re.compile(r"preview\.png|masks"),
+}
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -74,8 +81,8 @@ class Input(NamedTuple):
 class Inputs(Sequence[Input]):
     """A read-only list of `Input` that keeps names only, so that a million of them cost about 100 MB and no more.
 
-    passed_over: how many files of a folder are no inputs, by suffix, and under `hidden` the dot files, dot folders and
-    `__MACOSX` folders.
+    passed_over: how many files of a folder are no inputs, by suffix; under `hidden` the dot files, dot folders and
+    `__MACOSX` folders; under `output` the pictures that an earlier run of this kit left there (`is_output`).
     """
 
     def __init__(
@@ -83,6 +90,13 @@ class Inputs(Sequence[Input]):
     ) -> None:
         self._root, self._names, self._renamed = root, names, renamed
         self.passed_over = dict(passed_over or {})
+
+    def passed(self) -> str:
+        """What was passed over, in words: `12 files passed over: 9 hidden, 3 .txt`; empty where nothing was."""
+        parts = [f"{n} {what}" for what, n in sorted(self.passed_over.items(), key=lambda entry: (-entry[1], entry[0]))]
+        more = f", and of {len(parts) - 12} more kinds" if len(parts) > 12 else ""
+        said = f"{sum(self.passed_over.values())} files passed over: {', '.join(parts[:12])}{more}"
+        return printable(said) if parts else ""
 
     def __len__(self) -> int:
         return len(self._names)
@@ -126,7 +140,8 @@ def find_inputs(source: Path) -> Inputs:
         as it stands names no file, blanks at its end and quotes around it are left out and `\\` is read as `/`, if that
         names one. UTF-8, or UTF-16 with its mark.
 
-    Dot files, dot folders and `__MACOSX` in a folder are passed over (`Inputs.passed_over`).
+    Dot files, dot folders, `__MACOSX` and what this kit itself wrote into a folder are passed over
+    (`Inputs.passed_over`).
     What a suffix of `IMAGE_SUFFIXES` or `VIDEO_SUFFIXES` promises is listed even if it turns out unreadable, an empty
     folder called x.png included. A name with control characters or bytes that are not UTF-8 is written with \\xNN.
 
@@ -178,6 +193,11 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
+def is_output(name: str, siblings: Container[str]) -> bool:
+    """Whether a file or folder is what this kit draws, told by what it writes beside it: figures, maps, previews, masks."""
+    return any(mark in siblings and drawn.fullmatch(name) for mark, drawn in _DRAWN.items())
+
+
 def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]], passed: Counter[str]) -> Iterator[str]:
     """POSIX names below `folder`, each with `prefix`; what is no input is counted in `passed`.
 
@@ -193,9 +213,10 @@ def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]], passed: C
             f"{printable(folder)}: {error.strerror or error}; a folder that cannot be read may hide pictures: "
             "make it readable or take it out"
         ) from None
+    names = {entry.name for entry in entries}
     for entry in entries:
-        if is_hidden(entry.name):
-            passed["hidden"] += 1
+        if is_hidden(entry.name) or is_output(entry.name, names):
+            passed["hidden" if is_hidden(entry.name) else "output"] += 1
             continue
         empty, is_folder = True, _is_folder(entry)
         if is_folder:

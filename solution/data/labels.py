@@ -6,6 +6,14 @@ Takes a word as a manifest, a JSON or a folder writes it; gives 0 (real) or 1 (f
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+
+# The usual names of a table's columns, the likeliest first.
+PATH_COLUMNS = (
+    *("path", "image", "filename", "file", "name", "image_name", "image_path", "img", "img_path", "img_name"),
+    *("filepath", "file_path", "file_name", "id", "image_id"),
+)
+LABEL_COLUMNS = ("label", "target", "class", "is_fake", "labels")
 
 
 def _words(text: str) -> frozenset[str]:
@@ -69,6 +77,12 @@ def _part(part: str) -> int | str | None:
     if part in NEUTRAL:
         return ""
     return 0 if part in REAL else 1 if part in FAKE | GENERATORS else None
+
+
+def column_of(header: Iterable[str | None], names: Iterable[str]) -> str | None:
+    """The column of a table that goes by one of `names`, capitals and blanks apart, as its header writes it; or None."""
+    written = {name.strip().lower(): name for name in header if name is not None}
+    return next((written[name] for name in names if name in written), None)
 
 
 def split_of(word: str) -> str:

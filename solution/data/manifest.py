@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from solution.config import ConfigError, SamplingConfig
-from solution.data.images import IMAGE_SUFFIXES, is_hidden, printable, stable_seed
-from solution.data.labels import EXPECTED, is_split, label_of, split_of
+from solution.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_hidden, is_output, printable, stable_seed
+from solution.data.labels import EXPECTED, LABEL_COLUMNS, PATH_COLUMNS, column_of, is_split, label_of, split_of
 from solution.data.videos import middle_places
 from solution.errors import UsageError
 
@@ -33,6 +33,8 @@ TRAIN, HELD_OUT = "train", ("val", "unseen", "test")
 _SMALLEST = 32  # bytes; what is smaller is no picture, and said to be unreadable, not a copy
 _END = 256  # bytes at the end of a file that two different pictures hardly share
 HIDDEN = "hidden or not the data set's (a dot file or folder, __MACOSX)"
+VIDEO = "a video; python -m solution.prepare SOURCE --out DIR makes pictures and a manifest of it"
+OUTPUT = "drawn by an earlier run of this kit"
 
 
 class ManifestError(UsageError):
@@ -91,7 +93,8 @@ def read_manifest(
 ) -> tuple[list[Item], DropReport]:
     """The pictures of a manifest, in its order, and a report of the rows left out.
 
-    source: a CSV (`path,label[,source,split,generator,group,mask,video]`, paths relative to it), a folder with one
+    source: a CSV (`path,label[,source,split,generator,group,mask,video]`, paths relative to it; other usual names of the
+        first two are in `labels`), a folder with one
     folder for real and one for fake pictures under their usual names (`real/` and `fake/`, `0_real/` and `1_fake/`,
     `nature/` and `ai/`), train/val/test above or below them, or a DeepfakeBench JSON (in the folder its frames are
     relative to; the forgery masks lie beside the frames, `masks` for `frames` in the path, where a release has them).
@@ -118,7 +121,9 @@ def read_manifest(
                 report.add(item.name, f"split {item.split!r} is none of {TRAIN}, {', '.join(HELD_OUT)}")
             continue
         suffix = item.path.suffix.lower()
-        if suffix not in IMAGE_SUFFIXES and not videos:
+        if suffix in VIDEO_SUFFIXES and not videos:
+            report.add(item.name, VIDEO)
+        elif suffix not in IMAGE_SUFFIXES and not videos:
             report.add(item.name, f"not a picture ({suffix or 'no suffix'})")
         elif file is None:
             report.add(item.name, "file is missing")
@@ -349,8 +354,8 @@ def _clips(rows: Sequence[Item]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------ layouts
-def _text(source: Path) -> str:
-    """A manifest's text: UTF-8, or UTF-16 with its mark; anything else is refused by name."""
+def read_text(source: Path) -> str:
+    """A table's text: UTF-8, or UTF-16 with its mark; anything else is refused by name."""
     content = source.read_bytes()
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
@@ -373,11 +378,16 @@ def _present(folder: Path, name: str) -> Path:
 
 
 def _csv_rows(source: Path, report: DropReport) -> Iterator[Item]:
-    reader = csv.DictReader(io.StringIO(_text(source), newline=""))
-    missing = {"path", "label"} - set(reader.fieldnames or ())
-    if missing:
-        raise ManifestError(f"{source}: column {', '.join(sorted(missing))} is missing; found {reader.fieldnames}")
+    reader = csv.DictReader(io.StringIO(read_text(source), newline=""))
+    header = list(reader.fieldnames or ())
+    columns = {"path": column_of(header, PATH_COLUMNS), "label": column_of(header, LABEL_COLUMNS)}
+    if missing := [name for name, column in columns.items() if column is None]:
+        raise ManifestError(
+            f"{source}: column {', '.join(missing)} is missing; found {header}, expected path (or {', '.join(PATH_COLUMNS[1:4])}"
+            f", ...) and label (or {', '.join(LABEL_COLUMNS[1:])})"
+        )
     for number, row in enumerate(_readable(source, reader), start=2):
+        row |= {name: row[column] or "" for name, column in columns.items()}
         extra = {k: (row.get(k) or "").strip() for k in ("source", "split", "generator", "group", "video", "mask")}
         if not row["path"] or not row["label"]:
             raise ManifestError(f"{source}, line {number}: no path or no label")
@@ -413,7 +423,7 @@ def _folder_rows(source: Path, report: DropReport) -> Iterator[Item]:
         there = ", ".join(sorted(name for name, _ in _subfolders(source))[:8]) or "no folder"
         raise ManifestError(
             f"{source}: expected the folders real/ and fake/ in it (or 0_real/ and 1_fake/, nature/ and ai/, with train/, "
-            f"val/, test/ above or below them), found {there}"
+            f"val/, test/ above or below them), found {there}; python -m solution.prepare knows raw data sets"
         )
     counts: Counter[tuple[str, int]] = Counter()
     for folder, label, split, dataset in sorted(found, key=lambda entry: (entry[1], entry[0])):
@@ -471,9 +481,13 @@ def _files(
     here = found.st_dev, found.st_ino
     if here in above:
         return
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    names = {entry.name for entry in entries}
+    for entry in entries:
         if is_hidden(entry.name):
             report.add(printable(f"{prefix}/{inside}{entry.name}"), HIDDEN)
+        elif is_output(entry.name, names):
+            report.add(printable(f"{prefix}/{inside}{entry.name}"), OUTPUT)
         elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
             yield from _files(entry.path, f"{inside}{entry.name}/", prefix, report, above | {here})
         else:
@@ -482,7 +496,7 @@ def _files(
 
 def _deepfakebench_rows(source: Path) -> Iterator[Item]:
     """dataset -> label -> split -> [compression] -> video -> {label, frames}; frames relative to the JSON's folder."""
-    text = _text(source)
+    text = read_text(source)
     try:
         tree = json.loads(text)
     except ValueError as error:
@@ -497,7 +511,8 @@ def _layer(source: Path, tree: Any, where: str) -> Iterable[tuple[str, Any]]:
     if not isinstance(tree, dict):
         raise ManifestError(
             f"{source}: not DeepfakeBench's layers, data set -> label -> split -> video -> label and frames: {where} should "
-            f"be an object, found {json.dumps(tree)[:40]}; a CSV with the columns path and label will do"
+            f"be an object, found {json.dumps(tree)[:40]}; a CSV with the columns path and label will do, and "
+            "python -m solution.prepare knows other data sets' own lists"
         )
     return tree.items()
 

@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 
 from solution.data.cropping import Cropper, CropSettings, Record, stamp
 from solution.data.images import decode_image, resize_image
+from solution.data.processes import Killed, alone, limit_memory, set_alarm
 from solution.data.raw import JOURNAL, WHOLE, Entry
 from solution.errors import UsageError
 from solution.io import atomic_file
@@ -175,8 +176,8 @@ def _start(root: Path, out: Path, settings: CropSettings, limit: int) -> None:
     global _cropper, _limit
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     cv2.setNumThreads(1)
-    # An alarm that nobody handles ends the process, in the middle of a decoder too.
-    _cropper, _limit = Cropper(root, out, settings), limit if hasattr(signal, "alarm") else 0
+    limit_memory()
+    _cropper, _limit = Cropper(root, out, settings), limit
 
 
 def _work(job: Job, cropper: Cropper | None = None) -> list[Record]:
@@ -186,13 +187,11 @@ def _work(job: Job, cropper: Cropper | None = None) -> list[Record]:
     known = {} if job.place is None else {job.place.name: job.place}
     records = []
     for entry in job.entries:
-        if limit:
-            signal.alarm(limit)
+        set_alarm(limit)
         record = cropper.prepare(entry, known.get(entry.place))
         known[entry.name] = record
         records.append(record)
-    if limit:
-        signal.alarm(0)
+    set_alarm(0)
     return records
 
 
@@ -226,31 +225,35 @@ def _run(jobs: Sequence[Job], setup: Setup, workers: int) -> Iterator[list[Recor
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _pool(setup: Setup, workers: int) -> ProcessPoolExecutor:
+def _context() -> Any:
     # A fork of this process would inherit OpenCV's threads and hang; a server imports once and forks clean children.
     kinds = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")
     if "forkserver" in kinds:
         context.set_forkserver_preload(["solution.data.cropping"])
-    return ProcessPoolExecutor(workers, context, initializer=_start, initargs=setup)
+    return context
+
+
+def _pool(setup: Setup, workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, _context(), initializer=_start, initargs=setup)
 
 
 def _one_by_one(job: Job, setup: Setup) -> list[Record]:
     known = {} if job.place is None else {job.place.name: job.place}
     records = []
     for entry in job.entries:
-        with _pool(setup, 1) as pool:
-            try:
-                (record,) = pool.submit(_work, Job((entry,), known.get(entry.place))).result()
-            except BrokenProcessPool:
-                record = Record(entry.name, stamp(setup[0], entry), failed=_killed(setup[3]))
+        try:
+            record = alone(_prepare_one, setup, entry, known.get(entry.place), seconds=setup[3], context=_context())
+        except Killed as error:
+            record = Record(entry.name, stamp(setup[0], entry), failed=str(error))
         known[entry.name] = record
         records.append(record)
     return records
 
 
-def _killed(limit: int) -> str:
-    return "reading it killed its process" + (f", or took more than {limit} s" if limit else "")
+def _prepare_one(setup: Setup, entry: Entry, place: Record | None) -> Record:
+    cv2.setNumThreads(1)
+    return Cropper(*setup[:3]).prepare(entry, place)
 
 
 # ---------------------------------------------------------------------------------------------------- what is told

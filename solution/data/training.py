@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from solution.config import AugmentConfig, DegradationConfig, MemberConfig, Samp
 from solution.data.degradation import degrade, use_one_opencv_thread
 from solution.data.epochs import Sample
 from solution.data.faces import FaceLocator, crop_square, make_view, view_box
+from solution.data.guard import Watch, guarded, look_at
 from solution.data.images import UnreadableInput, decode_image, decode_mask, resize_image
 from solution.data.manifest import DropReport, Item
 from solution.data.self_blend import face_region, self_blend
@@ -99,22 +101,33 @@ class TrainingViews(Dataset):
             seed,
         )
         self.with_masks = config.needs_masks
+        self.watch = Watch()
         self._augmentation: Augmentation | None = None
 
     def __getitem__(self, sample: Sample) -> tuple[np.ndarray, int, np.ndarray | None, bool, str] | None:
         """The sample, or None for an unreadable picture under `sampling.on_unreadable=drop`."""
         try:
-            return self._sample(sample)
+            with self.watch.file(sample.index, self.items[sample.index].path):
+                return self._sample(sample)
         except UnreadableInput:  # the picture, its mask or its donor
             if self.config.sampling.on_unreadable == "fail":
                 raise
             return None
 
+    def again(self, number: int, _: Sequence[list[Sample]]) -> None:
+        """As `guarded` wants it: the picture of this number as a sample."""
+        self._sample(Sample(0, 0, number, False))
+
+    def _donor(self, number: int) -> np.ndarray:
+        path = self.items[number].path
+        with self.watch.file(number, path):
+            return decode_image(path)
+
     def _sample(self, sample: Sample) -> tuple[np.ndarray, int, np.ndarray | None, bool, str]:
         rng = np.random.default_rng([self.seed, sample.epoch, sample.position, 303])
         item = self.items[sample.index]
         image = decode_image(item.path)
-        donor = self.items[int(rng.integers(len(self.items)))]
+        donor = int(rng.integers(len(self.items)))
         label = 1 if sample.blend else item.label
         face = self.faces.get(item.name)
         image, mask, known = self._forgery(image, item, face, sample.blend, rng)
@@ -126,7 +139,7 @@ class TrainingViews(Dataset):
             np.ascontiguousarray(image),
             self.config.degradation,
             rng,
-            lambda: decode_image(donor.path),
+            lambda: self._donor(donor),
         )
         # The same resize-and-slice, of a picture that is already the member's source.
         whole = replace(self.config.view, source="image")
@@ -201,10 +214,13 @@ class ValidationViews(Dataset):
         return view
 
 
-def readable(items: Sequence[Item], on_unreadable: str, report: DropReport, *, progress: bool) -> list[Item]:
+def readable(
+    items: Sequence[Item], on_unreadable: str, report: DropReport, *, workers: int, progress: bool
+) -> list[Item]:
     """The validation pictures that can be read: known before the first step, not after an epoch.
 
-    on_unreadable: as in `SamplingConfig`; under `drop` the others go into `report`.
+    on_unreadable: as in `SamplingConfig`; under `drop` the others go into `report`. workers: processes that read; a file at
+    which one dies cannot be read.
 
     Raises:
         UnreadableInput: one cannot be read, under `fail`.
@@ -212,16 +228,19 @@ def readable(items: Sequence[Item], on_unreadable: str, report: DropReport, *, p
     from tqdm import tqdm
 
     kept = []
-    for item in tqdm(items, desc="validation set", leave=False, disable=not progress):
-        try:
-            decode_image(item.path)
-        except UnreadableInput as error:
-            if on_unreadable == "fail":
-                raise
-            report.add(item.name, f"validation: {error.reason}")
-            continue
-        kept.append(item)
+    looks = look_at([item.path for item in items], _reads, workers=min(workers, len(items)), start=quiet_worker)
+    for item, (_, reason) in zip(items, tqdm(looks, "validation set", len(items), leave=False, disable=not progress)):
+        if reason and on_unreadable == "fail":
+            raise UnreadableInput(item.path, reason)
+        if reason:
+            report.add(item.name, f"validation: {reason}")
+        else:
+            kept.append(item)
     return kept
+
+
+def _reads(path: Path) -> None:
+    decode_image(path)
 
 
 def tell_masks(items: Sequence[Item], sampling: SamplingConfig) -> str:
@@ -270,19 +289,24 @@ def collate(samples: list) -> Batch | None:
     )
 
 
-def training_loader(views: TrainingViews, plan: list[list[Sample]], *, workers: int) -> DataLoader:
-    """Batches of `plan`, in its order."""
+def training_loader(views: TrainingViews, plan: list[list[Sample]], *, workers: int) -> Iterator[Batch | None]:
+    """Batches of `plan`, in its order; a picture at which a worker dies is an unreadable one."""
     use_one_opencv_thread()
-    return DataLoader(
-        views,
-        batch_sampler=plan,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=quiet_worker,
-        generator=torch.Generator(),  # else starting it would draw from the generator of the members' dropout
-        prefetch_factor=4 if workers else None,
-        pin_memory=torch.cuda.is_available(),
-    )
+
+    def load(batches: Iterable[list[Sample]]) -> DataLoader:
+        return DataLoader(
+            views,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=quiet_worker,
+            generator=torch.Generator(),  # else starting it would draw from the generator of the members' dropout
+            prefetch_factor=4 if workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    views.watch = Watch(workers)
+    return guarded(plan, load, views.watch, views.again) if workers else iter(load(plan))
 
 
 def validation_loader(views: ValidationViews, *, batch: int, workers: int) -> DataLoader:
@@ -299,11 +323,12 @@ def validation_loader(views: ValidationViews, *, batch: int, workers: int) -> Da
 
 
 def locate_faces(
-    items: Sequence[Item], config: MemberConfig, cache: Path, *, progress: bool = True
+    items: Sequence[Item], config: MemberConfig, cache: Path, *, workers: int = 0, progress: bool = True
 ) -> dict[str, FaceBox | None]:
     """The chosen face of every item, from `cache` (JSON lines, appended as it goes) where it is known already.
 
-    A line is name, size and time of the file, face: what has been replaced since is located again.
+    A line is name, size and time of the file, face: what has been replaced since is located again. workers: processes
+    that search; a file at which one dies is an unreadable one.
     """
     from tqdm import tqdm
 
@@ -314,19 +339,22 @@ def locate_faces(
     todo = [item for item in items if item.name not in known]
     if not todo:
         return known
-    locator = FaceLocator(config.face)
     cache.parent.mkdir(parents=True, exist_ok=True)
+    look = partial(_face_of, locator=FaceLocator(config.face))
+    found = look_at([item.path for item in todo], look, workers=min(workers, len(todo)), start=quiet_worker)
     with cache.open("a") as file:
-        for item in tqdm(todo, desc="faces", unit="picture", disable=not progress):
-            try:
-                image = decode_image(item.path)
-            except UnreadableInput:
-                if config.sampling.on_unreadable == "fail":
-                    raise
+        for item, (face, reason) in zip(todo, tqdm(found, "faces", len(todo), unit="picture", disable=not progress)):
+            if reason and config.sampling.on_unreadable == "fail":
+                raise UnreadableInput(item.path, reason)
+            if reason:
                 continue  # the loader drops it and counts it
-            face = known[item.name] = find_face(image, locator)
+            known[item.name] = face
             file.write(json.dumps([item.name, *stamps[item.name], face]) + "\n")
     return known
+
+
+def _face_of(path: Path, locator: FaceLocator) -> FaceBox | None:
+    return find_face(decode_image(path), locator)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

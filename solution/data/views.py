@@ -27,6 +27,7 @@ from solution.data.faces import (
     share_locators,
 )
 from solution.data.images import decode_image, stable_seed
+from solution.data.processes import limit_memory
 from solution.data.videos import sample_frames
 from solution.records import FaceBox
 
@@ -136,10 +137,11 @@ def see(picture: np.ndarray, views: Sequence[View], locators: Mapping[FaceConfig
 
 # ------------------------------------------------------------------------------------------------ loaders
 def quiet_worker(_: int) -> None:
-    """A loader's worker: one thread of torch, and deaf to Ctrl-C, which is the main process's to handle."""
+    """A loader's worker: one thread of torch, limited memory, deaf to Ctrl-C, which is the main process's to handle."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    limit_memory()
 
 
 def stack_views(views: Sequence[np.ndarray]) -> torch.Tensor:

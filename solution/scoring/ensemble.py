@@ -33,7 +33,9 @@ from solution.config import (
 )
 from solution.data.degradation import use_one_opencv_thread
 from solution.data.faces import locate_once
+from solution.data.guard import Watch, guarded
 from solution.data.images import VIDEO_SUFFIXES, Input, Inputs, UnreadableInput
+from solution.data.processes import LIMIT
 from solution.data.views import (
     View,
     choose_found,
@@ -377,7 +379,8 @@ class Reader(Dataset):
 
     degradation, seed: degrade pictures first, drawn from (seed, name) (`views.degraded_picture`). faces: False leaves
     faces out (there is no detector): every view shows the whole picture. people: `one`: the face that stands for the
-    picture, or one person through a video; `all`: every face, by the first view's way to locate faces.
+    picture, or one person through a video; `all`: every face, by the first view's way to locate faces. limit: seconds for
+    one file, in a worker.
     """
 
     def __init__(
@@ -389,8 +392,10 @@ class Reader(Dataset):
         seed: int = 0,
         faces: bool = True,
         people: str = "one",
+        limit: int = LIMIT,
     ) -> None:
-        self.views, self.frames, self.people = tuple(views), frames, people
+        self.views, self.frames, self.people, self.limit = tuple(views), frames, people, limit
+        self.watch = Watch()
         self.degradation, self.seed = degradation, seed
         self.locators = locators_for(self.views) if faces else {}
 
@@ -400,11 +405,12 @@ class Reader(Dataset):
         for index, item in batch:
             row = Scored(index, item.name, *stamp(item.path))
             try:
-                numbers, pictures = self._decode(item)
+                with self.watch.file(index, item.path):
+                    numbers, pictures = self._decode(item)
+                    row, seen = self._cut(row._replace(frames=numbers), pictures, video=item.kind == "video")
             except UnreadableInput as error:
                 rows.append(row._replace(error=error.reason))
                 continue
-            row, seen = self._cut(row._replace(frames=numbers), pictures, video=item.kind == "video")
             for views in seen:
                 for place, view in enumerate(views):
                     cut[place].append(view)
@@ -414,6 +420,12 @@ class Reader(Dataset):
             for c, v in zip(cut, self.views)
         ]
         return Prepared(rows, views)
+
+    def again(self, number: int, waiting: Sequence[Sequence[tuple[int, Input]]]) -> None:
+        """As `guarded` wants it: the input of this number, of the batches given, read and no more."""
+        for index, item in (entry for batch in waiting for entry in batch):
+            if index == number:
+                self[[(index, item)]]
 
     def _cut(
         self, row: Scored, pictures: Sequence[np.ndarray], *, video: bool
@@ -526,21 +538,27 @@ def stream(
 ) -> Iterator[list[Scored]]:
     """The rows of each batch, in order, with their logits; an unreadable input's row has its error instead.
 
-    Workers prepare batches ahead. On a GPU a batch is launched before the one before it is waited for.
+    Workers prepare batches ahead; a file at which one dies is an unreadable input. Without workers (0) it is read in this
+    process, and ends it. On a GPU a batch is launched before the one before it is waited for.
     """
     cuda = ensemble.device.type == "cuda"
     if workers is None:
         workers = automatic_workers(ensemble.device)
     use_one_opencv_thread()
-    loader = DataLoader(
-        reader,
-        sampler=batches,
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=quiet_worker,
-        pin_memory=cuda,
-        prefetch_factor=2 if workers else None,
-    )
+
+    def load(given: Iterable[Sequence[tuple[int, Input]]]) -> DataLoader:
+        return DataLoader(
+            reader,
+            sampler=given,
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=quiet_worker,
+            pin_memory=cuda,
+            prefetch_factor=2 if workers else None,
+        )
+
+    reader.watch = Watch(workers, reader.limit)
+    loader = guarded(batches, load, reader.watch, reader.again) if workers else load(batches)
     before: tuple[Prepared, list[torch.Tensor], torch.Tensor | None] | None = None
     for prepared in loader:
         views = [view.to(ensemble.device, non_blocking=True).permute(0, 3, 1, 2) for view in prepared.views]

@@ -263,7 +263,7 @@ class Run:
         gather, train = self.gather, self.config.train
         plan = self.epoch_plan(epoch)[self.state.step % stage.per_epoch * gather :]
         views = TrainingViews(self.data.train, self.config, self.data.faces, train.seed)
-        batches = iter(training_loader(views, plan, workers=self.machine.workers))
+        batches = training_loader(views, plan, workers=self.machine.workers)
         self.member.train()
         for start in range(0, len(plan), gather):
             began = time.perf_counter()

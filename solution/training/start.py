@@ -73,7 +73,7 @@ def prepare(job: Job, machine: Machine) -> Run:
             (job.folder / name).unlink(missing_ok=True)
     items, report = read_manifest(job.data, split="train")
     items, capped = select(items, config.sampling, config.train.seed)
-    validation, lost = validation_pictures(job.data, config, report, limit=job.limit, progress=machine.tells)
+    validation, lost = validation_pictures(job.data, config, report, limit=job.limit, machine=machine)
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     member = build_member(config, make_towers(config, job.towers, random=job.random_towers))
     if job.start_from is not None:
@@ -145,7 +145,7 @@ def _with_faces(
     settings = json.dumps([to_dict(located), str(job.data.resolve())])
     cache = job.out / f"faces-{stable_seed(settings):08x}.jsonl"
     if world.leads:
-        faces = locate_faces(items, config, cache, progress=machine.progress)
+        faces = locate_faces(items, config, cache, workers=machine.workers, progress=machine.progress)
     if world.size > 1:
         torch.distributed.barrier()
     if not world.leads:

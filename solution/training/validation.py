@@ -21,7 +21,7 @@ from solution.training.processes import Machine
 
 
 def validation_pictures(
-    data: Path, config: MemberConfig, told: DropReport, *, limit: int, progress: bool
+    data: Path, config: MemberConfig, told: DropReport, *, limit: int, machine: Machine
 ) -> tuple[list[Item], DropReport]:
     """The readable pictures to validate on, at most `limit` of each split (a fixed draw; 0: all), and what was left out.
 
@@ -29,7 +29,7 @@ def validation_pictures(
     told: what reading the training pictures has left out already.
 
     Raises:
-        ManifestError: not both classes.
+        ManifestError: not both classes in one of them.
         UnreadableInput: a picture cannot be read, under `sampling.on_unreadable=fail`.
     """
     items, lost = [], DropReport()
@@ -38,12 +38,17 @@ def validation_pictures(
         part, left_out = read_manifest(data, split=split)
         items += draw_items(part, limit, config.train.validation_seed)
         lost.take(left_out, told)
-    items = readable(items, config.sampling.on_unreadable, lost, progress=progress)
-    if len({item.label for item in items}) < 2:
-        raise ManifestError(
-            f"{data}: the val split needs real and fake pictures, found {len(items)} of one class; name the splits "
-            "train and val in a column or by folders, or give either class pictures of more than one video or sub-folder"
-        )
+    how = {"workers": machine.workers, "progress": machine.tells}
+    items = readable(items, config.sampling.on_unreadable, lost, **how)
+    for split in sorted({"val", *(item.split for item in items if item.split == "unseen")}):
+        labels = [item.label for item in items if (item.split == "unseen") == (split == "unseen")]
+        if len(set(labels)) < 2:
+            drawn = f" of the {limit} that --validation-limit draws; raise it" if limit else ""
+            raise ManifestError(
+                f"{data}: the {split} split needs real and fake pictures, found {labels.count(0)} real and "
+                f"{labels.count(1)} fake{drawn}; name the splits train and val in a column or by folders, or give either "
+                "class pictures of more than one video or sub-folder"
+            )
     return items, lost
 
 

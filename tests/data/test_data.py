@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 from collections import Counter
 from dataclasses import replace
 
@@ -11,9 +13,10 @@ import pytest
 from make_smoke_data import portrait, write
 
 from solution.config import AugmentConfig, ConfigError, DegradationConfig, SamplingConfig, override
+from solution.data import training
 from solution.data.epochs import Sample, plan_epoch
 from solution.data.images import UnreadableInput, decode_mask
-from solution.data.manifest import Item, ManifestError, read_manifest, select
+from solution.data.manifest import VIDEO, Item, ManifestError, read_manifest, select
 from solution.data.training import (
     Augmentation,
     TrainingViews,
@@ -59,7 +62,7 @@ def test_csv_manifest_reports_every_dropped_row(tmp_path):
     assert dict(report.dropped) == {
         "a.png": "listed twice",
         "gone.png": "file is missing",
-        "c.mp4": "not a picture (.mp4)",
+        "c.mp4": VIDEO,
     }
     assert "dropped 1: file is missing (e.g. gone.png)" in report.summary()
     with_video, _ = read_manifest(tmp_path / "m.csv", split="train", videos=True)
@@ -373,6 +376,35 @@ def test_an_unreadable_picture_stops_or_is_dropped_by_policy(tmp_path):
     views = TrainingViews(items, dropping, {}, 0)
     assert views[bad] is None
     assert len(collate([views[bad], views[good]]).labels) == 1
+
+
+def test_a_picture_that_kills_its_loader_stops_by_name_or_is_dropped(tmp_path, monkeypatch):
+    items, _ = read_manifest(write(tmp_path), split="train")
+    decode, killer = training.decode_image, items[2].path
+
+    def decode_image(path):
+        if path == killer:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(path)
+
+    monkeypatch.setattr(training, "decode_image", decode_image)
+    config = preset("tiny", "global")
+    config = replace(config, degradation=replace(config.degradation, global_p=0.0))
+    plan = [[Sample(0, 2 * b + i, 2 * b + i, False) for i in range(2)] for b in range(3)]
+    views = TrainingViews(items, config, {}, 0)
+    with pytest.raises(UnreadableInput, match=f"{killer.name}: reading it killed its process"):
+        list(training_loader(views, plan, workers=1))
+    dropping = replace(config, sampling=replace(config.sampling, on_unreadable="drop"))
+    views = TrainingViews(items, dropping, {}, 0)
+    batches = list(training_loader(views, plan, workers=1))
+    assert [batch.names for batch in batches] == [
+        (items[0].name, items[1].name),
+        (items[3].name,),
+        (items[4].name, items[5].name),
+    ]
+    cache = tmp_path / "faces.jsonl"
+    found = locate_faces(items[:4], dropping, cache, workers=1, progress=False)
+    assert list(found) == [items[0].name, items[1].name, items[3].name]
 
 
 def test_degraded_validation_depends_on_the_name_alone(tmp_path):

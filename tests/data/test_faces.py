@@ -290,3 +290,23 @@ def test_configurations_that_search_alike_share_one_search():
     wide, quick = replace(CONFIG, margin=2.0), replace(CONFIG, search_side=160)
     found = share_locators([CONFIG, wide, quick, CONFIG])
     assert found[CONFIG] is found[wide] and found[CONFIG] is not found[quick]
+
+
+# ---------------------------------------------------------------------------------------------------- large pictures
+@pytest.mark.parametrize(("width", "height", "share"), benchmark.FRAMES)
+def test_a_small_face_in_a_large_picture_is_found(width, height, share):
+    (picture, box), *_ = benchmark.pasted_faces(width, height, share, 0, backgrounds=("gravel",))
+    (found,) = locator.locate(picture)
+    assert overlap(found, FaceBox(*box, 1)) > 0.5
+
+
+def test_only_pictures_larger_than_the_searched_copy_are_searched_again(monkeypatch):
+    seen = []
+    monkeypatch.setattr(FaceLocator, "_detect", lambda self, copy: seen.append(max(copy.shape)) or np.empty((0, 15)))
+    for side, sides in ((300, [300, 300, 300, 150, 75]), (900, [320, 320, 320, 160, 80, 900])):
+        seen.clear()
+        assert locator.locate(np.zeros((side, side // 2, 3), np.uint8)) == []
+        assert seen == sides
+    seen.clear()
+    locator.locate(np.zeros((4000, 2000, 3), np.uint8))
+    assert seen[5:] == [1280, 2560]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from solution.data.labels import label_of, split_of
-from solution.data.manifest import HIDDEN, DropReport, ManifestError, manifest_splits, read_manifest
+from solution.data.manifest import HIDDEN, OUTPUT, DropReport, ManifestError, manifest_splits, read_manifest
 
 
 def save(path):
@@ -349,3 +349,35 @@ def test_a_missing_mask_is_not_known_and_said(tmp_path):
     items, report = read_manifest(table(tmp_path, *rows, header="path,label,mask"))
     assert [i.mask for i in items] == ["", str(tmp_path / "m.png"), ""]
     assert report.notes == ["masks: 1 are missing, and count as not known (e.g. of c.png)"]
+
+
+@pytest.mark.parametrize(
+    ("header", "label"),
+    [("id,target", "1.0"), ("Filename,Label", "fake"), ("image_path,is_fake", "1"), ("ID , Class", "FAKE")],
+)
+def test_usual_names_of_columns(tmp_path, header, label):
+    pictures(tmp_path, "a.png", "b.png")
+    source = table(tmp_path, ["a.png", label], ["b.png", "0"], header=header)
+    items, _ = read_manifest(source)
+    assert [(item.name, item.label) for item in items] == [("a.png", 1), ("b.png", 0)]
+
+
+def test_other_columns_are_refused_by_name(tmp_path):
+    with pytest.raises(ManifestError, match=r"column path, label is missing; found \['face', 'verity'\]"):
+        read_manifest(table(tmp_path, ["a.png", "0"], header="face,verity"))
+
+
+def test_a_folder_of_videos_says_what_makes_pictures_of_it(tmp_path):
+    for name in ("real/a.mp4", "fake/b.mov"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"x" * 40)
+    with pytest.raises(ManifestError, match=r"dropped \d: a video; python -m solution.prepare SOURCE --out DIR makes"):
+        read_manifest(tmp_path, split="train")
+
+
+def test_figures_of_an_earlier_run_are_no_pictures(tmp_path):
+    pictures(tmp_path, "real/a.png", "fake/b.png", "fake/p.report/figures/c.png")
+    (tmp_path / "fake/p.report/report.json").write_text("{}")
+    items, report = read_manifest(tmp_path)
+    assert [item.name for item in items] == ["real/a.png", "fake/b.png"]
+    assert ("fake/p.report/figures", OUTPUT) in report.dropped

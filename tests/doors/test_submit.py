@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -147,6 +148,43 @@ def test_odd_files_get_a_score_or_a_reason(tiny, tmp_path, capsys):
             assert row["status"] == "failed" and row["error"], row
             assert row["score"] == "0.500000" and row["global_p"] == ""
             assert row["image"] in told
+
+
+def test_a_file_that_kills_its_reader_gets_its_row_and_the_run_goes_on(tiny, tmp_path, capsys, monkeypatch):
+    folder, opened = make_pictures(tmp_path / "in", 6), predict.open_picture
+
+    def open_picture(path, *more):
+        if path.name == "00002.png":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return opened(path, *more)
+
+    monkeypatch.setattr(predict, "open_picture", open_picture)
+    out = tmp_path / "preds.csv"
+    assert run(tiny, folder, out, "--batch-size", 2) == 4
+    reason = "reading it killed its process (out of memory?)"
+    assert f"cannot be read: 00002.png: {reason}" in capsys.readouterr().err
+    sides = {row["image"]: row for row in table(tmp_path / "preds.members.csv")}
+    assert [row["status"] for row in sides.values()] == ["ok", "ok", "failed", "ok", "ok", "ok"]
+    assert sides["00002.png"]["error"] == reason and sides["00002.png"]["score"] == "0.500000"
+    # With that decoder mended, it alone is scored.
+    monkeypatch.setattr(predict, "open_picture", opened)
+    assert run(tiny, folder, out, "--batch-size", 2) == 0
+    assert json.loads((tmp_path / "preds.run.json").read_text())["counts"]["scored_now"] == 1
+
+
+def test_what_is_passed_over_is_said_and_recorded_and_outputs_are_no_inputs(tiny, tmp_path, capsys):
+    folder = make_pictures(tmp_path / "in", 3)
+    for name in ("Thumbs.db", "notes.txt", "._00000.png", ".thumbnails.png"):
+        (folder / name).write_bytes(b"x")
+    out = folder / "preds.csv"
+    assert run(tiny, folder, out, "--report", "--explain", 1) == 0
+    assert "4 files passed over: 2 hidden, 1 .db, 1 .txt\n" in capsys.readouterr().err
+    assert list((folder / "preds.report").rglob("*.png")) and list((folder / "preds.explain").glob("*.png"))
+    first = table(out)
+    assert run(tiny, folder, out, "--report", "--restart") == 0
+    assert table(out) == first and len(first) == 3
+    passed = json.loads((folder / "preds.run.json").read_text())["passed_over"]
+    assert passed["hidden"] == 2 and passed["output"] == 2 and passed[".csv"] == 2 and passed[".jsonl"] == 1
 
 
 def test_the_challenges_formats(tiny, tmp_path, capsys):

@@ -83,14 +83,14 @@ def evaluated(out, *, drawn=False, **changes):
         "out": out,
         "conditions": [CLEAN, *degraded_conditions([1, 2])],
         "protocol": PROTOCOL,
-        "draws": 50,
-        "progress": False,
     }
+    options = {"draws": 50, "progress": False}
+    options |= {name: changes.pop(name) for name in [*changes] if hasattr(evaluate.Options, name)}
     given = changes.pop("items", None) or items()
     with contextlib.ExitStack() as stack:
         if not drawn:
             stack.enter_context(mock.patch.object(report, "write_report"))
-        return evaluate.run(given, **{**settings, **changes})
+        return evaluate.run(given, options=evaluate.Options(**options), **{**settings, **changes})
 
 
 def row_of(results, **wanted):
@@ -489,6 +489,20 @@ def test_scores_that_do_not_fit_their_labels_refuse(tmp_path, capsys):
     assert "none of the columns score" in run()[1]
     rewrite([["image", "score"]])
     assert "no rows" in run()[1]
+
+
+def test_swapped_labels_are_suspected_and_what_was_taken_as_fake_is_said(tmp_path, capsys):
+    for name, header, column in (("preds", "filename,label", (0.9, 0.1)), ("labels", "ID,target", ("0.0", "1.0"))):
+        rows = [header, *(f"{k}.png,{column[k % 2]}" for k in range(40))]
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows))
+    command = f"--preds {tmp_path}/preds.csv --labels {tmp_path}/labels.csv --out {tmp_path}/out --draws 20"
+    assert evaluate.main(command.split()) == 0
+    told = capsys.readouterr()
+    assert "taken as fake (label 1): 20 pictures, as real (label 0): 20; a high score means fake" in told.out
+    (line,) = told.err.splitlines()
+    assert "AUC 0.000" in line and "are the labels swapped" in line
+    row = {"who": "scores", "condition": "given", "scope": "all", "auc": 0.47, "auc_low": 0.4, "auc_high": 0.54}
+    assert evaluate.swapped({"rows": [row]}) == []
 
 
 def test_given_logits_become_probabilities(tmp_path):

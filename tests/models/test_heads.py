@@ -1,7 +1,11 @@
 """Other heads, losses on features, several looks: `layers`, `topk`, `features.*`, `inference.*`; the two presets' sizes."""
 
 import math
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from solution.models.towers import count_parameters
 from solution.presets import preset
 from solution.records import Batch
 
+ROOT = Path(__file__).resolve().parents[2]
 LABELS = torch.tensor([0, 1, 0, 1])
 
 
@@ -190,3 +195,65 @@ def test_gend_has_the_published_sizes():
     assert trainable == norms + 1024 * 2 + 2 == 106_498
     assert total == 316_102_656 + 2050 == 316_104_706
     assert round(100 * trainable / total, 2) == 0.03
+
+
+def kept_bytes(config):
+    """What autograd keeps of a forward of one picture, its weights aside; computed without computing."""
+    member = build_member(config, random_towers([config], device="meta")).to("meta").train()
+    kept, weights = {}, {p.untyped_storage()._cdata for p in member.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = member(torch.zeros(1, 3, config.view.side, config.view.side, device="meta"))
+    assert output.logit.requires_grad
+    return sum(size for key, size in kept.items() if key not in weights)
+
+
+@pytest.mark.parametrize("name", ["dinov3", "gend"])
+def test_the_table_of_other_entries_says_what_they_cost(name):
+    text = (ROOT / "solution/README.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+    *_, trains, flops, _, _ = row.split("|")
+    config = preset(name, name)
+    assert re.findall(r"[\d,]+", flops)[0] == f"{member_flops(config, adapters=False) / 1e9:,.0f}"
+    if config.inference.sides:
+        assert f"{config.seen.side} px {scoring_flops(config) / 1e9:,.0f}" in flops
+    member = build_member(config, random_towers([config], device="meta")).to("meta")
+    assert trains.strip() == "{:,} of {:,}".format(*count_parameters(member))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dinov3", "gend"])
+def test_the_table_of_other_entries_says_what_they_keep(name):
+    text = (ROOT / "solution/README.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+    config = preset(name, name)
+    assert f"{kept_bytes(config) / 1e9:.2f} GB a picture" in row
+
+
+STEP = """
+import resource, torch
+from solution.bundles.members import build_member, random_towers
+from solution.models.optimization import make_optimizer, phases
+from solution.presets import preset
+from solution.records import Batch
+config = preset("gend", "gend")
+member = build_member(config, random_towers([config])).train()
+optimizer = make_optimizer(member, phases(config)[0])
+batch = Batch(torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8), torch.tensor([0, 1]))
+loss, _ = member.training_loss(member(batch.images), batch)
+loss.backward()
+optimizer.step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_a_step_of_gend_at_its_size_takes_the_memory_stated():
+    done = subprocess.run([sys.executable, "-c", STEP], cwd=ROOT, check=True, capture_output=True, text=True)
+    # Weights 1.26 GB, two pictures 0.67 GB, and the libraries; building the blocks holds one block twice.
+    assert int(done.stdout) * 1024 < 3.5e9

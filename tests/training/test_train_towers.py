@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TIMM, make_pictures, timm_tower
 
 from solution import train
-from solution.bundles.bundle import load_members, tower_weights, write_bundle
+from solution.bundles.bundle import collect, load_members, tower_weights, write_bundle
 from solution.bundles.card import model_card, show
 from solution.bundles.members import build_member, fill_tower, read_config, save_member
 from solution.config import AdapterConfig, VoteConfig, override
@@ -105,7 +105,8 @@ def test_trained_members_of_all_families_score_from_one_bundle(family, public, t
     other = override(preset("tiny", "global"), ["name=streamed"])
     save_member(build_member(other, {other.tower.name: build_tower(other.tower)}), tmp_path / "out/streamed")
     names = [family, "streamed"]
-    bundle = write_bundle(tmp_path / "bundle", names, VoteConfig(dict.fromkeys(names, 1)), {}, source=tmp_path / "out")
+    collect(tmp_path / "out", tmp_path / "bundle", names)
+    bundle = write_bundle(tmp_path / "bundle", names, VoteConfig(dict.fromkeys(names, 1)), {})
     stored = load_file(bundle.folder / family / "model.safetensors")
     tower = f"towers/{config.tower.name}.safetensors"
     if family == "siglip2":  # trained whole, so the weights travel
