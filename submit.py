@@ -500,7 +500,7 @@ def write_report(args, ensemble, bundle, inputs, maps) -> None:
 
 def explain(args, ensemble, inputs):
     """Maps of the pictures, or faces and persons, with the highest scores, in PREDS.explain/; its pages."""
-    from solution.explain import explain_pictures
+    from solution.evaluation.explainer import explain_pictures
 
     judged = sorted((j for j in read_judged(args, inputs) if j.verdict != "failed"), key=lambda j: -j.score)
     chosen = [explained(args, ensemble, j) for j in judged[: args.explain or None]]
@@ -511,8 +511,8 @@ def explain(args, ensemble, inputs):
 
 def explained(args, ensemble, judged):
     """What is shown of why something was judged as it was: the picture, its face, or a video's most telling frame."""
+    from solution.evaluation.explainer import Target
     from solution.evaluation.verdicts import face_of
-    from solution.explain import Target
 
     if judged.frames:
         (row,) = judged.telling(1, ensemble.vote.threshold)

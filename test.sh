@@ -21,5 +21,7 @@ if [[ ${SKIP_SETUP:-0} != 1 ]]; then
 fi
 
 export HF_HUB_OFFLINE=1 NO_ALBUMENTATIONS_UPDATE=1
-# One thread: what two would save on these small models they lose in waiting for one another.
-exec env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest tests -m "not slow" --durations=10 "$@"
+# Two processes, each with whole files of tests, one thread each: what two would save on these small models they lose in
+# waiting for one another. JOBS=0 runs all in this one, for --pdb.
+exec env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest tests -m "not slow" --durations=10 \
+  -n "${JOBS:-2}" --dist loadfile "$@"

@@ -57,7 +57,7 @@ class Room:
         from solution.bundles.store import open_bundle
         from solution.data.faces import FaceLocator
         from solution.evaluation.answers import Examiner
-        from solution.explain import Explainer
+        from solution.evaluation.explainer import Explainer
         from solution.scoring.ensemble import load_ensemble, voters
 
         bundle = open_bundle(weights, report=tell)
@@ -118,8 +118,8 @@ class Room:
         return answer.faces[:EXAMINED]
 
     def _maps(self, face: Any, explainer: Any) -> dict[str, Any]:
+        from solution.evaluation.explainer import see_found
         from solution.evaluation.pages import card
-        from solution.studies.drift import see_found
 
         views, chosen = self.examiner.views_of(face.picture, face.face, face.several)
         boxes = {config: [face.face] if face.face else [] for config in chosen}

@@ -43,6 +43,8 @@ KINDS = {
 }
 # The five of the shipped bundle; `layers` and `topk` are what other entries are made of.
 MEMBERS = ("global", "face", "fusion", "qtfp", "vlaforge")
+# Of Score-CAM, unless all are asked for.
+SCORE_CAM_CHANNELS = 64
 # Table (b) of arXiv 2604.25889, in its order; the index of an op is its number there.
 OPS = (
     "blur",

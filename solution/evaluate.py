@@ -398,7 +398,6 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
         items,
         scorer=scorer,
         ensemble=ensemble,
-        way="fast" if arguments.fast else "",
         out=arguments.out,
         conditions=[
             CLEAN,
@@ -406,11 +405,14 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
             *(sweep_conditions(arguments.seeds[0]) if arguments.robustness else []),
         ],
         protocol=_asked(arguments, notes),
-        pools=_pools(arguments.pool),
-        seed=arguments.seeds[0],
-        draws=arguments.draws,
-        progress=not arguments.quiet,
-        thumbnails=arguments.thumbnails,
+        options=Options(
+            way="fast" if arguments.fast else "",
+            pools=_pools(arguments.pool),
+            seed=arguments.seeds[0],
+            draws=arguments.draws,
+            progress=not arguments.quiet,
+            thumbnails=arguments.thumbnails,
+        ),
     )
     _say(results, np.array([item.label for item in items]), arguments.out)
     return 0
@@ -456,33 +458,41 @@ def _asked(arguments: argparse.Namespace, notes: str) -> dict[str, str]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How an evaluation is measured and told.
+
+    way: how the scorer departs from the default; its scores are kept apart and its name stands beside every number. pools:
+    named groups of sources. seed, draws: of the bootstrap. thumbnails: the report shows pictures.
+    """
+
+    way: str = ""
+    pools: Mapping[str, Sequence[str]] | None = None
+    seed: int = 0
+    draws: int = 1000
+    progress: bool = True
+    thumbnails: bool = True
+
+
 def run(
     items: Sequence[Any],
     *,
     scorer: Scorer,
     ensemble: Ensemble,
     out: Path,
-    way: str = "",
     conditions: Sequence[Condition],
     protocol: Mapping[str, Any],
-    pools: Mapping[str, Sequence[str]] | None = None,
-    seed: int = 0,
-    draws: int = 1000,
-    progress: bool = True,
-    thumbnails: bool = True,
+    options: Options,
 ) -> dict[str, Any]:
-    """Score `items` under every condition (or take up the scores there are), measure, and write everything to `out`.
-
-    way: how the scorer departs from the default; its scores are kept apart and its name stands beside every number.
-    """
+    """Score `items` under every condition (or take up the scores there are), measure, and write everything to `out`."""
     runs = score_conditions(
         items,
         conditions,
         scorer=scorer,
         ensemble=ensemble,
         folder=out / "scores",
-        way=way,
-        progress=progress,
+        way=options.way,
+        progress=options.progress,
     )
     pictures = Pictures.of(items)
     limit = ensemble.vote.threshold
@@ -491,12 +501,12 @@ def run(
         pictures,
         runs,
         thresholds=thresholds,
-        protocol={**protocol, **_bundle_protocol(ensemble, pictures, way)},
-        pools=pools,
-        seed=seed,
-        draws=draws,
+        protocol={**protocol, **_bundle_protocol(ensemble, pictures, options.way)},
+        pools=options.pools,
+        seed=options.seed,
+        draws=options.draws,
     )
-    write_results(out, pictures, runs, results, thumbnails=thumbnails)
+    write_results(out, pictures, runs, results, thumbnails=options.thumbnails)
     return results
 
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from solution.data.raw import Entry, PassedOver
 
-POLICIES = ("official", "group", "random")
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 _FEW = 1.5  # people in test's share, below which train needs them more
 _CUT = 0.5  # of all entries: a larger group is cut by person

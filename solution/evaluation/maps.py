@@ -14,12 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from solution.config import ViewConfig
+from solution.config import SCORE_CAM_CHANNELS, ViewConfig
 from solution.models.calibration import Calibrator
 from solution.models.member import Member
 from solution.models.towers import patch_attention
 
-CHANNELS = 64  # of Score-CAM unless all are asked for
 STEPS = 10  # of deletion and insertion: a tenth of the patches each
 
 
@@ -126,7 +125,7 @@ def score_cam(
     view: torch.Tensor,
     channels: torch.Tensor,
     *,
-    count: int | None = CHANNELS,
+    count: int | None = SCORE_CAM_CHANNELS,
     batch: int = 16,
 ) -> torch.Tensor:
     """Score-CAM (Wang et al. 2020) of one view, class fake: (h, w), not negative; all zero when nothing stands out.

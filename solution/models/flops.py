@@ -32,22 +32,44 @@ def member_flops(config: MemberConfig, *, adapters: bool = True) -> int:
 
     adapters: whether LoRA or Effort is computed beside its projection, as in training; False where it is merged.
     """
-    beside = _beside(config) if adapters else 0
-    if config.kind == "vlaforge":
-        return 2 * _vlaforge(config)
-    tokens, width = _tokens(config.tower, config.view.side), config.tower.arch.width
-    products = _tower(config.tower, tokens, beside)
-    if config.clip is not None:
-        products += _tower(config.clip, _tokens(config.clip, config.view.side))
-        joined, hidden = width + config.clip.arch.width, config.stream.fusion_hidden
-        return 2 * (products + _layers(joined, hidden, 2))
-    if config.kind == "layers":
-        return 2 * (products + config.layers.last * _head_of_layer(config))
-    if config.kind == "topk":
-        return 2 * (products + (tokens - config.tower.arch.prefix) * width)
-    if config.kind == "qtfp" and config.qtfp.pool == "queries":
-        return 2 * (products + _queries(config, tokens - config.tower.arch.prefix))
-    return 2 * (products + 2 * width)
+    return 2 * _PRODUCTS[config.kind](config, _beside(config) if adapters else 0)
+
+
+def _stream(config: MemberConfig, beside: int) -> int:
+    """Products of a tower and a linear head of two classes on its class token."""
+    return _own_tower(config, beside) + 2 * config.tower.arch.width
+
+
+def _fusion(config: MemberConfig, beside: int) -> int:
+    """Products of two towers and the layers on their joined features."""
+    second = _tower(config.clip, _tokens(config.clip, config.view.side))
+    joined = config.tower.arch.width + config.clip.arch.width
+    return _own_tower(config, beside) + second + _layers(joined, config.stream.fusion_hidden, 2)
+
+
+def _qtfp(config: MemberConfig, beside: int) -> int:
+    """Products of a tower and of the queries over its patches; a stream where the class token is pooled."""
+    if config.qtfp.pool != "queries":
+        return _stream(config, beside)
+    return _own_tower(config, beside) + _queries(config, _patches(config))
+
+
+def _layerwise(config: MemberConfig, beside: int) -> int:
+    """Products of a tower and of a head on each of its last layers."""
+    return _own_tower(config, beside) + config.layers.last * _head_of_layer(config)
+
+
+def _topk(config: MemberConfig, beside: int) -> int:
+    """Products of a tower and of one score a patch."""
+    return _own_tower(config, beside) + _patches(config) * config.tower.arch.width
+
+
+def _patches(config: MemberConfig) -> int:
+    return _tokens(config.tower, config.view.side) - config.tower.arch.prefix
+
+
+def _own_tower(config: MemberConfig, beside: int) -> int:
+    return _tower(config.tower, _tokens(config.tower, config.view.side), beside)
 
 
 def _head_of_layer(config: MemberConfig) -> int:
@@ -120,8 +142,8 @@ def _layers(*widths: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ vlaforge
-def _vlaforge(config: MemberConfig) -> int:
-    """Products of `vlaforge`: CLIP's plain pass, the copies of its class token, perceiver, decoder, sentences, heads."""
+def _vlaforge(config: MemberConfig, beside: int) -> int:
+    """Products of `vlaforge`, whose tower has no adapter: CLIP's plain pass, the copies of its class token, perceiver, decoder, sentences, heads."""
     from solution.models.vlaforge import prompt_tokens
 
     own, arch = config.vlaforge, config.tower.arch
@@ -187,3 +209,15 @@ def _sentences(arch: ClipArch, sentences: Sequence[Sequence[int]]) -> int:
 def _convolutions(channels: Sequence[int], kernels: Sequence[int]) -> int:
     """Products of one position through convolutions of these channels, `kernels` taps each."""
     return sum(a * b * k for (a, b), k in zip(pairwise(channels), kernels))
+
+
+# By kind in `config.KINDS`: (config, products that the adapter adds to a token in a block) -> products of a picture.
+_PRODUCTS = {
+    "global": _stream,
+    "face": _stream,
+    "fusion": _fusion,
+    "qtfp": _qtfp,
+    "vlaforge": _vlaforge,
+    "layers": _layerwise,
+    "topk": _topk,
+}

@@ -1,7 +1,7 @@
 """The query-token member with its losses: queries gather the patches that look forged, [CLS] is not classified.
 
 Takes the member's view (B, 3, H, W); returns `QtfpOutput`. The losses and the prototypes take tokens (B, P, D) and
-nothing else, so the synthetic study (studies/qtfp_tokens.py) runs the very code that trains the member.
+nothing else, so the synthetic study (studies/planted_world.py) runs the very code that trains the member.
 Source: Wang et al., "Beyond [CLS] Token", CVPR 2026; no code is public, and what the paper leaves open is marked `ours`.
 """
 

@@ -13,7 +13,6 @@ next one will.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from solution.data.manifest import ManifestError, read_manifest
 from solution.errors import UsageError, door
 from solution.evaluation import metrics
 from solution.io import write_atomically
+from solution.studies.tables import read_scores
 
 CONDITIONS = ("clean", "degraded")
 
@@ -102,23 +102,15 @@ def train_command(study: Study, variant: str, seed: int, out: Path, given: Seque
     return [*start, *given, "--out", str(out), *sets]  # the study has the last word
 
 
-def read_scores(path: Path) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+def validation_scores(path: Path) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
     """A training's `validation.csv`: names (N,), labels (N,) and logits (2, N), clean and degraded.
 
     Raises:
         ManifestError: no such file, or no such columns.
     """
-    if not path.is_file():
-        raise ManifestError(f"{path}: not found; that run has not reached a validation")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    wanted = ("image", "label", *CONDITIONS)
-    if not rows or not set(wanted) <= set(rows[0]):
-        raise ManifestError(f"{path}: expected rows with columns {', '.join(wanted)}")
-    names = tuple(row["image"] for row in rows)
-    labels = np.array([int(row["label"]) for row in rows])
-    logits = np.array([[float(row[c]) for row in rows] for c in CONDITIONS])
-    return names, labels, logits
+    what = "a training's scores; that run has not reached a validation"
+    table = read_scores(path, words=["image"], numbers=["label", *CONDITIONS], what=what)
+    return tuple(table["image"]), table["label"].to_numpy(int), table[[*CONDITIONS]].to_numpy().T
 
 
 def of_generator(data: Path, generator: str) -> set[str]:
@@ -149,7 +141,7 @@ def read_runs(folder: Path, study: Study) -> tuple[tuple[str, ...], np.ndarray, 
         variant, _, seed = path.parent.parent.name.rpartition("-")
         if variant not in study.variants or not seed.isdigit():
             continue
-        found, labels, logits = read_scores(path)
+        found, labels, logits = validation_scores(path)
         if names is not None and found != names:
             raise ManifestError(
                 f"{path}: other validation pictures than the runs before it; train them all with the same --data"

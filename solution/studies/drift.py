@@ -15,23 +15,22 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from solution.config import OPS, DegradationConfig, FaceConfig
+from solution.config import OPS, SCORE_CAM_CHANNELS, DegradationConfig
 from solution.data.degradation import use_one_opencv_thread
-from solution.data.faces import FaceLocator, choose_face, locate_once, share_locators, view_box
 from solution.data.images import stable_seed
 from solution.data.manifest import Item
-from solution.data.views import View, choose_faces, cut_views, open_picture, quiet_worker
+from solution.data.views import open_picture, quiet_worker
 from solution.evaluation import maps
+from solution.evaluation.explainer import ATTENTION, CAM, Seen, locators_of, see
 from solution.evaluation.maps import Probe
 from solution.evaluation.measure import CLEAN, ENSEMBLE, Condition, EvaluationError, Pictures
 from solution.io import atomic_file, source_hash
-from solution.records import FaceBox
 from solution.scoring.ensemble import Ensemble
 from solution.scoring.vote import combine
 
@@ -39,7 +38,7 @@ RANDOM = 3  # random maps a picture, the control of deletion and insertion
 DRAWS = 1000  # of the bootstrap
 GROUPS = 20  # of the jackknife
 CKA_PICTURES = 2000  # its matrices are pictures x pictures
-CAM, ATTENTION, UNIFORM = "score_cam", "attention", "uniform"
+UNIFORM = "uniform"
 
 Arrays = dict[str, np.ndarray]
 
@@ -54,7 +53,7 @@ class Settings:
     """
 
     cam: int = 0
-    channels: int | None = maps.CHANNELS
+    channels: int | None = SCORE_CAM_CHANNELS
     full: int = 0
     seed: int = 7
     faces: bool = True
@@ -76,46 +75,6 @@ def conditions(strengths: Sequence[float], seed: int) -> list[Condition]:
 
 
 # ------------------------------------------------------------------------------------------------ pictures
-class Seen(NamedTuple):
-    """One picture as the members see it.
-
-    views: per view of the ensemble, uint8 RGB (S, S, 3). rects: (views, 4), what part of the picture each shows.
-    face: (4,) the most likely face of any size, in the picture's px, nan where there is none.
-    """
-
-    views: list[np.ndarray]
-    rects: np.ndarray
-    face: np.ndarray
-
-
-def see(picture: np.ndarray, views: Sequence[View], locators: Mapping[FaceConfig, Any]) -> Seen:
-    """Cut every view of a picture (H, W, 3), faces located in it as submission does; no locators: no faces."""
-    return see_found(picture, views, locate_once(locators, picture))
-
-
-def see_found(picture: np.ndarray, views: Sequence[View], found: Mapping[FaceConfig, Sequence[FaceBox]]) -> Seen:
-    """`see` with the faces that were found before."""
-    size = picture.shape[:2]
-    chosen = choose_faces(found, size)
-    boxes = [view_box(view, chosen.get(config), size, config or FaceConfig()) for view, config in views]
-    rects = [maps.seen_rect(view, size, box) for (view, _), box in zip(views, boxes)]
-    return Seen(cut_views(picture, views, chosen), np.array(rects), _any_face(found, size))
-
-
-def _any_face(found: Mapping[FaceConfig, Sequence[FaceBox]], size: tuple[int, int]):
-    for config, faces in found.items():
-        face = choose_face(faces, *size, replace(config, min_area=0.0))
-        if face is not None:
-            return np.array(face[:4])
-    return np.full(4, np.nan)
-
-
-def locators_of(views: Sequence[View]) -> dict[FaceConfig, FaceLocator]:
-    """A locator for every way the views locate faces; one in the default way where no view needs a face."""
-    configs = [v.face for v in views if v.face is not None] or [FaceConfig()]
-    return share_locators(configs)
-
-
 class _Pictures(Dataset):
     def __init__(self, items, condition: Condition, views, *, faces: bool) -> None:
         self.items, self.condition, self.views = list(items), condition, views
@@ -330,7 +289,8 @@ def measure_all(
     return measured
 
 
-_CODE = ("studies.drift", "evaluation.maps", "data.degradation", "data.degradation_ops", "data.faces", "data.views")
+_CODE = ("studies.drift", "evaluation.explainer", "evaluation.maps", "data.degradation", "data.degradation_ops")
+_CODE += ("data.faces", "data.views")
 
 
 def stored_path(folder, ensemble, items, condition, chosen, settings) -> Path:

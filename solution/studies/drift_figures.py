@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from solution.config import MEMBERS
+from solution.evaluation.explainer import ATTENTION, CAM
 from solution.evaluation.measure import ENSEMBLE
 from solution.evaluation.report import axes_style
-from solution.studies.drift import ATTENTION, CAM, UNIFORM
+from solution.studies.drift import UNIFORM
 
 # The reports' colours, for light and for dark pages.
 COLOURS = {

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from solution.config import KINDS
 from solution.errors import DeviceError, UsageError
 from solution.models.flops import member_flops
 from solution.studies.throughput import drawn_face
@@ -269,7 +270,7 @@ def config_of(bench: Bench, preset_name: str, name: str) -> Any:
 
     config = preset(preset_name, name)
     tiny = preset("tiny", name)
-    if bench.sizes != TINY or config.kind == "vlaforge":
+    if bench.sizes != TINY or KINDS[config.kind].text:
         return tiny if bench.sizes == TINY else config
 
     def small(tower):

@@ -13,25 +13,23 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-import torch
-import torch.nn.functional as F
 
-from solution.bundles.bundle import load_members
-from solution.bundles.store import open_bundle
 from solution.config import DegradationConfig, MemberConfig
-from solution.data.degradation import use_one_opencv_thread
 from solution.data.faces import FaceLocator, make_view
 from solution.data.images import stable_seed
 from solution.data.manifest import Item, ManifestError, draw_items, read_manifest
 from solution.data.self_blend import self_blend, side_by_side
-from solution.data.views import degraded_picture, find_face, open_picture
-from solution.errors import door
+from solution.errors import UsageError, door
 from solution.evaluation import metrics
-from solution.models.merging import pick_device
-from solution.models.vlaforge import Vlaforge
+
+# What needs torch is imported inside functions: --help answers at once.
+if TYPE_CHECKING:
+    from solution.bundles.bundle import Bundle
+    from solution.models.member import Member
 
 THRESHOLD = 0.5  # of map and mask, for the intersection over union
 
@@ -56,6 +54,8 @@ def blends(
 
     degradation: None for clean pictures.
     """
+    from solution.data.views import degraded_picture, find_face, open_picture
+
     locator = FaceLocator(config.face)
     for item in items:
         image = open_picture(item.path, item.name)
@@ -71,15 +71,18 @@ def blends(
         yield Blend(item.name, *views, mask)
 
 
-@torch.inference_mode()
-def maps_of(member: Vlaforge, views: Sequence[np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def maps_of(member: Member, views: Sequence[np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits (B,) and the evidence maps at the views' size, each (B, side, side) in [0, 1]."""
+    import torch
+    from torch.nn import functional as F
+
     images = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
-    output = member(images.to(member.tower.mean.device))
-    maps = {
-        name: F.interpolate(m, images.shape[-2:], mode="bilinear", align_corners=False)
-        for name, m in output.evidence.items()
-    }
+    with torch.inference_mode():
+        output = member(images.to(member.tower.mean.device))
+        maps = {
+            name: F.interpolate(m, images.shape[-2:], mode="bilinear", align_corners=False)
+            for name, m in output.evidence.items()
+        }
     return output.logit.cpu().numpy(), {n: m[:, 0].cpu().numpy() for n, m in maps.items()}
 
 
@@ -96,7 +99,7 @@ def compare(map_: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
     return overlap, metrics.auc(true.ravel().astype(int), map_.ravel())
 
 
-def measure(member: Vlaforge, faces: Iterator[Blend], out: Path, *, batch: int, pictures: int) -> dict[str, float]:
+def measure(member: Member, faces: Iterator[Blend], out: Path, *, batch: int, pictures: int) -> dict[str, float]:
     """Compare every map with its mask, draw the first `pictures`, and return the figures by name."""
     overlaps, aucs, false, fakes, reals = [], [], [], [], []
     pending: list[Blend] = []
@@ -133,6 +136,21 @@ def measure(member: Vlaforge, faces: Iterator[Blend], out: Path, *, batch: int, 
     }
 
 
+def localizer(bundle: Bundle, wanted: str | None) -> str:
+    """The name of the member whose map is compared: `wanted`, or the only one that trains with what was forged.
+
+    Raises:
+        UsageError: there is no such member, or several and none was named.
+    """
+    able = [name for name, config in bundle.configs.items() if config.needs_masks]
+    if wanted is None and len(able) == 1:
+        return able[0]
+    if wanted in able:
+        return wanted
+    found = f"{bundle.name}: members that localize are {', '.join(able) or 'none'}"
+    raise UsageError(f"{found}; --member names one" if wanted is None else f"--member {wanted}: {found}")
+
+
 def _write(path: Path, picture: np.ndarray) -> None:
     if not cv2.imwrite(str(path), picture[:, :, ::-1]):
         raise OSError(f"{path}: cannot be written")
@@ -144,7 +162,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Compare vlaforge's localisation map with the masks of self-blended fakes of held-out real faces.",
     )
     add = parser.add_argument
-    add("--weights", required=True, help="a bundle with the member vlaforge")
+    add("--weights", required=True, help="a bundle with a member that localizes: vlaforge")
+    add("--member", help="its name, where the bundle has several")
     add("--data", type=Path, required=True, help="a manifest; its real pictures serve")
     add("--out", type=Path, required=True, help="a folder for figures and pictures")
     add("--split", default="val", help="rows of the manifest (default val)")
@@ -161,6 +180,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Measure and draw; exit codes: 0 done, 2 usage, 3 environment, weights or an unreadable picture."""
     args = parse(argv)
+    from solution.bundles.bundle import load_members
+    from solution.bundles.store import open_bundle
+    from solution.data.degradation import use_one_opencv_thread
+    from solution.models.merging import pick_device
+
     device = pick_device(args.device)
     use_one_opencv_thread()
     items, _ = read_manifest(args.data, split=args.split)
@@ -169,7 +193,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ManifestError(f"{args.data}: no real picture of split {args.split!r}")
     chosen = draw_items(items, args.count, args.seed)
     bundle = open_bundle(args.weights)
-    member = load_members(bundle, ["vlaforge"], device=device)["vlaforge"]
+    name = localizer(bundle, args.member)
+    member = load_members(bundle, [name], device=device)[name]
     args.out.mkdir(parents=True, exist_ok=True)
     degradation = DegradationConfig(global_p=1.0) if args.degraded else None
     faces = blends(chosen, member.config, args.seed, degradation)

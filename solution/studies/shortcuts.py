@@ -9,7 +9,6 @@ the whole picture as members get it, decoded and resized (pixels, bytes as PNG a
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -25,6 +24,7 @@ from solution.data.images import decode_image
 from solution.data.manifest import Item, ManifestError, read_manifest
 from solution.errors import door
 from solution.evaluation import metrics
+from solution.studies.tables import read_scores
 
 FILE = ("file bytes", "file pixels", "file JPEG quality")
 VIEW = ("view pixels", "view PNG bytes", "view JPEG bytes")
@@ -84,14 +84,9 @@ def auc_within(labels: np.ndarray, scores: np.ndarray, strata: np.ndarray) -> fl
 
 def read_ensemble(path: Path) -> dict[str, float]:
     """Clean ensemble scores by picture name, from an evaluation's `scores.csv`."""
-    if not path.is_file():
-        raise ManifestError(f"{path}: not found; expected an evaluation's scores.csv")
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file)
-        wanted = {"condition", "image", "ensemble"}
-        if not wanted <= set(rows.fieldnames or ()):
-            raise ManifestError(f"{path}: expected columns {', '.join(sorted(wanted))}")
-        return {r["image"]: float(r["ensemble"]) for r in rows if r["condition"] == "clean"}
+    table = read_scores(path, words=["image", "condition"], numbers=["ensemble"], what="an evaluation's scores.csv")
+    clean = table[table["condition"] == "clean"]
+    return dict(zip(clean["image"], clean["ensemble"].tolist()))
 
 
 def report(

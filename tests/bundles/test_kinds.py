@@ -11,6 +11,7 @@ from solution import assemble, train
 from solution.bundles.members import CLASSES
 from solution.bundles.store import open_bundle
 from solution.config import KINDS, override
+from solution.models import flops
 from solution.presets import preset
 
 
@@ -42,7 +43,7 @@ def test_two_of_one_kind_train_assemble_and_score(tmp_path, capsys):
 
 
 def test_every_kind_has_its_class_and_what_it_needs():
-    assert list(CLASSES) == list(KINDS)
+    assert list(CLASSES) == list(flops._PRODUCTS) == list(KINDS)
     renamed = {kind: override(preset("tiny", kind), ["name=other"]) for kind in KINDS}
     assert {kind: config.kind for kind, config in renamed.items()} == {kind: kind for kind in KINDS}
     assert [kind for kind, config in renamed.items() if config.needs_masks] == ["vlaforge"]

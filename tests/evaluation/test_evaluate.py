@@ -83,14 +83,14 @@ def evaluated(out, *, drawn=False, **changes):
         "out": out,
         "conditions": [CLEAN, *degraded_conditions([1, 2])],
         "protocol": PROTOCOL,
-        "draws": 50,
-        "progress": False,
     }
+    options = {"draws": 50, "progress": False}
+    options |= {name: changes.pop(name) for name in [*changes] if hasattr(evaluate.Options, name)}
     given = changes.pop("items", None) or items()
     with contextlib.ExitStack() as stack:
         if not drawn:
             stack.enter_context(mock.patch.object(report, "write_report"))
-        return evaluate.run(given, **{**settings, **changes})
+        return evaluate.run(given, options=evaluate.Options(**options), **{**settings, **changes})
 
 
 def row_of(results, **wanted):

@@ -19,7 +19,7 @@ from solution.bundles.members import build_member, random_towers
 from solution.config import MEMBERS, AdapterConfig, DegradationConfig, ViewConfig
 from solution.data.images import find_inputs
 from solution.data.manifest import read_manifest
-from solution.evaluation import maps
+from solution.evaluation import explainer, maps
 from solution.evaluation import pages as explain_page
 from solution.evaluation.measure import Condition
 from solution.models.calibration import Calibrator
@@ -407,7 +407,7 @@ def test_the_stated_passes_are_the_passes_made(bundle, manifest):
     settings = drift.Settings(cam=3, channels=8, full=1)
     chosen = drift.choose(items, items[1:4], settings)
     found = drift.conditions([0.5], 7)
-    probes = explain.probe_members(ensemble)
+    probes = explainer.probe_members(ensemble)
     stated = sum(drift.passes(p, len(items), chosen, settings, found) for p in probes.values())
     made = []
     for condition in found:
@@ -424,9 +424,9 @@ def test_pages_are_self_contained_and_say_what_scoring_says(bundle, manifest, tm
     ensemble = predict.load_ensemble(bundle, "cpu", exact=True)
     items = [i for i in find_inputs(folder) if i.name.endswith(("0.png", "1.png", "n.png"))]
     said = []
-    pages = explain.explain_pictures(
+    pages = explainer.explain_pictures(
         ensemble,
-        [explain.Target(item) for item in items],
+        [explainer.Target(item) for item in items],
         tmp_path / "pages",
         channels=8,
         report=said.append,

@@ -33,7 +33,7 @@ from solution.models.towers import (
 )
 from solution.presets import preset
 from solution.records import Batch
-from solution.studies import qtfp_tokens
+from solution.studies import planted_world, qtfp_tokens, step_cost
 
 SIDE = 42  # 3 x 3 patches
 DINOV2 = TowerConfig(
@@ -692,7 +692,7 @@ def what_queries_do(member, batch, forged):
         "auc": metrics.auc(batch.labels.numpy(), output.logit.numpy()),
         "uniform": metrics.auc(batch.labels.numpy(), flat.logit.numpy()),
         "foreign": metrics.auc(batch.labels.numpy(), foreign.logit.numpy()),
-        "attention": qtfp_tokens.auc_inside(looked.mean(1), forged),
+        "attention": planted_world.auc_inside(looked.mean(1), forged),
         "alike": qtfp.overlap(looked).mean().item(),
         "alike_fakes": qtfp.overlap(looked[batch.labels == 1]).mean().item(),
     }
@@ -793,44 +793,44 @@ def test_signal_to_noise_by_hand():
 
 
 def test_in_batch_prototypes_invent_a_signal():
-    assert qtfp_tokens.snr_trap(0.0, seed=0) == pytest.approx(1.0, abs=0.1)
-    assert qtfp_tokens.snr_trap(0.1, seed=0) == pytest.approx(5.2, abs=0.4)
+    assert planted_world.snr_trap(0.0, seed=0) == pytest.approx(1.0, abs=0.1)
+    assert planted_world.snr_trap(0.1, seed=0) == pytest.approx(5.2, abs=0.4)
 
 
 def test_held_out_ratio_is_the_planted_one_whatever_the_forged_share():
     for fraction, tolerance in ((0.1, 0.5), (0.25, 0.35), (0.5, 0.35)):
-        numbers = qtfp_tokens.study_snr(qtfp_tokens.Planted(), fraction, seed=0)
+        numbers = planted_world.study_snr(planted_world.Planted(), fraction, seed=0)
         assert numbers["patch"] == pytest.approx(3.0, abs=tolerance)
         assert numbers["snr_held_out"] == pytest.approx(3.0 * fraction, abs=0.15)
-    silent = qtfp_tokens.study_snr(qtfp_tokens.Planted(snr=0.0), 0.25, seed=0)
+    silent = planted_world.study_snr(planted_world.Planted(snr=0.0), 0.25, seed=0)
     assert abs(silent["patch"]) < 0.1 and abs(silent["snr_held_out"]) < 0.1
     assert silent["snr_batch"] > 1.2
 
 
 # ---------------------------------------------------------------------------------------------- entries
 def test_study_separates_queries_from_mean_pooling():
-    planted = qtfp_tokens.Planted(steps=60)
+    planted = planted_world.Planted(steps=60)
     names = ("mean pooling", "plain queries", "queries, everything")
-    found = {name: qtfp_tokens.study_run(planted, qtfp_tokens.VARIANTS[name], 0.1, seed=0) for name in names}
+    found = {name: planted_world.study_run(planted, planted_world.VARIANTS[name], 0.1, seed=0) for name in names}
     pooled, everything = found["mean pooling"]["auc"], found["queries, everything"]
     assert found["plain queries"]["auc"] > pooled + 0.05
     assert everything["auc"] > pooled + 0.05
     assert everything["auc"] > everything["uniform"] + 0.05
     assert everything["attention"] > 0.8 and everything["w"] > 0.8
-    again = qtfp_tokens.study_run(planted, qtfp_tokens.VARIANTS[names[-1]], 0.1, seed=0)
+    again = planted_world.study_run(planted, planted_world.VARIANTS[names[-1]], 0.1, seed=0)
     assert again == everything
 
 
 def test_auc_inside_by_hand():
     scores = torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 9.0], [0.0, 1.0, 2.0]])
     forged = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 0, 1]]).bool()
-    assert qtfp_tokens.auc_inside(scores, forged) == pytest.approx((1.0 + 0.5) / 2)
+    assert planted_world.auc_inside(scores, forged) == pytest.approx((1.0 + 0.5) / 2)
     with pytest.raises(ValueError, match="no picture"):
-        qtfp_tokens.auc_inside(scores[1:2], forged[1:2])
+        planted_world.auc_inside(scores[1:2], forged[1:2])
 
 
 def test_steps_are_measured():
-    costs = list(qtfp_tokens.measure_steps(make(), (2, 4), device="cpu", repeats=1))
+    costs = list(step_cost.measure_steps(make(), (2, 4), device="cpu", repeats=1))
     assert [cost.batch for cost in costs] == [2, 4]
     assert all(0 < cost.seconds < math.inf and cost.peak > 0 for cost in costs)
 
@@ -846,15 +846,15 @@ def test_usage(capsys):
 def test_study_report(capsys, monkeypatch):
     numbers = ("auc", "uniform", "attention", "w", "correlation", "correlation_real")
     run = dict.fromkeys(numbers, 0.5) | {"entropy": 0.25}
-    monkeypatch.setattr(qtfp_tokens, "study_run", lambda *_: run)
-    monkeypatch.setattr(qtfp_tokens, "study_snr", lambda *_: dict.fromkeys(SNR_NAMES, 1.5))
+    monkeypatch.setattr(planted_world, "study_run", lambda *_: run)
+    monkeypatch.setattr(planted_world, "study_snr", lambda *_: dict.fromkeys(SNR_NAMES, 1.5))
     assert qtfp_tokens.main(["--study", "--seeds", "2"]) == 0
     printed = capsys.readouterr().out
-    looked = sum(v.pool == "queries" for v in qtfp_tokens.VARIANTS.values())
-    aucs = len(qtfp_tokens.VARIANTS) * len(qtfp_tokens.FRACTIONS)
+    looked = sum(v.pool == "queries" for v in planted_world.VARIANTS.values())
+    aucs = len(planted_world.VARIANTS) * len(planted_world.FRACTIONS)
     assert printed.count("0.500 +- 0.000") == aucs + 5 * looked
     assert printed.count("0.250 +- 0.000") == looked
-    assert printed.count("1.500 +- 0.000") == 4 * (len(qtfp_tokens.FRACTIONS) + 1)
+    assert printed.count("1.500 +- 0.000") == 4 * (len(planted_world.FRACTIONS) + 1)
 
 
 SNR_NAMES = ("patch", "snr_held_out", "snr_ema", "snr_batch")

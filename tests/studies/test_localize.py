@@ -139,3 +139,6 @@ def test_the_command_writes_figures_and_pictures(manifest, bundle, tmp_path, cap
     nothing = ["--weights", str(opened.folder), *given, "--split", "test"]
     assert localize.main(nothing) == 2
     assert localize.main(["--weights", str(tmp_path / "nowhere"), *given]) == 3
+    capsys.readouterr()
+    assert localize.main(["--weights", str(opened.folder), *given, "--member", "face"]) == 2
+    assert "--member face: " in (said := capsys.readouterr().err) and "localize are vlaforge" in said

@@ -22,8 +22,9 @@ from solution.models.calibration import Calibrator
 from solution.models.towers import WeightsError, tower_state
 from solution.presets import preset
 from solution.scoring import ensemble as predict
-from solution.studies import mechanisms
-from solution.studies.mechanisms import BUILT, Draws, Given, Pool, Scores
+from solution.studies import mechanism_tables, mechanisms, probes
+from solution.studies.mechanism_tables import Draws, Scores
+from solution.studies.probes import BUILT, Given, Pool
 
 needs_detector = pytest.mark.skipif(not FaceLocator.available(), reason="the face detector's package is not installed")
 DRAWS = Draws(0, 200)
@@ -58,7 +59,7 @@ def given(member, count=4, **more):
 
 @torch.inference_mode()
 def probed(member, batch=None):
-    return mechanisms.probe(member, batch or given(member))
+    return probes.probe(member, batch or given(member))
 
 
 def largest_change(logits, mechanism):
@@ -131,7 +132,7 @@ def test_what_a_dead_vlaforge_is_given_changes_nothing(vlaforge):
         vlaforge.decoder.bias_scale.zero_()
     logits, told = probed(vlaforge)
     told = {name: values.double().numpy() for name, values in told.items()}
-    means = mechanisms.scores_at_mean(0.5, told)
+    means = probes.scores_at_mean(0.5, told)
     assert np.ptp(told["local score"]) == 0
     for mechanism in logits:
         if mechanism.startswith(("bias", "identity", "prompts", "VLA", "maps")):
@@ -196,10 +197,10 @@ def test_a_member_that_classifies_cls_has_no_queries_to_intervene_on():
 def test_patches_inside_a_fake_are_ranked_by_hand():
     masks = torch.zeros(3, 4, 4)
     masks[0, :2, :2], masks[1] = 1, 1  # one patch of four; all; none
-    forged = mechanisms.forged_patches(masks, torch.empty(3, 2, 2))
+    forged = probes.forged_patches(masks, torch.empty(3, 2, 2))
     assert forged.tolist() == [[True, False, False, False], [True] * 4, [False] * 4]
     scores = torch.tensor([[0.5, 0.1, 0.5, 0.9]]).expand(3, -1)
-    found = mechanisms.auc_inside(scores, forged)
+    found = probes.auc_inside(scores, forged)
     assert found[0] == pytest.approx(0.5) and found[1:].isnan().all()
 
 
@@ -213,7 +214,7 @@ def test_an_adapter_is_switched_off_and_on_again():
     assert torch.equal(member(batch.images).logit, before)
     plain = member.tower(batch.images, adapter=None).cls_token
     pooled = torch.cat([plain, member.clip(batch.images).cls_token], dim=1)
-    expected = mechanisms.two_class_logit(member.head(pooled))
+    expected = probes.two_class_logit(member.head(pooled))
     assert torch.allclose(logits["adapter off"], expected, atol=1e-6)
     assert largest_change(logits, "adapter off") > 1e-3
 
@@ -225,7 +226,7 @@ def test_a_half_that_the_head_ignores_is_dead():
         member.head[0].weight[:, cut:] = 0
         member.head[0].weight[:, :cut].mul_(10)
     logits, told = probed(member)
-    found = mechanisms.halves_at_mean(member, told["pooled"].double().numpy())
+    found = probes.halves_at_mean(member, told["pooled"].double().numpy())
     built = logits[BUILT].numpy()
     assert np.allclose(found["second half at its mean"], built, atol=1e-6)
     assert np.abs(found["first half at its mean"] - built).max() > 1e-3
@@ -246,17 +247,17 @@ def test_halves_that_are_one_are_told_from_halves_that_are_two():
     x = rng.normal(size=(100, 40)) * 0.8 ** np.arange(40)
     turned = x @ np.linalg.qr(rng.normal(size=(40, 40)))[0] + 3
     foreign = rng.normal(size=(100, 30))
-    assert mechanisms.predictability(x, turned) > 0.99
-    assert mechanisms.predictability(x, foreign) < 0.1
+    assert mechanism_tables.predictability(x, turned) > 0.99
+    assert mechanism_tables.predictability(x, foreign) < 0.1
     labels = np.arange(100) % 2
     for second, word in ((turned, "same features"), (foreign, "different")):
         told = {"pooled": np.concatenate([x, second], axis=1)}
-        found = dict(mechanisms._quantities(labels, told, 40))
+        found = dict(mechanism_tables._quantities(labels, told, 40))
         assert ("cosine of the halves" in found) == (second is turned)
         for name in ("second half from the first", "first half from the second"):
             numbers = {"clean": {"mean": float(found[name])}}
             # Independent of x, yet of higher rank: neither tells of the other.
-            assert mechanisms.measured_word(name, numbers) == word
+            assert mechanism_tables.measured_word(name, numbers) == word
 
 
 # ------------------------------------------------------------------------------------------------ words
@@ -277,30 +278,30 @@ def test_words_by_what_a_mechanism_does():
     }
     for word, (before, after) in told.items():
         before, after = as_scores(before), as_scores(after)
-        found = mechanisms.compare(labels, before, after, DRAWS)
-        assert mechanisms.word_of({"clean": found}) == word
+        found = mechanism_tables.compare(labels, before, after, DRAWS)
+        assert mechanism_tables.word_of({"clean": found}) == word
         assert found["n_real"] == found["n_fake"] == 100
         assert found["auc"]["low"] <= found["auc"]["mean"] <= found["auc"]["high"]
     # Harm is no help, and one class has no AUC.
-    harm = mechanisms.compare(labels, as_scores(noise), as_scores(signal), DRAWS)
-    assert mechanisms.word_of({"clean": harm}) == "acts"
-    alone = mechanisms.compare(labels * 0, as_scores(noise), as_scores(signal), DRAWS)
-    assert alone["auc"] is None and mechanisms.word_of({"clean": alone}) == "acts"
-    dead = mechanisms.compare(labels, as_scores(noise), as_scores(noise), DRAWS)
-    helps = mechanisms.compare(labels, as_scores(signal), as_scores(noise), DRAWS)
+    harm = mechanism_tables.compare(labels, as_scores(noise), as_scores(signal), DRAWS)
+    assert mechanism_tables.word_of({"clean": harm}) == "acts"
+    alone = mechanism_tables.compare(labels * 0, as_scores(noise), as_scores(signal), DRAWS)
+    assert alone["auc"] is None and mechanism_tables.word_of({"clean": alone}) == "acts"
+    dead = mechanism_tables.compare(labels, as_scores(noise), as_scores(noise), DRAWS)
+    helps = mechanism_tables.compare(labels, as_scores(signal), as_scores(noise), DRAWS)
     both = {"clean": dead, "degraded": helps}
-    assert mechanisms.word_of(both) == "acts and helps"
+    assert mechanism_tables.word_of(both) == "acts and helps"
 
 
 def test_another_mixture_keeps_the_values_of_the_built_one():
     p = np.array([0.9, 0.1, 0.4])
-    assert np.allclose(mechanisms.in_order(p, np.array([3.0, -7.0, 0.0])), p)
-    assert np.allclose(mechanisms.in_order(p, np.zeros(3)), 0.4)
+    assert np.allclose(mechanism_tables.in_order(p, np.array([3.0, -7.0, 0.0])), p)
+    assert np.allclose(mechanism_tables.in_order(p, np.zeros(3)), 0.4)
 
 
 def test_words_of_measurements():
     def word(quantity, **numbers):
-        return mechanisms.measured_word(quantity, {"clean": numbers})
+        return mechanism_tables.measured_word(quantity, {"clean": numbers})
 
     assert word("correlation between queries, fakes", mean=0.95) == "alike"
     assert word("correlation between queries, fakes", mean=0.3) == "differ"
@@ -315,7 +316,7 @@ def test_claims_are_judged_where_a_mechanism_does_best():
     words = [("a", "x", "dead"), ("a", "x", "acts"), ("a", "y", "dead")]
     words += [("b", "z", "acts"), ("b", "z", "acts and helps")]
     rows = [dict(zip(("member", "mechanism", "word"), w)) for w in words]
-    found = mechanisms.judge_claims(["a/x", "a/y", "b/z", "b/none"], rows)
+    found = mechanism_tables.judge_claims(["a/x", "a/y", "b/z", "b/none"], rows)
     assert list(found.values()) == ["acts", "dead", "acts and helps", "not measured"]
 
 
@@ -323,7 +324,7 @@ def test_claims_are_judged_where_a_mechanism_does_best():
 def test_no_picture_is_given_its_own_or_left_alone():
     names = ["a", "a", "b", "c", "c"]
     for seed in range(20):
-        other = mechanisms.others(names, np.random.default_rng(seed))
+        other = probes.others(names, np.random.default_rng(seed))
         assert all(names[j] != names[i] for i, j in enumerate(other))
     items = tuple(Item(str(i), None, 0) for i in range(9))
     sizes = [len(c) for c in Pool("val", items).chunks(4)]
@@ -352,7 +353,7 @@ def manifest(tmp_path_factory):
 @needs_detector
 def test_a_blended_picture_stands_beside_its_real_twin(manifest):
     items, _ = read_manifest(manifest, split="val")
-    eyes = mechanisms.Eyes({"vlaforge": preset("tiny", "vlaforge")})
+    eyes = probes.Eyes({"vlaforge": preset("tiny", "vlaforge")})
     for how in (CLEAN, *degraded_conditions([3])):
         (alone,) = eyes.plain(items[0], how)
         real, fake = eyes.blended(items[0], how, seed=0)
@@ -389,9 +390,9 @@ def bundle(tmp_path_factory):
 def test_members_are_measured_as_they_are_scored(bundle, manifest):
     items, _ = read_manifest(manifest, split="val")
     ensemble = predict.load_ensemble(bundle, "cpu", exact=True)
-    eyes = mechanisms.Eyes(bundle.configs)
+    eyes = probes.Eyes(bundle.configs)
     for how in (CLEAN, *degraded_conditions([3])):
-        found = mechanisms.measure_pool(ensemble.members, eyes, Pool("val", tuple(items)), how, seed=0, batch=4)
+        found = probes.measure_pool(ensemble.members, eyes, Pool("val", tuple(items)), how, seed=0, batch=4)
         expected = predict.score_pictures(ensemble, items, degradation=how.degradation, seed=how.seed, progress=False)
         assert found.labels.tolist() == [item.label for item in items]
         for name, logits in expected.items():
@@ -428,7 +429,7 @@ def test_the_command_calls_the_dead_dead_and_holds_claims_to_it(bundle, manifest
     for name in ("mechanisms.png", "mechanisms-val-self-blended.png"):
         assert cv2.imread(str(tmp_path / "out" / name)).shape[0] > 300
 
-    monkeypatch.setattr(mechanisms, "draw", lambda *_: None)
+    monkeypatch.setattr(mechanism_tables, "draw", lambda *_: None)
     claims.write_text('["reads/maps of another picture", "asks/telepathy"]')
     assert mechanisms.main([*call, "--limit", "4"]) == 1
     error = capsys.readouterr().err
@@ -456,5 +457,5 @@ def test_wrong_calls_end_in_a_line(bundle, manifest, tmp_path, capsys):
         assert mechanisms.main([*call, *weights]) == 3
         assert reason in capsys.readouterr().err
         with pytest.raises(WeightsError, match=reason):
-            mechanisms.read_claims(bundle)
+            mechanism_tables.read_claims(bundle)
     claims.unlink()
