@@ -155,7 +155,7 @@ def build(room: Room):
             file_types=sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES),
             label="Pictures or a clip",
             elem_id="files",
-            height=160,
+            height=220,
         )
         why = gradio.Button("Show what drove the scores (Score-CAM, slow)", elem_id="why", size="sm")
         answers = gradio.HTML(room.examiner.html([]), elem_id="answers")

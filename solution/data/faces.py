@@ -24,6 +24,8 @@ _SMALLEST_SIDE = 16  # px; a copy smaller than this holds no face that YuNet see
 _CROWD_SIDE = 1280  # px, longer side of the copy in which small faces beside others are looked for
 # px, longer sides of the copies in which a face is looked for when none is found: one of 0.2 % of a 4K frame is 43 px wide in
 # the first; the second is for tall screenshots. One network's pass over a copy sees what passes over its tiles would.
+# Measured by `benchmark faces`: 7 of 7 pasted faces are found in each of its frames with them, and nothing in 18 face-free
+# pictures, clean or under the engine.
 _LARGER_SIDES = (1280, 2560)
 _SAME_FACE = 0.2  # IoU of boxes in sampled frames of one video, up to a few seconds apart
 

@@ -243,33 +243,39 @@ def _reads(path: Path) -> None:
     decode_image(path)
 
 
-def tell_masks(items: Sequence[Item], sampling: SamplingConfig) -> str:
+def tell_masks(items: Sequence[Item], sampling: SamplingConfig, *, workers: int = 0) -> str:
     """A line for the start: how many fakes have a forgery mask, each opened once; a real picture needs none.
+
+    workers: processes that open them; a mask at which one dies cannot be read.
 
     Raises:
         UnreadableInput: a mask that cannot be read, under `sampling.on_unreadable=fail`; else it is counted.
     """
     fakes = [item for item in items if item.label]
-    known, black, unreadable = 0, [], []
-    for item in fakes:
-        if item.mask == "whole" or item.generator in sampling.fully_generated:
-            known += 1
-        elif item.mask:
-            try:
-                some = decode_mask(item.mask).any()
-            except UnreadableInput:
-                if sampling.on_unreadable == "fail":
-                    raise
-                unreadable.append(item.name)
-                continue
-            known += bool(some)
-            black += [] if some else [item.name]
+    whole = [item for item in fakes if item.mask == "whole" or item.generator in sampling.fully_generated]
+    named = {item.name for item in whole}
+    masked = [item for item in fakes if item.mask and item.name not in named]
+    known, black, unreadable = len(whole), [], []
+    paths = [Path(item.mask) for item in masked]
+    looks = look_at(paths, _says_something, workers=min(workers, len(paths)), start=quiet_worker)
+    for item, (some, reason) in zip(masked, looks):
+        if reason and sampling.on_unreadable == "fail":
+            raise UnreadableInput(item.mask, reason)
+        known += bool(some)
+        if reason:
+            unreadable.append(item.name)
+        elif not some:
+            black.append(item.name)
     text = f"masks: {known} of {len(fakes)} fakes"
     if black:
         text += f"; {len(black)} are black, nothing forged, and count as not known (e.g. of {black[0]})"
     if unreadable:
         text += f"; {len(unreadable)} cannot be read, and their pictures are dropped (e.g. of {unreadable[0]})"
     return text
+
+
+def _says_something(mask: Path) -> bool:
+    return bool(decode_mask(mask).any())
 
 
 # ------------------------------------------------------------------------------------------------ loaders

@@ -120,7 +120,7 @@ def _tell_start(member: Member, data: TrainingSet, machine: Machine, reports: Se
         f"device {machine.device}, {trainable:,} of {total:,} parameters train"
     )
     if config.needs_masks:
-        tell(tell_masks(data.train, config.sampling))
+        tell(tell_masks(data.train, config.sampling, workers=machine.workers))
 
 
 def write_dropped(path: Path, reports: Sequence[DropReport]) -> None:

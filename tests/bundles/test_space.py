@@ -1,7 +1,11 @@
 """The Space's files: complete, started by themselves, refused where a bundle needs more than it holds."""
 
+import importlib.util
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from dataclasses import replace
 
 import pytest
@@ -52,3 +56,29 @@ def test_what_would_be_pushed_is_listed_and_nothing_named_is_usage(bundle, capsy
     assert "solution/evaluation/answer_template.html" in listed
     assert weights.main(["push", str(bundle.folder)]) == 2
     assert "--space" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="not installed: gradio")
+def test_the_files_serve_the_page(bundle, tmp_path):
+    folder = write_space(bundle, tmp_path / "space", "faces")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    with open(tmp_path / "server.log", "w+") as log:
+        command = [sys.executable, "app.py", "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
+        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        try:
+            until = time.monotonic() + 300
+            page = b""
+            while not page:
+                assert server.poll() is None and time.monotonic() < until, (tmp_path / "server.log").read_text()
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
+                        page = answer.read()
+                        policy = answer.headers["content-security-policy"]
+                except OSError:
+                    time.sleep(0.5)
+        finally:
+            server.terminate()
+            server.wait(60)
+    assert b"Does this face look fake?" in page and policy.startswith("default-src 'self'")
