@@ -243,7 +243,8 @@ class TowerConfig:
     kind: `dinov2` (transformers), `clip` (open_clip) or `timm` (any vision transformer of timm with pre-norm blocks).
     source: where its untrained weights are public: a Hub repository (`facebook/dinov2-giant`) with its `revision`,
         `bundle` for a tower trained by us that travels in the bundle, or `bundle:OTHER` for a CLIP image tower that is
-        the bundle's DINOv2 tower OTHER in open_clip's layout (the text tower is then the member's own).
+        the bundle's DINOv2 tower OTHER in open_clip's layout (the text tower is then the member's own), or
+        `random:SEED` for random weights of that seed, in rehearsals where no Hub is to be had: such a tower knows nothing.
     statistics: the normalisation applied to its input: `imagenet`, `clip`, or `half` (mean and deviation 0.5).
     licence: of its public weights, which binds whoever uses a member on it; empty where it is not stated.
     """
@@ -283,8 +284,17 @@ class TowerConfig:
 
     @property
     def public(self) -> bool:
-        """Whether its weights come from a public repository rather than the bundle."""
-        return not self.travels
+        """Whether its weights come from a public repository rather than the bundle or a seed."""
+        return not self.travels and self.seed is None
+
+    @property
+    def seed(self) -> int | None:
+        """Of a tower of random weights; None: its weights are somebody's."""
+        kind, _, text = self.source.partition(":")
+        if kind != "random":
+            return None
+        require(text.isdigit(), f"tower {self.name}: source {self.source!r}; expected random:SEED, SEED a whole number")
+        return int(text)
 
     @property
     def derived_from(self) -> str:

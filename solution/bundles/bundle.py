@@ -46,7 +46,7 @@ from solution.io import write_atomically
 from solution.models import calibration
 from solution.models.calibration import Calibrator
 from solution.models.member import Member
-from solution.models.towers import WeightsError, is_text, to_stable
+from solution.models.towers import WeightsError, build_tower, is_text, to_stable, tower_state
 
 LABEL_ORDER = ("real", "fake")
 MANIFEST, GOLDEN, CLAIMS = "ensemble.json", "golden.json", "claims.json"
@@ -137,7 +137,9 @@ TOWER_FILES = {
 }
 
 
-def tower_weights(config: TowerConfig, source_override: str | None = None, *, offline: bool = False) -> StableFile:
+def tower_weights(
+    config: TowerConfig, source_override: str | None = None, *, offline: bool = False
+) -> Mapping[str, torch.Tensor]:
     """The weights a tower starts from, under stable keys, for `members.fill_tower`.
 
     source_override: a folder in the Hub's layout, a .safetensors file (one of `members.dump_tower`, or the Hub's), or
@@ -148,6 +150,10 @@ def tower_weights(config: TowerConfig, source_override: str | None = None, *, of
     Raises:
         WeightsError: nothing there, another architecture, or the Hub's refusal, with what to do.
     """
+    if config.seed is not None and source_override is None:
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(config.seed)
+            return {name: tensor.detach() for name, tensor in tower_state(build_tower(config)).items()}
     path = resolve_tower(config, source_override, offline=offline)
     state = StableFile(path, image_only=config.kind == "clip" and not config.arch.text_layers)
     wanted = "dinov2" if config.derived_from else config.kind
@@ -427,12 +433,7 @@ def write_bundle(
     for member, config in configs.items():
         if config.name != member:
             raise WeightsError(f"{folder / member}: holds the member {config.name!r}, expected {member!r}")
-    towers = {
-        tower.name: {"source": tower.source, "revision": _commit(tower)}
-        if tower.public
-        else {"file": f"towers/{tower.stored_name}.safetensors"}
-        for tower in tower_configs(configs.values()).values()
-    }
+    towers = {tower.name: _whereabouts(tower) for tower in tower_configs(configs.values()).values()}
     files = [f"{member}/{file}" for member in members for file in _MEMBER_FILES]
     files += [entry["file"] for entry in towers.values() if "file" in entry]
     files += [name for name in (GOLDEN, CLAIMS) if (folder / name).is_file()]
@@ -468,9 +469,7 @@ def collect(source: Path, folder: Path, members: Sequence[str], *, int8: bool = 
     """
     configs = [read_config(source / member) for member in members]
     files = [f"{member}/{file}" for member in members for file in _MEMBER_FILES]
-    files += [
-        f"towers/{tower.stored_name}.safetensors" for tower in tower_configs(configs).values() if not tower.public
-    ]
+    files += [f"towers/{tower.stored_name}.safetensors" for tower in tower_configs(configs).values() if tower.travels]
     for file in files:
         if not (source / file).is_file():
             raise WeightsError(f"{source / file}: missing; train that member first")
@@ -479,6 +478,15 @@ def collect(source: Path, folder: Path, members: Sequence[str], *, int8: bool = 
         if int8 and file.startswith("towers/"):
             pack_tower(folder / file)
     (folder / GOLDEN).unlink(missing_ok=True)
+
+
+def _whereabouts(tower: TowerConfig) -> dict[str, Any]:
+    """Where a bundle's tower is: in a file of its own, in a public repository at a commit, or in a seed."""
+    if tower.travels:
+        return {"file": f"towers/{tower.stored_name}.safetensors"}
+    if tower.seed is not None:
+        return {"random": tower.seed}
+    return {"source": tower.source, "revision": _commit(tower)}
 
 
 def _commit(tower: TowerConfig) -> str:
@@ -533,7 +541,7 @@ def load_members(
             device=device,
             dtype=early,
             matrices=(matrices or {}).get(name),
-            what=str(state.path),
+            what=str(getattr(state, "path", config.source)),
         )
     members = {name: load_member(bundle.folder / name, towers) for name in chosen}
     if dtype != torch.float32:
@@ -547,15 +555,15 @@ def member_hash(bundle: Bundle, name: str) -> str:
     """What a member's logits depend on: SHA-256 over its files, those of its towers, and the commits of public ones."""
     towers = [tower for tower in (bundle.configs[name].tower, bundle.configs[name].clip) if tower is not None]
     paths = [f"{name}/{file}" for file in _MEMBER_FILES]
-    paths += [f"towers/{tower.stored_name}.safetensors" for tower in towers if not tower.public]
+    paths += [f"towers/{tower.stored_name}.safetensors" for tower in towers if tower.travels]
     parts = [[path, bundle.files[path]] for path in paths]
-    parts += [[tower.name, tower.source, tower.revision] for tower in towers if tower.public]
+    parts += [[tower.name, tower.source, tower.revision] for tower in towers if not tower.travels]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _own_file(bundle: Bundle, config: TowerConfig) -> str | None:
-    """The path of a tower that travels in the bundle; None for a public one."""
-    if config.public:
+    """The path of a tower that travels in the bundle; None for a public or a random one."""
+    if not config.travels:
         return None
     path = bundle.folder / "towers" / f"{config.stored_name}.safetensors"
     if not path.is_file():

@@ -34,7 +34,10 @@ def licences(bundle: Bundle) -> dict[str, str]:
     """Tower -> the licence of its weights, which binds whoever uses the bundle; a tower of ours: the bundle's own, and
     that of what it was trained from where the configuration says it."""
     ours = bundle.licence or "not stated"
-    return {name: tower.licence or (ours if tower.travels else "not stated") for name, tower in bundle.towers.items()}
+    return {
+        name: tower.licence or (ours if tower.travels else "not stated" if tower.public else "none: random weights")
+        for name, tower in bundle.towers.items()
+    }
 
 
 def member_rows(bundle: Bundle) -> list[dict[str, Any]]:
@@ -80,8 +83,8 @@ def show(bundle: Bundle) -> str:
         )
     for tower in bundle.towers.values():
         path = f"towers/{tower.stored_name}.safetensors"
-        place = f"{tower.source}@{tower.revision}" if tower.public else path
-        digest = tower.sha256 if tower.public else bundle.files[path]
+        place = path if tower.travels else f"{tower.source}@{tower.revision}"
+        digest = bundle.files[path] if tower.travels else tower.sha256
         lines.append(
             f"tower {tower.name}: {place.rstrip('@')} ({tower.statistics} statistics) sha256 {digest[:12] or '-'}; "
             f"licence {terms[tower.name]}"

@@ -171,7 +171,7 @@ def save_member(
     """
     folder.mkdir(parents=True, exist_ok=True)
     config, state = member.config, member.stored_state()
-    if config.stores_tower and config.tower.public:  # no public repository has what was trained
+    if config.stores_tower and not config.tower.travels:  # no public repository has what was trained
         config = replace(config, tower=replace(config.tower, source="bundle", revision="", sha256=""))
     if member.config.stores_tower:
         dump_tower(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from solution.bundles.bundle import tower_weights
 from solution.bundles.members import build_member, fill_tower, read_config, tower_configs
-from solution.config import ConfigError, MemberConfig, to_dict
+from solution.config import ConfigError, MemberConfig, TowerConfig, to_dict
 from solution.data.images import stable_seed
 from solution.data.manifest import DropReport, Item, read_manifest, select
 from solution.data.training import locate_faces, tell_masks
@@ -65,6 +65,8 @@ def prepare(job: Job, machine: Machine) -> Run:
         ConfigError, ManifestError, UnreadableInput, WeightsError: what it was given does not do; the message says what.
     """
     config, world = job.config, machine.world
+    if job.random_towers:
+        config = with_random_towers(config)
     if job.budget and world.size > 1:
         raise ConfigError("--budget is for one process; set train.max_steps instead")
     _check_tower_names(config, job.towers)
@@ -157,12 +159,24 @@ def _with_faces(
 
 
 # ------------------------------------------------------------------------------------------------ starting weights
+def with_random_towers(config: MemberConfig) -> MemberConfig:
+    """The member on towers of random weights that its bundle can make again: `random:SEED` where the Hub's would be."""
+
+    def of(tower: TowerConfig | None) -> TowerConfig | None:
+        known = tower is None or not tower.public
+        return (
+            tower if known else replace(tower, source=f"random:{config.train.seed}", revision="", sha256="", licence="")
+        )
+
+    return replace(config, tower=of(config.tower), clip=of(config.clip))
+
+
 def make_towers(config: MemberConfig, sources: Mapping[str, str], *, random: bool = False) -> dict[str, Tower]:
     """The member's towers with their starting weights: `sources` by tower name, else where the config says."""
     towers = {}
     for name, tower in tower_configs([config]).items():
         other = tower.stored_name
-        if random:
+        if random and tower.seed is None:
             towers[name] = build_tower(tower)
         elif tower.travels and not (other in sources or name in sources):
             raise WeightsError(

@@ -1,16 +1,19 @@
 """A member's kind is one of the classes, its name is free: two of one kind train, assemble and score in one bundle."""
 
 import csv
+import json
 
 import pytest
 from make_smoke_data import write
 from tiny import make_pictures
 
 import submit
-from solution import assemble, train
+from solution import assemble, evaluate, train
+from solution.bundles.card import show
 from solution.bundles.members import CLASSES
+from solution.bundles.selftest import run_selftest
 from solution.bundles.store import open_bundle
-from solution.config import KINDS, override
+from solution.config import KINDS, MEMBERS, override
 from solution.models import flops
 from solution.presets import preset
 
@@ -42,6 +45,60 @@ def test_two_of_one_kind_train_assemble_and_score(tmp_path, capsys):
     assert columns and any(rows[0][c] != rows[0][c.replace("second-look", "global")] for c in columns)
 
 
+GIANT_SHRUNK = {  # its configuration at a geometry of thousands of weights
+    "dino": ("arch.width=24", "arch.layers=2", "arch.heads=2", "arch.image_side=56"),
+    "clip": ("arch.width=32", "arch.layers=3", "arch.heads=2", "arch.image_side=56", "arch.embed_dim=16"),
+    "text": ("arch.text_width=16", "arch.text_layers=1", "arch.text_heads=2"),
+    "vlaforge": (
+        *("width=24", "blocks=3", "heads=3", "queries=8", "input_side=64", "decoder_hidden=16", "decoder_out=8"),
+        *("fusion_after=1", "fusion_layers=1", "adapter_after=1", "adapter_width=24"),
+    ),
+}
+
+
+def shrunk(member):
+    """`--set` arguments that make the giant preset's member small, everything else as it is."""
+
+    def of(part, *groups):
+        return [f"{part}.{setting}" for group in groups for setting in GIANT_SHRUNK[group]]
+
+    side = 64 if member == "vlaforge" else 56
+    found = [f"view.resize={side}", f"view.side={side}", "train.batch=4", "train.accumulate=1", "train.max_steps=1"]
+    if member in ("qtfp", "vlaforge"):
+        found += of("tower", "clip", *["text"] * (member == "vlaforge"))
+    else:
+        found += of("tower", "dino") + (of("clip", "clip") if member == "fusion" else [])
+    found += ["qtfp.key_width=8"] if member == "qtfp" else of("vlaforge", "vlaforge") * (member == "vlaforge")
+    found += [f"train.epochs={2 if member == 'fusion' else 1}"]
+    return found + (["train.head_epochs=1"] if member == "fusion" else [])
+
+
+def test_the_giant_configuration_goes_from_end_to_end_with_no_hub(tmp_path, capsys):
+    """Public towers are random and their bundle says so; it trains, assembles, scores and evaluates."""
+    data = write(tmp_path / "data", train=8, val=8)
+    runs, bundle = tmp_path / "runs", tmp_path / "bundle"
+    for member in MEMBERS:
+        sets = [word for setting in shrunk(member) for word in ("--set", setting)]
+        given = words("--preset", "giant", "--random-towers", "--workers", 0, "--quiet", "--device", "cpu")
+        assert train.main([*given, *words("--member", member, "--data", data, "--out", runs), *sets]) == 0, member
+    names = words("--members", runs, "--names", ",".join(MEMBERS), "--data", data, "--out", bundle)
+    assert assemble.main([*names, "--device", "cpu", "--workers", "0", "--quiet"]) == 0
+    towers = json.loads((bundle / "ensemble.json").read_text())["towers"]
+    assert towers["dinov2-giant"] == towers["clip-vit-l14"] == {"random": 0}
+    assert not (bundle / "towers").exists()
+    opened = open_bundle(str(bundle))
+    assert opened.configs["global"].tower == opened.configs["fusion"].tower
+    assert "random weights" in show(opened)
+    pictures, out = make_pictures(tmp_path / "in", 2), tmp_path / "preds.csv"
+    asked = words("--weights", bundle, "--input", pictures, "--out", out, "--members", "all", "--device", "cpu")
+    assert submit.main([*asked, "--workers", "0", "--exact"]) == 0
+    assert len(out.read_text().splitlines()) == 3
+    measured = words("--weights", bundle, "--data", data, "--split", "val", "--out", tmp_path / "eval", "--draws", 10)
+    assert evaluate.main([*measured, "--device", "cpu", "--workers", "0", "--quiet"]) == 0
+    passed = run_selftest(opened)
+    assert passed.passed
+
+
 def test_every_kind_has_its_class_and_what_it_needs():
     assert list(CLASSES) == list(flops._PRODUCTS) == list(KINDS)
     renamed = {kind: override(preset("tiny", kind), ["name=other"]) for kind in KINDS}
@@ -52,9 +109,11 @@ def test_every_kind_has_its_class_and_what_it_needs():
 
 
 @pytest.mark.parametrize(
-    "source, travels, derived", [("bundle", True, ""), ("bundle:other", True, "other"), ("a/b", False, "")]
+    "source, travels, derived",
+    [("bundle", True, ""), ("bundle:other", True, "other"), ("a/b", False, ""), ("random:7", False, "")],
 )
 def test_a_tower_says_where_its_weights_are(source, travels, derived):
     tower = override(preset("tiny", "global"), [f"tower.source={source}"]).tower
-    assert (tower.travels, tower.public, tower.derived_from) == (travels, not travels, derived)
+    assert (tower.travels, tower.derived_from) == (travels, derived)
+    assert tower.public == (source == "a/b") and tower.seed == (7 if source == "random:7" else None)
     assert tower.stored_name == (derived or tower.name)
