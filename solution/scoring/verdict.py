@@ -85,7 +85,7 @@ def meaning(record: Mapping[str, Any]) -> str:
         text += f" Set so that of the real pictures it was fitted on at most {100 * record['asked']:.3g} in 100 are called fake."
     if not record["measured"]:
         return f"{text} How often real pictures are called fake was not measured for this vote."
-    each = "; ".join(f"{name} {_rates(rates)}" for name, rates in record["measured"].items())
+    each = "; ".join(f"{name.replace('_', ' ')}: {_rates(rates)}" for name, rates in record["measured"].items())
     text += f" Measured: {each}."
     if record["by_source"]:
         source, rate = max(record["by_source"].items(), key=lambda pair: pair[1])
