@@ -279,9 +279,9 @@ def _applied(calibrators: Mapping[str, Calibrator], logits: Logits) -> Logits:
 def _fit_part(logits: Logits, known: Known, options: FitOptions) -> Fitted:
     """Everything that is fitted, on these rows alone."""
     folds = min(options.folds, _rarest(known))
+    parts = calibration.split(known.labels, known.groups, folds=folds, seed=options.seed)
     calibrators = {
-        name: calibration.fit(x, known.labels, groups=known.groups, folds=folds, seed=options.seed)
-        for name, x in logits.items()
+        name: calibration.fit(x, known.labels, groups=known.groups, parts=parts) for name, x in logits.items()
     }
     p = _applied(calibrators, logits)
     cells = [_parts(known, rows) for rows in known.cells().values()]

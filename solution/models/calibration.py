@@ -107,13 +107,15 @@ def fit(
     seed: int = 0,
     folds: int = 5,
     groups: np.ndarray | None = None,
+    parts: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
     fitted_on: str = "",
 ) -> Calibrator:
     """The calibrator with the lowest cross-validated log-loss, refitted on everything.
 
     A more flexible kind replaces a simpler one only if its log-loss is lower by more than one standard error of their
     difference over the groups. Rows of one group (N,) stay in one fold: pass the picture's index where the logits hold
-    several versions of a picture (clean and degraded). Without groups, every row is its own.
+    several versions of a picture (clean and degraded). Without groups, every row is its own. parts: of `split`, where
+    several members are fitted on the same rows.
 
     Raises:
         ValueError: one class only, a NaN, fewer groups of a class than folds, or an unknown kind.
@@ -125,7 +127,7 @@ def fit(
         raise ValueError(f"kinds is {tuple(kinds)}; allowed: {', '.join(KINDS)}")
     ordered = [kind for kind in KINDS if kind in kinds]
     losses = {kind: np.empty(len(labels)) for kind in ordered}
-    for train, held in split(labels, groups, folds=folds, seed=seed):
+    for train, held in parts or split(labels, groups, folds=folds, seed=seed):
         for kind in ordered:
             fitted = fit_kind(kind, logits[train], labels[train])
             losses[kind][held] = _losses(fitted.apply(logits[held]), labels[held])

@@ -164,9 +164,7 @@ def with_random_towers(config: MemberConfig) -> MemberConfig:
 
     def of(tower: TowerConfig | None) -> TowerConfig | None:
         known = tower is None or not tower.public
-        return (
-            tower if known else replace(tower, source=f"random:{config.train.seed}", revision="", sha256="", licence="")
-        )
+        return tower if known else replace(tower, source=f"random:{config.train.seed}", revision="", sha256="")
 
     return replace(config, tower=of(config.tower), clip=of(config.clip))
 

@@ -23,12 +23,13 @@ from solution.bundles import bundle, hub, ntire26, selftest, store
 from solution.bundles.bundle import load_members
 from solution.bundles.ntire26 import FILES, import_ntire26
 from solution.bundles.store import open_bundle
-from solution.config import MemberConfig, TowerConfig
+from solution.config import AdapterConfig, MemberConfig, TowerConfig
 from solution.models.towers import WeightsError, build_tower
 from solution.presets import preset
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT, OLDER = "a" * 40, "b" * 40
+LORA = AdapterConfig("lora", rank=4, alpha=8.0, dropout=0.0)  # leaves a public tower as it is
 
 
 class FakeHub(ThreadingHTTPServer):
@@ -152,7 +153,7 @@ def packed(tmp_path_factory):
     (repository / "config.json").write_text(model.config.to_json_string())
     public = pack_member(
         folder / "public",
-        MemberConfig("face", config.view, tower, config.adapter),
+        MemberConfig("face", config.view, tower, LORA),
     )
     return SimpleNamespace(own=own.folder, public=public.folder, tower=repository)
 
@@ -321,7 +322,7 @@ def test_the_commit_of_a_public_tower_is_recorded(server, packed, tmp_path):
     assert tower.revision == "main"
     bundle.tower_weights(tower)
     config = preset("tiny", "face")
-    config = MemberConfig("face", config.view, tower, config.adapter)
+    config = MemberConfig("face", config.view, tower, LORA)
     made = pack_member(tmp_path / "made", config)
     assert made.towers["public"].revision == COMMIT
     assert made.configs["face"].tower.revision == COMMIT
@@ -416,6 +417,6 @@ def test_what_is_pushed_can_be_pulled(server, packed, tmp_path, monkeypatch, cap
 def test_a_bundle_that_only_this_machine_can_load_is_not_pushed(tmp_path, packed):
     config = preset("tiny", "face")
     tower = TowerConfig("t", "dinov2", config.tower.arch, source=str(packed.tower))
-    made = pack_member(tmp_path / "b", MemberConfig("face", config.view, tower, config.adapter))
+    made = pack_member(tmp_path / "b", MemberConfig("face", config.view, tower, LORA))
     with pytest.raises(WeightsError, match="only this machine has"):
         store.push(made, "me/mine")

@@ -705,7 +705,7 @@ def test_the_ways_of_voting_stand_side_by_side(fitted):
     json.dumps(comparison, allow_nan=False)
 
 
-def several_generators(seed=0, n=1600):
+def several_generators(seed=0, n=1200):
     """`common` sees the fakes of six seen generators alone, `odd` those of the two unseen ones, `twin` repeats `common`."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, n)
