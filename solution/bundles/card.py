@@ -35,7 +35,9 @@ def licences(bundle: Bundle) -> dict[str, str]:
     that of what it was trained from where the configuration says it."""
     ours = bundle.licence or "not stated"
     return {
-        name: tower.licence or (ours if tower.travels else "not stated" if tower.public else "none: random weights")
+        name: "none: random weights"
+        if tower.seed is not None
+        else tower.licence or (ours if tower.travels else "not stated")
         for name, tower in bundle.towers.items()
     }
 
