@@ -8,6 +8,7 @@ folders that `solution.train` left in DIR; writes BUNDLE with calibrators, votes
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import sys
@@ -63,7 +64,7 @@ def assemble(
     plain = VoteConfig(dict.fromkeys(names, 1), mean="probability")
     bundle = write_bundle(out, names, plain, {n: Calibrator() for n in names}, name=final.name)
     how = {"folder": members / "scores", "device": device, "workers": workers, "progress": progress}
-    logits = [member_logits(bundle, items, c, **how) for c in (CLEAN, *degraded_conditions(seeds))]
+    logits = member_logits(bundle, items, (CLEAN, *degraded_conditions(seeds)), **how)
     splits = Counter(item.split for item in items)
     counts = ", ".join(f"{count} of {split}" for split, count in splits.items())
     what = f"{counts} of {data.name}, clean and degraded (global_p=1, seeds {list(seeds)})"
@@ -80,29 +81,33 @@ def assemble(
 
 
 def member_logits(
-    bundle: Any, items: list, condition: Any, *, folder: Path, device: str, workers: int, progress: bool
-) -> dict:
-    """Raw logits (N,) of every member under a condition, kept in `folder` by the member's own weights: a member that is
-    trained anew is scored alone, and the others' are taken from there."""
+    bundle: Any, items: list, conditions: Sequence[Any], *, folder: Path, device: str, workers: int, progress: bool
+) -> list[dict]:
+    """Raw logits (N,) of every member under each condition, kept in `folder` by the member's own weights: a member that
+    is trained anew is scored alone, and the others' are taken from there."""
     from solution.bundles.bundle import member_hash
     from solution.evaluation.kept import keep_logits, kept_logits, score
     from solution.scoring.ensemble import load_ensemble, score_pictures
 
     keys = {name: {"key": member_hash(bundle, name), "folder": folder} for name in bundle.configs}
-    found = {name: kept_logits(items, condition, **key) for name, key in keys.items()}
-    missing = [name for name, logits in found.items() if logits is None]
-    if missing:
-        ensemble = load_ensemble(bundle, device, exact=True, members=missing)
 
-        def scorer(chunk: Sequence[Any], **settings: Any) -> dict:
-            return score_pictures(ensemble, chunk, workers=workers, **settings)
+    @functools.cache  # the same members are missing under most conditions
+    def loaded(*members: str) -> Any:
+        return load_ensemble(bundle, device, exact=True, members=members)
 
-        with tqdm(total=len(items), desc=condition.name, unit="picture", disable=not progress) as bar:
-            scored = score(items, condition, scorer, bar.update)
-        for name in missing:
-            found[name] = {name: scored[name]}
-            keep_logits(found[name], items, condition, **keys[name])
-    return {name: found[name][name] for name in keys}
+    found = []
+    for condition in conditions:
+        kept = {name: kept_logits(items, condition, **key) for name, key in keys.items()}
+        missing = [name for name, logits in kept.items() if logits is None]
+        if missing:
+            scorer = functools.partial(score_pictures, loaded(*missing), workers=workers)
+            with tqdm(total=len(items), desc=condition.name, unit="picture", disable=not progress) as bar:
+                scored = score(items, condition, scorer, bar.update)
+            for name in missing:
+                kept[name] = {name: scored[name]}
+                keep_logits(kept[name], items, condition, **keys[name])
+        found.append({name: kept[name][name] for name in keys})
+    return found
 
 
 def validation_items(

@@ -347,15 +347,14 @@ def _held_out(logits: Logits, known: Known, folds: Folds, options: FitOptions) -
         fitted = _fit_part(of_train, known.at(train), options)
         weights.append(fitted.search.weights)
         p_all = _applied(fitted.calibrators, logits)
-        p_train, p_held = ({n: x[rows] for n, x in p_all.items()} for rows in (train, held))
-        everywhere[int(fold)] = {way: combine(p_all, vote) for way, vote in fitted.votes.items()}
+        everywhere[int(fold)] = votes = {way: combine(p_all, vote) for way, vote in fitted.votes.items()}
         for name in logits:
-            p[name][held] = p_held[name]
-        for way, vote in fitted.votes.items():
-            scores.setdefault(way, np.empty(count))[held] = of_held = combine(p_held, vote)
-            threshold = _threshold(known.at(train), combine(p_train, vote), options)
-            fake.setdefault(way, np.empty(count, bool))[held] = of_held >= threshold
-        scores.setdefault("best single", np.empty(count))[held] = p_held[fitted.best_single]
+            p[name][held] = p_all[name][held]
+        for way, of_all in votes.items():
+            scores.setdefault(way, np.empty(count))[held] = of_all[held]
+            threshold = _threshold(known.at(train), of_all[train], options)
+            fake.setdefault(way, np.empty(count, bool))[held] = of_all[held] >= threshold
+        scores.setdefault("best single", np.empty(count))[held] = p_all[fitted.best_single][held]
     if set(NTIRE26_VOTE.weights) <= set(logits):  # fits nothing: every row is held out
         raw = {n: calibration.sigmoid(logits[n]) for n in NTIRE26_VOTE.weights}
         scores["published recipe"] = combine(raw, NTIRE26_VOTE)
@@ -388,11 +387,8 @@ def _comparison(
         parts = _held_parts(first, alone, np.arange(len(first.labels)))
         if not parts:
             continue  # one class only: nothing to rank
-        named = {**held["scores"], **held["p"]}
-        runs = np.concatenate([values[seeds] for values in named.values()])  # (names S, n)
-        values, drawn = metrics.mean_auc_draws(first.labels, runs, parts, seed=options.seed, draws=options.draws)
-        values, drawn = values.reshape(len(named), -1).mean(1), drawn.reshape(len(named), len(seeds), -1).mean(1)
-        told = {name: (value, draws) for name, value, draws in zip(named, values, drawn)}
+        named = {name: values[seeds] for name, values in (held["scores"] | held["p"]).items()}
+        told = metrics.mean_aucs(first.labels, named, parts, seed=options.seed, draws=options.draws)
         for name in named:
             of_cell = _interval(*told[name])
             if name in ways:
@@ -448,8 +444,8 @@ def _by_generator(logits: Logits, known: Known, folds: Folds, votes: Mapping[int
 
 
 def _interval(value: float, drawn: np.ndarray) -> dict[str, float]:
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return {"value": float(value), "low": float(low), "high": float(high), "level": 0.95}
+    low, high = metrics.ends(drawn)
+    return {"value": value, "low": low, "high": high, "level": 0.95}
 
 
 def _difference(a: tuple[float, np.ndarray], b: tuple[float, np.ndarray]) -> dict[str, float]:

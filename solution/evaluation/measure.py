@@ -228,19 +228,16 @@ def _unseen(pictures: Pictures, headline: Mapping[str, Sequence[Run]], seed: int
     parts = metrics.parts_by_source(labels, sources)
     found = []
     for condition, runs in headline.items():
-        who = list(runs[0].p)
-        scores = np.concatenate([np.stack([run.p[name][rows] for run in runs]) for name in who])  # (who S, n)
-        values, drawn = metrics.mean_auc_draws(labels, scores, parts, seed=seed, draws=draws)
-        values, drawn = values.reshape(len(who), -1).mean(1), drawn.reshape(len(who), len(runs), -1).mean(1)
-        for index, name in enumerate(who):
-            low, high = np.quantile(drawn[index], [0.025, 0.975])
+        scores = {name: np.stack([run.p[name][rows] for run in runs]) for name in runs[0].p}
+        told = metrics.mean_aucs(labels, scores, parts, seed=seed, draws=draws)
+        for name, (value, drawn) in told.items():
+            low, high = metrics.ends(drawn)
             row = {"who": name, "condition": condition, "sources": len(parts), "n": len(rows)}
-            row |= {"auc": float(values[index]), "auc_low": float(low), "auc_high": float(high)}
-            if ENSEMBLE in who and name != ENSEMBLE:
-                more = who.index(ENSEMBLE)
-                low, high = np.quantile(drawn[more] - drawn[index], [0.025, 0.975])
-                gain = {"value": float(values[more] - values[index]), "low": float(low), "high": float(high)}
-                row["ensemble_minus"] = gain
+            row |= {"auc": value, "auc_low": low, "auc_high": high}
+            if ENSEMBLE in told and name != ENSEMBLE:
+                of_vote, drawn_of_vote = told[ENSEMBLE]
+                low, high = metrics.ends(drawn_of_vote - drawn)
+                row["ensemble_minus"] = {"value": of_vote - value, "low": low, "high": high}
             found.append(row)
     return found
 

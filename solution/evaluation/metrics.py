@@ -9,7 +9,7 @@ a NaN score) is a `ValueError` that says so; a NaN is never returned.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
@@ -137,20 +137,34 @@ def auc_by_source(labels: np.ndarray, scores: np.ndarray, sources: np.ndarray) -
     return float(np.mean([auc(labels[part], scores[part]) for part in parts_by_source(labels, sources)]))
 
 
-def mean_auc_draws(
-    labels: np.ndarray, runs: np.ndarray, parts: Sequence[np.ndarray], *, seed: int, draws: int = 1000
-) -> tuple[np.ndarray, np.ndarray]:
-    """The mean AUC over `parts` (masks or rows) of each of `runs` (S, N): values (S,), and (S, draws) bootstrap draws.
+def mean_aucs(
+    labels: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+    parts: Sequence[np.ndarray],
+    *,
+    seed: int,
+    draws: int = 1000,
+) -> dict[str, tuple[float, np.ndarray]]:
+    """By scorer, the mean AUC over `parts` (masks or rows) and over its runs (S, N), and (draws,) bootstrap draws of it.
 
-    Every part is resampled for itself, within each class; all runs over the same resamples, so that differences of
+    Every part is resampled for itself, within each class; all scorers over the same resamples, so that differences of
     draws are those of a paired test.
     """
+    runs = np.concatenate(list(scores.values()))  # (scorers S, N)
     values, drawn = np.zeros(len(runs)), np.zeros((len(runs), draws))
     for number, part in enumerate(parts):
-        of_part, scores = _checked_runs(labels[part], runs[:, part])
-        values += [auc(of_part, run) for run in scores]
-        drawn += _bootstrap_aucs(of_part, scores, seed + number, draws)
-    return values / len(parts), drawn / len(parts)
+        of_part, checked = _checked_runs(labels[part], runs[:, part])
+        values += [auc(of_part, run) for run in checked]
+        drawn += _bootstrap_aucs(of_part, checked, seed + number, draws)
+    values = (values / len(parts)).reshape(len(scores), -1).mean(axis=1)
+    drawn = (drawn / len(parts)).reshape(len(scores), -1, draws).mean(axis=1)
+    return {name: (float(value), of) for name, value, of in zip(scores, values, drawn)}
+
+
+def ends(drawn: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval of bootstrap draws."""
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def auc_interval(

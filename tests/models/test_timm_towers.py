@@ -75,17 +75,7 @@ def library_model(arch, seed=0):
     return shaken(model.eval())
 
 
-PACKED_GATE = TimmArch(
-    "eva02_tiny_patch14_224",
-    width=48,
-    layers=2,
-    heads=2,
-    mlp_ratio=8 / 3,
-    gated=True,
-    patch=8,
-    image_side=32,
-    prefix=1,
-)
+PACKED_GATE = replace(TIMM["eva02"], model="eva02_tiny_patch14_224")
 REGISTERS = TimmArch("vit_small_patch14_reg4_dinov2", width=48, layers=2, heads=2, patch=8, image_side=32)
 
 
