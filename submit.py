@@ -51,8 +51,12 @@ def parser() -> argparse.ArgumentParser:
         type=_positive,
         help="pictures computed at once (default: by the towers' size)",
     )
-    add("--workers", type=_count, help="loader processes (default: by the cores); 0: a file that crashes ends the run")
-    add("--limit", type=_count, default=600, help="seconds to read one file, in a loader; 0: none (default: 600)")
+    add(
+        "--workers",
+        type=_count,
+        help="loader processes (default: by the cores); 0: one, nothing ahead, no shared memory",
+    )
+    add("--limit", type=_count, default=600, help="seconds to read one file; 0: none (default: 600)")
     add("--decimals", type=_positive, default=6, help="of the scores (default: 6)")
     add(
         "--on-error",

@@ -550,25 +550,22 @@ def read_items(manifest: Path, *, split: str | None, frames: int, out: Path) -> 
 
 def _frames_of(item: Any, frames: int, folder: Path) -> list[Any]:
     """An item per sampled frame, written once as PNG and found again by a later run."""
-    import cv2
-
+    from solution.data.degradation import use_one_opencv_thread
     from solution.data.images import UnreadableInput
-    from solution.data.videos import sample_frames
+    from solution.data.processes import LIMIT, Killed, alone
 
     known = f"{item.name}, {os.path.getsize(item.path)} bytes, {frames} frames"
     folder = folder / hashlib.sha256(known.encode()).hexdigest()[:16]
     listing = folder / "frames.json"  # written last: with it, the folder is complete
     if not listing.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        names = []
+        use_one_opencv_thread()
         try:
-            sampled = sample_frames(item.path, frames)
+            names = alone(_write_frames, item.path, frames, folder, seconds=LIMIT)
         except UnreadableInput as error:
             raise EvaluationError(f"{error}; mend it or take it out of the manifest") from None
-        for index, frame in sampled:
-            names.append(f"{index:06d}.png")
-            if not cv2.imwrite(str(folder / names[-1]), frame[:, :, ::-1]):
-                raise EvaluationError(f"{folder / names[-1]}: cannot be written")
+        except Killed as error:
+            raise EvaluationError(f"{item.path}: {error}; mend it or take it out of the manifest") from None
         write_atomically(listing, json.dumps(names))
     return [
         dataclasses.replace(
@@ -579,6 +576,20 @@ def _frames_of(item: Any, frames: int, folder: Path) -> list[Any]:
         )
         for name in json.loads(listing.read_text())
     ]
+
+
+def _write_frames(path: Path, frames: int, folder: Path) -> list[str]:
+    """The names of the sampled frames of a video, written as PNGs into `folder`."""
+    import cv2
+
+    from solution.data.videos import sample_frames
+
+    names = []
+    for index, frame in sample_frames(path, frames):
+        names.append(f"{index:06d}.png")
+        if not cv2.imwrite(str(folder / names[-1]), frame[:, :, ::-1]):
+            raise EvaluationError(f"{folder / names[-1]}: cannot be written")
+    return names
 
 
 def _bootstrap_text(arguments: argparse.Namespace) -> str:

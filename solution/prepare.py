@@ -40,7 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=_crop,
         help="side of the square crop over the face's longer side, or none (default 1.3; none where a data set ships crops)",
     )
-    parser.add_argument("--workers", type=_count, default=_cores(), help="processes; 0: none but this one")
+    parser.add_argument("--workers", type=_count, default=_cores(), help="processes; 0: one, which reads nothing ahead")
     parser.add_argument(
         "--splits",
         choices=("official", "group", "random"),

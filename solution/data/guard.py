@@ -3,6 +3,7 @@
 Takes a data set, batches of what it is asked for, and how to load them; gives what a DataLoader gives, in the same order.
 Its workers write down which file they read (`Watch`). When one dies, its file is read once more in a process of its own
 (`processes.alone`); a file that ends that one too is given up with the reason, and the loader goes on from the batch where it was.
+Without workers one process reads, a batch at a time (`one_by_one`), guarded alike.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from solution.data.degradation import use_one_opencv_thread
 from solution.data.images import UnreadableInput
-from solution.data.processes import ALARM, LIMIT, Killed, alone, set_alarm, why
+from solution.data.processes import ALARM, LIMIT, Apart, Killed, alone, set_alarm, why
 from solution.errors import KitError
 
 _MOST_BARE_DEATHS = 3  # workers that die one after the other, none of them reading a file
@@ -49,7 +50,8 @@ class Watch:
         self.lost: dict[int, str] = {}
         self._deaths: Counter[int] = Counter()
         self.bare_deaths = 0  # since the last batch
-        self._reading = multiprocessing.RawArray("q", 2 * workers)  # process id and file number, by worker
+        self._owner = os.getpid()
+        self._reading = multiprocessing.RawArray("q", 2 * max(1, workers))  # process id and file number, by worker
 
     @contextlib.contextmanager
     def file(self, number: int, path: Path | str) -> Iterator[None]:
@@ -62,7 +64,7 @@ class Watch:
             raise UnreadableInput(path, self.lost[number])
         worker = get_worker_info()
         at = 0 if worker is None else 2 * worker.id
-        watched = at < len(self._reading) and worker is not None
+        watched = at < len(self._reading) and os.getpid() != self._owner
         before = self._reading[at + 1] if watched and self._reading[at] == os.getpid() else -1
         if watched:
             self._reading[at : at + 2] = [os.getpid(), number]
@@ -144,6 +146,33 @@ def guarded(
         watch.judge(dead, _Again(read_again, tuple(waiting)))
 
 
+def one_by_one(
+    batches: Iterable[Any],
+    read: Callable[[Any], Any],
+    watch: Watch,
+    read_again: Callable[[int, Sequence[Any]], Any],
+    start: Callable[[int], None],
+) -> Iterator[Any]:
+    """`read(batch)` of each batch, in order, guarded as `guarded` does, without loader workers: one process reads, nothing
+    ahead, and hands over without shared memory.
+
+    start: its first call, as a worker's.
+
+    Raises:
+        LoaderError: it dies again and again while it reads nothing. What `read` raises is raised here.
+    """
+    with Apart(read, start=functools.partial(start, 0)) as reader:
+        for batch in batches:
+            while True:
+                try:
+                    result = reader(batch)
+                    break
+                except Killed:
+                    watch.judge([reader.process], _Again(read_again, [batch]))
+            watch.bare_deaths = 0
+            yield result
+
+
 def _started(loader: DataLoader) -> tuple[Iterator[Any], list[Any]]:
     """A loader's results and its worker processes."""
     _disarm()
@@ -209,7 +238,7 @@ def look_at(
     start: Callable[[int], None],
     seconds: int = LIMIT,
 ) -> Iterator[tuple[Any, str]]:
-    """`look(path)` of each path, in order, in `workers` processes (0: in this one, unguarded), and why it cannot be read.
+    """`look(path)` of each path, in order, in `workers` processes (0: `one_by_one`), and why it cannot be read.
 
     look: raises `UnreadableInput`; a function of a module, or an object that pickles. start: a worker's first call.
     """
@@ -228,7 +257,10 @@ def look_at(
             generator=torch.Generator(),  # else starting it would draw from everybody's
         )
 
-    results = guarded(chunks, load, looks.watch, looks.again) if workers else load(chunks)
+    if workers:
+        results = guarded(chunks, load, looks.watch, looks.again)
+    else:
+        results = one_by_one(chunks, looks.__getitem__, looks.watch, looks.again, start)
     for chunk in results:
         yield from chunk
 

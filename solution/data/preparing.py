@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from PIL import Image, ImageDraw
 
 from solution.data.cropping import Cropper, CropSettings, Record, stamp
 from solution.data.images import decode_image, resize_image
-from solution.data.processes import Killed, alone, limit_memory, set_alarm
+from solution.data.processes import Apart, Killed, alone, limit_memory, set_alarm
 from solution.data.raw import JOURNAL, WHOLE, Entry
 from solution.errors import UsageError
 from solution.io import atomic_file
@@ -124,9 +125,9 @@ def prepare_entries(
     limit: int = 0,
     progress: bool = True,
 ) -> None:
-    """Prepare what `journal` does not have yet, in `workers` processes (0: in this one), and keep it there.
+    """Prepare what `journal` does not have yet, in `workers` processes (0: one, nothing ahead), and keep it there.
 
-    limit: seconds after which a file's process is ended (0: none; none without processes).
+    limit: seconds after which a file's process is ended; 0: none.
 
     Raises:
         FaceDetectorMissing: no face detector here. OSError: the output cannot be written.
@@ -180,15 +181,13 @@ def _start(root: Path, out: Path, settings: CropSettings, limit: int) -> None:
     _cropper, _limit = Cropper(root, out, settings), limit
 
 
-def _work(job: Job, cropper: Cropper | None = None) -> list[Record]:
-    cropper = cropper or _cropper
-    assert cropper is not None
-    limit = _limit if cropper is _cropper else 0
+def _work(job: Job) -> list[Record]:
+    assert _cropper is not None
     known = {} if job.place is None else {job.place.name: job.place}
     records = []
     for entry in job.entries:
-        set_alarm(limit)
-        record = cropper.prepare(entry, known.get(entry.place))
+        set_alarm(_limit)
+        record = _cropper.prepare(entry, known.get(entry.place))
         known[entry.name] = record
         records.append(record)
     set_alarm(0)
@@ -197,8 +196,13 @@ def _work(job: Job, cropper: Cropper | None = None) -> list[Record]:
 
 def _run(jobs: Sequence[Job], setup: Setup, workers: int) -> Iterator[list[Record]]:
     if workers < 1:
-        cropper = Cropper(*setup[:3])
-        yield from (_work(job, cropper) for job in jobs)
+        cv2.setNumThreads(1)  # a forked process would inherit more, and hang
+        with Apart(_work, start=partial(_start, *setup)) as apart:
+            for job in jobs:
+                try:
+                    yield apart(job)
+                except Killed:
+                    yield _one_by_one(job, setup)
         return
     rest = list(reversed(jobs))
     pending: dict[Future, Job] = {}

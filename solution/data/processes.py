@@ -1,4 +1,4 @@
-"""One piece of work in a process of its own, with a limit on its time and memory: what ends it does not end the run.
+"""Work in a process of its own, with a limit on its time and memory: what ends it does not end the run.
 
 Takes a function and its arguments; gives its result, or raises what it raised, or how its process ended.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from solution.errors import KitError
 
@@ -23,42 +25,104 @@ class Killed(KitError):
     """A process that ended before it had a result; the message says how."""
 
 
-def alone(work: Callable[..., Any], *args: Any, seconds: int = 0, context: Any = multiprocessing) -> Any:
-    """`work(*args)`, done in a process of its own, whose memory is limited (`limit_memory`).
+class Apart:
+    """A process that does one kind of work, piece by piece; what ends it is told, and the next piece gets a new one.
 
-    seconds: after which it is ended, in the middle of a decoder too; 0: never. context: as `multiprocessing.get_context`.
+    Its memory is limited (`limit_memory`). Arguments and results go through a pipe, as pickles: no shared memory.
+    """
+
+    def __init__(
+        self,
+        work: Callable[..., Any],
+        *,
+        start: Callable[[], None] | None = None,
+        seconds: int = 0,
+        context: Any = multiprocessing,
+    ) -> None:
+        """start: the process's first call. seconds: after which a piece of work is ended, in the middle of a decoder too;
+        0: never. context: as `multiprocessing.get_context`.
+        """
+        self.work, self.start, self.seconds, self.context = work, start, seconds, context
+        self.process: Any = None  # the last one that began
+        self._pipe: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __call__(self, *args: Any) -> Any:
+        """`work(*args)`.
+
+        Raises:
+            Killed: the process crashed, was killed, or took too long. What `work` raises is raised here.
+        """
+        if self._pipe is not None and not self.process.is_alive():  # while it had nothing to do
+            self.close()
+        self.begin()
+        try:
+            self._pipe.send_bytes(pickle.dumps(args))
+            done, result = pickle.loads(self._pipe.recv_bytes())
+        except (EOFError, ConnectionError):
+            self.process.join()
+            self.close()
+            raise Killed(why(self.process.exitcode, self.seconds)) from None
+        except BaseException:  # Ctrl-C: what it answers later belongs to no question
+            self.close()
+            raise
+        if not done:
+            raise result
+        return result
+
+    def begin(self) -> None:
+        """Start the process where there is none, so that the first piece of work need not wait for it."""
+        if self._pipe is None:
+            self._pipe, theirs = self.context.Pipe()
+            given = theirs, self._pipe, self.seconds, self.start, self.work
+            self.process = self.context.Process(target=_serve, args=given, daemon=True)
+            self.process.start()
+            theirs.close()
+
+    def close(self) -> None:
+        """End the process."""
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+            self.process.terminate()
+            self.process.join()
+
+
+def alone(work: Callable[..., Any], *args: Any, seconds: int = 0, context: Any = multiprocessing) -> Any:
+    """`work(*args)`, done in a process of its own: one piece of work of `Apart`.
 
     Raises:
         Killed: the process crashed, was killed, or took too long. What `work` raises is raised here.
     """
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_alone, args=(send, seconds, work, args), daemon=True)
-    process.start()
-    send.close()
-    try:
-        done, result = receive.recv()
-    except EOFError:
-        process.join()
-        raise Killed(why(process.exitcode, seconds)) from None
-    finally:
-        receive.close()
-    process.join()
-    if not done:
-        raise result
-    return result
+    with Apart(work, seconds=seconds, context=context) as apart:
+        return apart(*args)
 
 
-def _alone(send: Any, seconds: int, work: Callable[..., Any], args: tuple) -> None:
+def _serve(pipe: Any, other: Any, seconds: int, start: Callable[[], None] | None, work: Callable[..., Any]) -> None:
+    other.close()  # else this process would not see that the main one is gone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     limit_memory()
-    set_alarm(seconds)
-    try:
-        result = True, work(*args)
-    except Exception as error:  # noqa: BLE001 (raised again where it was asked for)
-        result = False, error
-    set_alarm(0)
-    send.send(result)
+    if start is not None:
+        start()
+    while True:
+        try:
+            args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        set_alarm(seconds)
+        try:
+            result = True, work(*args)
+        except Exception as error:  # noqa: BLE001 (raised again where it was asked for)
+            error.add_note(traceback.format_exc())
+            result = False, error
+        set_alarm(0)
+        pipe.send_bytes(pickle.dumps(result))
 
 
 def set_alarm(seconds: int) -> None:

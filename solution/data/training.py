@@ -21,7 +21,7 @@ from solution.config import AugmentConfig, DegradationConfig, MemberConfig, Samp
 from solution.data.degradation import degrade, use_one_opencv_thread
 from solution.data.epochs import Sample
 from solution.data.faces import FaceLocator, crop_square, make_view, view_box
-from solution.data.guard import Watch, guarded, look_at
+from solution.data.guard import Watch, guarded, look_at, one_by_one
 from solution.data.images import UnreadableInput, decode_image, decode_mask, resize_image
 from solution.data.manifest import DropReport, Item
 from solution.data.self_blend import face_region, self_blend
@@ -113,6 +113,10 @@ class TrainingViews(Dataset):
             if self.config.sampling.on_unreadable == "fail":
                 raise
             return None
+
+    def batch(self, samples: Sequence[Sample]) -> Batch | None:
+        """The samples together."""
+        return collate([self[sample] for sample in samples])
 
     def again(self, number: int, _: Sequence[list[Sample]]) -> None:
         """As `guarded` wants it: the picture of this number as a sample."""
@@ -307,12 +311,14 @@ def training_loader(views: TrainingViews, plan: list[list[Sample]], *, workers: 
             collate_fn=collate,
             worker_init_fn=quiet_worker,
             generator=torch.Generator(),  # else starting it would draw from the generator of the members' dropout
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=4,
             pin_memory=torch.cuda.is_available(),
         )
 
     views.watch = Watch(workers)
-    return guarded(plan, load, views.watch, views.again) if workers else iter(load(plan))
+    if workers:
+        return guarded(plan, load, views.watch, views.again)
+    return one_by_one(plan, views.batch, views.watch, views.again, quiet_worker)
 
 
 def validation_loader(views: ValidationViews, *, batch: int, workers: int) -> DataLoader:

@@ -10,6 +10,7 @@ import base64
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ import torch
 from PIL import Image
 
 from solution.bundles.bundle import Bundle
+from solution.data.degradation import use_one_opencv_thread
+from solution.data.guard import Watch
 from solution.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Input, UnreadableInput, decode_image, resize_image
+from solution.data.processes import Apart, Killed
 from solution.data.videos import duration, sample_frames
-from solution.data.views import View, choose_faces, close_views, cut_views
+from solution.data.views import View, choose_faces, close_views, cut_views, quiet_worker
 from solution.evaluation.report import render
 from solution.evaluation.verdicts import Judged, face_of, read_judged, shown, timeline
 from solution.records import FaceBox
-from solution.scoring.ensemble import Ensemble, Reader, judge, stream
+from solution.scoring.ensemble import Ensemble, Prepared, Reader, computed, judge
 from solution.scoring.files import write_sidecar
 from solution.scoring.journal import Scored
 from solution.scoring.verdict import meaning, threshold_record, verdict_of
@@ -33,6 +37,7 @@ from solution.scoring.verdict import meaning, threshold_record, verdict_of
 TEMPLATE = "answer_template.html"
 FRAMES = 32  # of a clip
 LONGEST = 600.0  # seconds of a clip
+READING = 120  # seconds for one file
 EXAMINED = 6  # faces of one file that are examined further, the most fake-looking ones
 _ORIENTATION = 0x0112  # EXIF
 WORDS = {
@@ -113,14 +118,45 @@ class Answer:
     timeline: dict[str, Any] | None = None
 
 
+class _Files:
+    """What a process of its own does with a file: reads it, cuts it for the members, and shows single frames of it."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    def __call__(self, what: str, item: Input, *more: Any) -> Any:
+        with self.reader.watch.file(0, item.path):
+            return getattr(self, what)(item, *more)
+
+    def read(self, item: Input) -> tuple[Prepared, list[str]]:
+        """The file as `scoring.ensemble.Reader` has it, and what was done with it if it is odd."""
+        if item.kind == "video" and (seconds := duration(item.path)) > LONGEST:
+            raise UnreadableInput(
+                item.path, f"{seconds:.0f} s long; at most {LONGEST:.0f} s are read here: cut it first"
+            )
+        prepared = self.reader[[(0, item)]]
+        return prepared, [] if prepared.rows[0].error else _notes(item)
+
+    def show(self, item: Input, numbers: set[int | None]) -> dict[int | None, np.ndarray]:
+        """Frames of a video by number, or under None the picture: (H, W, 3) uint8."""
+        if item.kind != "video":
+            return {None: decode_image(item.path)}
+        frames = sample_frames(item.path, self.reader.frames)
+        return {number: frame for number, frame in frames if number in numbers}
+
+
 class Examiner:
-    """Examines files with one ensemble; not for two threads at once."""
+    """Examines files with one ensemble; not for two threads at once. A process of its own reads them (`data.processes`)."""
 
     def __init__(self, ensemble: Ensemble, bundle: Bundle, *, faces: bool = True, frames: int = FRAMES) -> None:
         """faces: whether there is a face detector. frames: a clip is sampled at."""
-        self.ensemble, self.frames, self.faces = ensemble, frames, faces
+        self.ensemble, self.faces = ensemble, faces
         self.threshold = threshold_record(bundle, ensemble.vote)
         self.reader = Reader(ensemble.views, frames=frames, faces=faces, people="all")
+        self.reader.watch = Watch(seconds=READING)
+        use_one_opencv_thread()
+        self.files = Apart(_Files(self.reader), start=partial(quiet_worker, 0), seconds=READING)
+        self.files.begin()
         self.rows: list[Any] = []  # of the sidecar, since `start`
 
     def start(self) -> None:
@@ -131,14 +167,12 @@ class Examiner:
         """Score the file: its answer without degraded copies and maps. `name` is shown for it."""
         kind = "video" if path.suffix.lower() in VIDEO_SUFFIXES else "image"
         item = Input(name, path, kind)
+        notes: list[str] = []
         try:
             if path.suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
                 raise UnreadableInput(path, f"suffix {path.suffix!r} is of no picture or clip that is read here")
-            if kind == "video" and (seconds := duration(path)) > LONGEST:
-                raise UnreadableInput(
-                    path, f"{seconds:.0f} s long; at most {LONGEST:.0f} s are read here: cut it first"
-                )
-            (rows,) = stream(self.ensemble, [[(0, item)]], self.reader, workers=0)
+            prepared, notes = self._files("read", item)
+            (rows,) = computed(self.ensemble, [prepared])
         except UnreadableInput as error:
             rows = [Scored(0, name, -1, -1, error=error.reason)]
         judged = judge(rows, self.ensemble.vote, self.ensemble.calibrators)
@@ -146,9 +180,15 @@ class Examiner:
         whole = judged[0]
         answer = Answer(name, whole.verdict, whole.score, error=whole.error)
         if not whole.error:
-            answer.notes = _notes(item)
+            answer.notes = notes
             self._add_faces(answer, item, judged)
         return answer
+
+    def _files(self, what: str, item: Input, *more: Any) -> Any:
+        try:
+            return self.files(what, item, *more)
+        except Killed as error:
+            raise UnreadableInput(item.path, str(error)) from None
 
     def _add_faces(self, answer: Answer, item: Input, rows: Sequence[Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -156,17 +196,15 @@ class Examiner:
             write_sidecar(rows, sidecar, list(self.ensemble.members), frames=True, people=True)
             people = read_judged(sidecar, [item])
         if item.kind == "video":
-            pictures = dict(sample_frames(item.path, self.frames))
             answer.timeline = timeline(people, self.threshold["threshold"])
-        else:
-            picture = decode_image(item.path)
+        shown = []
         for judged in people:
-            row = judged.row
-            if judged.frames:
-                (row,) = judged.telling(1, self.threshold["threshold"])
-                picture = pictures[int(row["frame"])]
+            (row,) = judged.telling(1, self.threshold["threshold"]) if judged.frames else [judged.row]
+            shown.append((judged, row, int(row["frame"]) if judged.frames else None))
+        pictures = self._files("show", item, {number for _, _, number in shown})
+        for judged, row, number in shown:
             several = judged.who is not None and (item.kind == "video" or len(people) > 1)
-            answer.faces.append(FaceAnswer(judged, picture, face_of(row), several))
+            answer.faces.append(FaceAnswer(judged, pictures[number], face_of(row), several))
         answer.faces.sort(key=lambda a: -a.judged.score)
 
     def views_of(self, picture: np.ndarray, face: FaceBox | None, several: bool) -> tuple[list[View], dict]:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from solution.config import SCORE_CAM_CHANNELS, FaceConfig
+from solution.data.degradation import use_one_opencv_thread
 from solution.data.faces import (
     FaceLocator,
     choose_face,
@@ -27,8 +29,9 @@ from solution.data.faces import (
     view_box,
 )
 from solution.data.images import Input, UnreadableInput, decode_image, resize_image
+from solution.data.processes import LIMIT, Apart, Killed
 from solution.data.videos import sample_frames
-from solution.data.views import View, choose_faces, close_views, cut_views
+from solution.data.views import View, choose_faces, close_views, cut_views, quiet_worker
 from solution.errors import tell
 from solution.evaluation import maps
 from solution.evaluation.pages import Explained, Map, MemberView, Pages
@@ -126,11 +129,12 @@ def explain_pictures(
     report(cost(probes, passes, len(targets) * _other_seconds(explainer, targets)))
     pages = Pages(out, title, len(targets), _facts(ensemble, channels, len(targets)))
     begun = time.monotonic()
-    for target in tqdm(targets, unit="picture", desc="maps", disable=not progress):
-        try:
-            pages.add(explainer.explain(target))
-        except UnreadableInput as error:
-            pages.fail(target.name, error.reason)
+    with explainer.reader:
+        for target in tqdm(targets, unit="picture", desc="maps", disable=not progress):
+            try:
+                pages.add(explainer.explain(target))
+            except UnreadableInput as error:
+                pages.fail(target.name, error.reason)
     pages.close()
     report(f"maps of {len(targets)} pictures took {_spoken(time.monotonic() - begun)}")
     return pages
@@ -208,6 +212,24 @@ class Look(NamedTuple):
     covered: np.ndarray | None
 
 
+class _Reading:
+    """What reads a target: the picture (H, W, 3) uint8, and what the members see of it."""
+
+    def __init__(self, views: Sequence[View], locators: Mapping[FaceConfig, FaceLocator]) -> None:
+        self.views, self.locators = views, locators
+
+    def __call__(self, target: Target) -> tuple[np.ndarray, Seen]:
+        if target.frame is None:
+            picture = decode_image(target.item.path)
+        else:
+            picture = dict(sample_frames(target.item.path, target.frames))[target.frame]
+        if target.face is None:
+            return picture, see(picture, self.views, self.locators)
+        views = self.views if target.who is None else close_views(self.views)
+        configs = [config for _, config in views if config is not None] or [FaceConfig()]
+        return picture, see_found(picture, views, {config: [target.face] for config in configs})
+
+
 class Explainer:
     """Explains one picture at a time: what every member saw, said, and looked at.
 
@@ -217,6 +239,8 @@ class Explainer:
     def __init__(self, ensemble: Ensemble, channels: int | None, *, faces: bool) -> None:
         self.ensemble, self.channels = ensemble, channels
         self.locators = locators_of(ensemble.views) if faces else {}
+        use_one_opencv_thread()
+        self.reader = Apart(_Reading(ensemble.views, self.locators), start=partial(quiet_worker, 0), seconds=LIMIT)
 
     def explain(self, target: Target) -> Explained:
         """Everything about one picture, or one face of it.
@@ -267,18 +291,15 @@ class Explainer:
         )
 
     def prepare(self, target: Target) -> tuple[np.ndarray, Seen]:
-        """The picture, and what the members see of it."""
-        if target.frame is None:
-            picture = decode_image(target.item.path)
-        else:
-            picture = dict(sample_frames(target.item.path, target.frames))[target.frame]
-        views = self.ensemble.views
-        if target.face is None:
-            return picture, see(picture, views, self.locators)
-        if target.who is not None:
-            views = close_views(views)
-        configs = [config for _, config in views if config is not None] or [FaceConfig()]
-        return picture, see_found(picture, views, {config: [target.face] for config in configs})
+        """The picture, and what the members see of it; a process of its own reads it (`data.processes`).
+
+        Raises:
+            UnreadableInput: it cannot be read.
+        """
+        try:
+            return self.reader(target)
+        except Killed as error:
+            raise UnreadableInput(target.item.path, str(error)) from None
 
     def _verdict(self, name: str, views: list[torch.Tensor]):
         """The row of the sidecar, as scoring makes it, second looks included."""

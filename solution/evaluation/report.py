@@ -793,20 +793,27 @@ def _spoken(family: str) -> str:
 # ------------------------------------------------------------------------------------------------ files
 def thumbnail(path: str | Path) -> tuple[str, str]:
     """(data URI of a small square JPEG, "") of a picture, or ("", why there is none)."""
-    from PIL import Image, ImageOps
-
-    from solution.data.images import UnreadableInput, decode_image
+    from solution.data.images import UnreadableInput
+    from solution.data.processes import LIMIT, Killed, alone
 
     if not Path(path).is_file():
         return "", "file not found"
     try:
-        picture = Image.fromarray(decode_image(path))
-    except UnreadableInput as error:
+        return alone(_small, path, seconds=LIMIT), ""
+    except (UnreadableInput, Killed) as error:
         return "", str(error)
+
+
+def _small(path: str | Path) -> str:
+    from PIL import Image, ImageOps
+
+    from solution.data.images import decode_image
+
+    picture = Image.fromarray(decode_image(path))
     small = ImageOps.fit(picture, (THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), ""
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _write_page(page: Mapping[str, Any], path: Path) -> Path:

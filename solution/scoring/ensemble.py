@@ -33,7 +33,7 @@ from solution.config import (
 )
 from solution.data.degradation import use_one_opencv_thread
 from solution.data.faces import locate_once
-from solution.data.guard import Watch, guarded
+from solution.data.guard import Watch, guarded, one_by_one
 from solution.data.images import VIDEO_SUFFIXES, Input, Inputs, UnreadableInput
 from solution.data.processes import LIMIT
 from solution.data.views import (
@@ -538,8 +538,9 @@ def stream(
 ) -> Iterator[list[Scored]]:
     """The rows of each batch, in order, with their logits; an unreadable input's row has its error instead.
 
-    Workers prepare batches ahead; a file at which one dies is an unreadable input. Without workers (0) it is read in this
-    process, and ends it. On a GPU a batch is launched before the one before it is waited for.
+    Workers prepare batches ahead; a file at which one dies is an unreadable input. Without workers (0) one process reads a
+    batch when it is wanted, guarded alike and without shared memory.
+    On a GPU a batch is launched before the one before it is waited for.
     """
     cuda = ensemble.device.type == "cuda"
     if workers is None:
@@ -554,13 +555,22 @@ def stream(
             num_workers=workers,
             worker_init_fn=quiet_worker,
             pin_memory=cuda,
-            prefetch_factor=2 if workers else None,
+            prefetch_factor=2,
         )
 
     reader.watch = Watch(workers, reader.limit)
-    loader = guarded(batches, load, reader.watch, reader.again) if workers else load(batches)
+    if workers:
+        loader = guarded(batches, load, reader.watch, reader.again)
+    else:
+        loader = one_by_one(batches, reader.__getitem__, reader.watch, reader.again, quiet_worker)
+    yield from computed(ensemble, loader)
+
+
+def computed(ensemble: Ensemble, batches: Iterable[Prepared]) -> Iterator[list[Scored]]:
+    """The rows of prepared batches, in order, with their logits."""
+    cuda = ensemble.device.type == "cuda"
     before: tuple[Prepared, list[torch.Tensor], torch.Tensor | None] | None = None
-    for prepared in loader:
+    for prepared in batches:
         views = [view.to(ensemble.device, non_blocking=True).permute(0, 3, 1, 2) for view in prepared.views]
         launched = ensemble.launch(views) if len(views[0]) else None
         if before is not None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from solution.data import guard
 from solution.data.guard import LoaderError, Watch, guarded, look_at
 from solution.data.images import UnreadableInput
-from solution.data.processes import Killed, alone
+from solution.data.processes import Apart, Killed, alone
 from solution.data.views import quiet_worker
 
 
@@ -114,3 +114,32 @@ def test_a_file_within_another_is_the_one_to_blame():
     (found,) = guarded([0], load, nested.watch, lambda number, waiting: os.abort())
     assert found == "donor-7: reading it crashed its process (SIGABRT)"
     assert list(nested.watch.lost) == [7]
+
+
+def test_without_workers_files_that_end_their_process_are_named_too(tmp_path):
+    names = ["0", "abort-1", "2", "bad-3", "hangs-4", "greedy-5", "6"]
+    paths = [tmp_path / name for name in names]
+    found = list(look_at(paths, act, workers=0, start=quiet_worker, seconds=1))
+    assert [value for value, _ in found] == [None if "-" in name else name for name in names]
+    reasons = [reason for _, reason in found if reason]
+    assert [r.partition(" ")[0] for r in reasons] == ["reading", "bad", "reading", "reading"]
+    assert "SIGABRT" in reasons[0] and "more than 1 s" in reasons[2] and "memory" in reasons[3]
+
+
+def test_a_process_apart_serves_on_and_a_new_one_follows_one_that_ended(tmp_path):
+    with Apart(act, seconds=1) as apart:
+        assert apart(tmp_path / "a") == "a"
+        first = apart.process.pid
+        assert apart(tmp_path / "b") == "b" and apart.process.pid == first
+        with pytest.raises(UnreadableInput):
+            apart(tmp_path / "bad-1")
+        assert apart.process.pid == first
+        with pytest.raises(Killed, match="SIGABRT"):
+            apart(tmp_path / "abort-1")
+        assert apart(tmp_path / "c") == "c" and apart.process.pid != first
+        # One that is killed while it waits, as the out-of-memory killer does, costs no file.
+        os.kill(apart.process.pid, signal.SIGKILL)
+        apart.process.join()
+        assert apart(tmp_path / "d") == "d"
+        last = apart.process
+    assert not last.is_alive()

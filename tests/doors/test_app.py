@@ -79,7 +79,8 @@ def test_a_drop_is_answered_at_once_then_in_full_and_is_deleted(weights, files, 
     monkeypatch.setattr(app, "FILES", 3)
     monkeypatch.setattr("solution.evaluation.answers.EXAMINED", 2)
     room = app.Room(str(weights), "cpu")
-    room.examiner.reader.frames = room.examiner.frames = 8
+    room.examiner.files.close()
+    room.examiner.reader.frames = 8
     dropped = [str(files / name) for name in ("four.png", "broken.jpg", "two.mp4", "extra.png")]
     shutil.copy(files / "four.png", files / "extra.png")
     steps = list(room.dropped(dropped))

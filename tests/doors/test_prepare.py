@@ -13,9 +13,9 @@ from raw_sets import clip, faceforensics, picture, write_json
 
 from solution import prepare, train
 from solution.data import layouts
-from solution.data.cropping import Cropper
 from solution.data.faces import FaceLocator
 from solution.data.images import decode_image
+from solution.data.preparing import Journal
 
 ROOT = Path(__file__).resolve().parents[2]
 DETECTOR = pytest.mark.skipif(not FaceLocator.available(), reason="no face detector")
@@ -139,15 +139,15 @@ def test_what_is_done_is_not_done_again(tmp_path, capsys):
 def test_interrupted_equals_uninterrupted(tmp_path, monkeypatch, capsys):
     source = tree(tmp_path / "set")
     assert run(source, tmp_path / "whole", "--crop", "none") == 0
-    cut, calls = Cropper.prepare, []
+    add, calls = Journal.add, []
 
-    def interrupted(self, entry, place=None):
-        calls.append(entry)
+    def interrupted(self, records):
+        calls.append(records)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return cut(self, entry, place)
+        add(self, records)
 
-    monkeypatch.setattr(Cropper, "prepare", interrupted)
+    monkeypatch.setattr(Journal, "add", interrupted)
     assert run(source, tmp_path / "out", "--crop", "none") == 130
     assert "goes on from here" in capsys.readouterr().err and not (tmp_path / "out" / "manifest.csv").exists()
     monkeypatch.undo()

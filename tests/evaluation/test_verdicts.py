@@ -1,16 +1,21 @@
 """The table of verdicts, the videos' timelines, and the answers of the app, without a browser."""
 
 import base64
+import os
 import re
+import shutil
+import signal
+import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from people import collage, two_people
-from tiny import make_bundle
+from tiny import make_bundle, make_faces
 
 from solution.config import VoteConfig
+from solution.data import views
 from solution.data.images import Input, find_inputs
 from solution.evaluation import report, verdicts
 from solution.evaluation.answers import COPIES, Examiner
@@ -167,5 +172,30 @@ def test_odd_files_are_named_and_never_a_blank(examiner, tmp_path):
 
 def test_a_long_clip_is_refused_by_its_length(examiner, tmp_path, monkeypatch):
     monkeypatch.setattr("solution.evaluation.answers.LONGEST", 3.0)
+    examiner.files.close()  # the next process knows of it
     clip = two_people(tmp_path / "two.mp4")  # 48 frames, 12 a second
     assert "4 s long; at most 3 s" in examiner.examine(clip.path, "two.mp4").error
+
+
+def test_a_file_that_ends_its_reader_is_an_answer_and_the_next_one_is_read(examiner, tmp_path, monkeypatch):
+    make_faces(tmp_path, 1)
+    for name in ("crash.png", "slow.png"):
+        shutil.copy(tmp_path / "0.png", tmp_path / name)
+    real = views.decode_image
+
+    def decode(path):
+        if path.name == "crash.png":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if path.name == "slow.png":
+            time.sleep(60)
+        return real(path)
+
+    monkeypatch.setattr(views, "decode_image", decode)
+    monkeypatch.setattr(examiner.reader.watch, "seconds", 1)
+    monkeypatch.setattr(examiner.files, "seconds", 1)
+    examiner.files.close()
+    crash, slow, fine = (examiner.examine(tmp_path / name, name) for name in ("crash.png", "slow.png", "0.png"))
+    assert crash.error == "reading it crashed its process (SIGSEGV)" and crash.verdict == "failed"
+    assert slow.error == "reading it took more than 1 s"
+    assert not fine.error and len(fine.faces) == 1
+    examiner.files.close()

@@ -16,7 +16,7 @@ from solution.bundles.members import build_member, random_towers
 from solution.config import MEMBERS, AdapterConfig, DegradationConfig, VoteConfig
 from solution.data import views
 from solution.data.faces import FaceLocator, make_view
-from solution.data.images import UnreadableInput, decode_image, find_inputs
+from solution.data.images import Input, UnreadableInput, decode_image, find_inputs
 from solution.data.manifest import Item
 from solution.data.training import ValidationViews
 from solution.models import merging as fastpath
@@ -96,7 +96,8 @@ def test_each_picture_is_decoded_and_searched_once(exact, pictures, monkeypatch)
     monkeypatch.setattr(views, "decode_image", lambda path: decoded.append(path) or real(path))
     monkeypatch.setattr(FaceLocator, "locate", lambda self, image: searched.append(1) or [])
     items = items_of(pictures)
-    scores(exact, items)
+    reader = predict.Reader(exact.views)
+    reader[[(n, Input(item.name, item.path, "image")) for n, item in enumerate(items)]]
     assert decoded == [item.path for item in items]
     assert len(searched) == len(items)
 
