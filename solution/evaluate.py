@@ -154,7 +154,7 @@ def _read_scores(preds: Path, key: Callable[[str], str], logits: bool) -> dict[s
 
 def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
     """(line number, row) of a CSV with a header and at least one row."""
-    from solution.data.manifest import read_text
+    from solution.data.lists import read_text
 
     try:
         rows = list(enumerate(csv.DictReader(io.StringIO(read_text(path), newline="")), start=2))

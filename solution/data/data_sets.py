@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from solution.data.labels import label_of
+from solution.data.lists import read_json, read_text
 from solution.data.raw import (
     WHOLE,
     Entry,
@@ -17,12 +19,9 @@ from solution.data.raw import (
     Tree,
     folder_label,
     folder_meaning,
-    known_label,
     known_split,
     plain,
-    read_json,
     read_table,
-    read_text,
     stem,
 )
 
@@ -243,7 +242,7 @@ def _dfdc_metadata(tree: Tree, name: str, folder: str, units: dict) -> dict[str,
     if not _is_dfdc(content):
         raise LayoutError(f'{name}: expected {{"video.mp4": {{"label": "REAL" or "FAKE", ...}}}}')
     for video, row in content.items():
-        label = known_label(row.get("label", ""))
+        label = label_of(row.get("label", ""))
         if label is None:
             raise LayoutError(f"{name}: {video} has the label {row.get('label')!r}; expected REAL or FAKE")
         path = _beside(folder, video, units)
@@ -260,7 +259,7 @@ def _dfdc_labels(tree: Tree, name: str, folder: str, units: dict) -> dict[str, t
     rows = {}
     split = next((known_split(p) for p in reversed(folder.split("/")) if known_split(p)), "test")
     for number, row in enumerate(read_table(tree.root / name), start=2):
-        label = known_label(row.get("label", ""))
+        label = label_of(row.get("label", ""))
         if label is None or not row.get("filename"):
             raise LayoutError(f"{name}, line {number}: expected the columns filename and label (0 real, 1 fake)")
         path = _beside(folder, row["filename"], units)
@@ -291,7 +290,7 @@ def dfdc_preview(tree: Tree) -> Iterator[Entry]:
     if not _is_dfdc(content):
         raise LayoutError(f'{name}: expected {{"method_A/ID/VIDEO.mp4": {{"label": ..., "set": ...}}}}')
     for video, row in sorted(content.items()):
-        label = known_label(row.get("label", ""))
+        label = label_of(row.get("label", ""))
         if label is None:
             raise LayoutError(f"{name}: {video} has the label {row.get('label')!r}; expected real or fake")
         path = _beside(folder, video, units) or _in_frames(folder, video, units)

@@ -28,9 +28,9 @@ FAKE = _words(
     """fake fakes manipulated generated synthetic synthesis synthesized forged tampered deepfake deepfakes ai aigc aigen
     spoof swapped"""
 )
-# Of FaceForensics++, Celeb-DF, DFDC, DF40 and GenImage.
+# Of FaceForensics++, Celeb-DF, DFDC and its preview, DF40 and GenImage.
 GENERATORS = _words(
-    """df f2f fs nt sh fsh face2face faceswap neuraltextures faceshifter deepfakedetection
+    """df f2f fs nt sh fsh fh fakea fakeb face2face faceswap neuraltextures faceshifter deepfakedetection
     fsgan simswap inswap inswapper blendface uniface mobileswap e4s facedancer deepfacelab fomm wav2lip mraa oneshot
     pirender tpsm lia dagan sadtalker mcnet hyperreve hyperreenact heygen
     vqgan stylegan stylegan2 stylegan3 styleganxl progan biggan cyclegan stargan starganv2 styleclip e4e collabdiff

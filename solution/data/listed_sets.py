@@ -10,12 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from solution.data.data_sets import CELEB_STEM, FF_STEM, celeb_people, ff_people, names_a_video
 from solution.data.images import VIDEO_SUFFIXES, printable
-from solution.data.labels import EXPECTED, NEUTRAL, is_split
+from solution.data.labels import EXPECTED, NEUTRAL, is_split, label_of
+from solution.data.lists import Clip, ManifestError, clips, is_deepfakebench, mask_beside, read_json
 from solution.data.raw import (
     KNOWN,
     WHOLE,
@@ -24,27 +26,13 @@ from solution.data.raw import (
     Tree,
     folder_label,
     folder_meaning,
-    known_label,
     known_split,
     plain,
-    read_json,
     read_table,
     stem,
 )
 
-
 # ---------------------------------------------------------------------------------------------------- DeepfakeBench
-def _bench_json(content: Any) -> bool:
-    """Whether a JSON is dataset -> label -> split -> [compression] -> video -> {label, frames}."""
-    for _ in range(6):
-        if not isinstance(content, dict) or not content:
-            return False
-        if "frames" in content:
-            return True
-        content = next((v for v in content.values() if v), None)
-    return False
-
-
 _OTHER_LISTS = frozenset(("metadata.json", "dataset.json", "train.json", "val.json", "test.json"))
 
 
@@ -54,20 +42,12 @@ def bench_content(tree: Tree, name: str) -> Any:
         return None
     try:
         content = read_json(tree.root / name)
-    except LayoutError:
+    except (ManifestError, OSError):
         if len(tree.lists) == 1:
             raise
         tree.passed.add("a list that is no JSON", name)
         return None
-    return content if _bench_json(content) else None
-
-
-def _bench_videos(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        if isinstance(value, dict) and "frames" in value:
-            yield (*path, key), value
-        else:
-            yield from _bench_videos(value, (*path, key))
+    return content if is_deepfakebench(content) else None
 
 
 def deepfakebench(tree: Tree) -> Iterator[Entry]:
@@ -75,14 +55,17 @@ def deepfakebench(tree: Tree) -> Iterator[Entry]:
     videos: dict[tuple[str, ...], tuple[Entry, set[str]]] = {}
     labels: dict[str, int] = {}
     for name in tree.lists:
-        for path, row in _bench_videos(bench_content(tree, name)):
-            entry, split = _bench_entry(tree, name, path, row)
+        content = bench_content(tree, name)
+        if content is None:
+            continue
+        for clip in clips(content, name, partial(tree.passed.add, f"not as DeepfakeBench writes it ({name})")):
+            entry = _bench_entry(tree, name, clip)
             if entry is None:
                 continue
             for file in entry.files:
                 if labels.setdefault(file, entry.label) != entry.label:
                     raise LayoutError(f"{name}: {file} has both labels")
-            videos.setdefault(entry.files, (entry, set()))[1].add(split)
+            videos.setdefault(entry.files, (entry, set()))[1].add(clip.split if is_split(clip.split) else "")
     names = Counter(entry.name for entry, _ in videos.values())
     single = {(e.source, e.label) for e, splits in videos.values() if len(splits) == 1}
     for entry, splits in videos.values():
@@ -98,46 +81,32 @@ def deepfakebench(tree: Tree) -> Iterator[Entry]:
         yield replace(entry, name=own, split=split)
 
 
-def _bench_entry(tree: Tree, name: str, path: tuple[str, ...], row: dict) -> tuple[Entry | None, str]:
-    data_set, label_name, video = path[0], path[1] if len(path) > 2 else "", path[-1]
-    split = next((known_split(p) for p in path[2:-1] if is_split(p)), "")
-    said = row.get("label", label_name)
-    label = known_label(said)
-    if label is None:
-        raise LayoutError(f"{name}: {'/'.join(path)} has the label {said!r}; {EXPECTED}")
-    frames = [f for f in (_bench_file(tree, name, str(f)) for f in row["frames"] or ()) if f]
+def _bench_entry(tree: Tree, name: str, clip: Clip) -> Entry | None:
+    data_set, video = clip.path[0], clip.path[-1]
+    frames = [f for f in (_bench_file(tree, name, frame) for frame in clip.frames) if f]
     if not frames:
-        tree.passed.add(f"no frame of the video is there ({name})", "/".join(path))
-        return None, split
-    masks = [m for m in (_bench_file(tree, name, str(m)) for m in row.get("masks") or ()) if m]
-    if label and not masks:
-        beside = [_swap_part(frame, "frames", "masks") for frame in frames]
-        masks = [m for m in beside if m and (tree.root / m).is_file()]
-    folder = frames[0].rpartition("/")[0]
-    entry_name = folder if len(frames) > 1 else stem(frames[0])
+        tree.passed.add(f"no frame of the video is there ({name})", "/".join(clip.path))
+        return None
+    masks = [m for m in (_bench_file(tree, name, mask) for mask in clip.masks) if m]
+    if clip.label and not masks:
+        beside = [mask_beside(PurePosixPath(frame)) for frame in frames]
+        masks = [str(m) for m in beside if m and (tree.root / m).is_file()]
+    several = len(frames) > 1
+    own = frames[0].rpartition("/")[0] if several else stem(frames[0])
     people = ff_people(video) or celeb_people(video) or (f"{data_set}:{video}",)
-    generator = label_name if label else ""
-    kind = "frames" if len(frames) > 1 else "picture"
-    return Entry(entry_name, tuple(frames), kind, label, data_set, "", generator, people, tuple(masks)), split
+    generator = clip.label_name if clip.label else ""
+    kind = "frames" if several else "picture"
+    return Entry(own, tuple(frames), kind, clip.label, data_set, "", generator, people, tuple(masks))
 
 
 def _bench_file(tree: Tree, name: str, frame: str) -> str | None:
     """A listed file, relative to the root: beside its list, below the root, or below it without the list's own folders."""
-    frame = frame.replace("\\", "/")
     beside = os.path.normpath(os.path.join(os.path.dirname(name), frame)).replace(os.sep, "/")
     parts = frame.strip("/").split("/")
     for candidate in (beside, *("/".join(parts[at:]) for at in range(len(parts)))):
         if not candidate.startswith("..") and (tree.root / candidate).is_file():
             return os.path.relpath(tree.root / candidate, tree.root).replace(os.sep, "/")
     return None
-
-
-def _swap_part(path: str, old: str, new: str) -> str | None:
-    parts = path.split("/")
-    if old not in parts:
-        return None
-    parts[len(parts) - 1 - parts[::-1].index(old)] = new
-    return stem("/".join(parts)) + ".png"
 
 
 # ---------------------------------------------------------------------------------------------------- folders
@@ -340,7 +309,7 @@ def _kaggle_entry(tree: Tree, where: str, row: dict[str, str], columns: tuple[st
     path_column, label_column = columns
     table = where.rpartition(",")[0]
     folder = table.rpartition("/")[0]
-    said, label = row[label_column], known_label(row[label_column])
+    said, label = row[label_column], label_of(row[label_column])
     if label is None:
         raise LayoutError(f"{where}: {label_column} is {said!r}; {EXPECTED}")
     file = files.find(folder, row[path_column])

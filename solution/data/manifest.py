@@ -6,11 +6,9 @@ are read by tables (`labels`), never guessed; training shares no file, video or 
 
 from __future__ import annotations
 
-import codecs
 import csv
 import filecmp
 import io
-import json
 import math
 import os
 import re
@@ -25,8 +23,8 @@ import numpy as np
 from solution.config import ConfigError, SamplingConfig
 from solution.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_hidden, is_output, printable, stable_seed
 from solution.data.labels import EXPECTED, LABEL_COLUMNS, PATH_COLUMNS, column_of, is_split, label_of, split_of
+from solution.data.lists import ManifestError, clips, mask_beside, read_json, read_text
 from solution.data.videos import middle_places
-from solution.errors import UsageError
 
 # The splits that training draws from and is judged on; `unseen` has generators that training has not.
 TRAIN, HELD_OUT = "train", ("val", "unseen", "test")
@@ -35,10 +33,6 @@ _END = 256  # bytes at the end of a file that two different pictures hardly shar
 HIDDEN = "hidden or not the data set's (a dot file or folder, __MACOSX)"
 VIDEO = "a video; python -m solution.prepare SOURCE --out DIR makes pictures and a manifest of it"
 OUTPUT = "drawn by an earlier run of this kit"
-
-
-class ManifestError(UsageError):
-    """A manifest that cannot be used: names the file, the row, what was found and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -354,20 +348,6 @@ def _clips(rows: Sequence[Item]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------ layouts
-def read_text(source: Path) -> str:
-    """A table's text: UTF-8, or UTF-16 with its mark; anything else is refused by name."""
-    content = source.read_bytes()
-    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return content.decode("utf-16" if utf16 else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise ManifestError(
-            f"{source}, line {line}: byte 0x{content[error.start]:02x} is not {'UTF-16' if utf16 else 'UTF-8'}; save the "
-            "file as UTF-8 (Excel: CSV UTF-8)"
-        ) from None
-
-
 def _present(folder: Path, name: str) -> Path:
     """The path of `name` in `folder`; a backslash is a slash where only that file is there."""
     path = folder / name
@@ -495,62 +475,25 @@ def _files(
 
 
 def _deepfakebench_rows(source: Path) -> Iterator[Item]:
-    """dataset -> label -> split -> [compression] -> video -> {label, frames}; frames relative to the JSON's folder."""
-    text = read_text(source)
-    try:
-        tree = json.loads(text)
-    except ValueError as error:
-        raise ManifestError(f"{source}: no JSON ({error})") from None
-    for dataset, labels in _layer(source, tree, "data sets"):
-        for label_name, splits in _layer(source, labels, dataset):
-            for split, videos in _layer(source, splits, f"{dataset}/{label_name}"):
-                yield from _deepfakebench_videos(source, dataset, label_name, split, videos)
+    """The frames of a DeepfakeBench JSON, relative to its folder."""
 
-
-def _layer(source: Path, tree: Any, where: str) -> Iterable[tuple[str, Any]]:
-    if not isinstance(tree, dict):
+    def refuse(line: str) -> None:
         raise ManifestError(
-            f"{source}: not DeepfakeBench's layers, data set -> label -> split -> video -> label and frames: {where} should "
-            f"be an object, found {json.dumps(tree)[:40]}; a CSV with the columns path and label will do, and "
-            "python -m solution.prepare knows other data sets' own lists"
+            f"{source}: {line}; a CSV with the columns path and label will do, and python -m solution.prepare knows other "
+            "data sets' own lists"
         )
-    return tree.items()
 
-
-def _deepfakebench_videos(source: Path, dataset: str, label_name: str, split: str, tree: Any) -> Iterator[Item]:
-    for video, entry in _layer(source, tree, f"{dataset}/{label_name}/{split}"):
-        where = f"{source}: {dataset}/{label_name}/{split}/{video}"
-        if "frames" not in dict(_layer(source, entry, where)):  # one more level: compression
-            yield from _deepfakebench_videos(source, dataset, label_name, split, entry)
-            continue
-        label, by_folder = _label(entry.get("label", label_name), where), label_of(label_name)
-        if by_folder not in (None, label):
-            raise ManifestError(f"{where}: label is {entry['label']!r} under {label_name!r}, which say the opposite")
-        if not isinstance(entry["frames"], list) or not all(isinstance(frame, str) for frame in entry["frames"]):
-            raise ManifestError(f"{where}: frames should be a list of paths, found {json.dumps(entry['frames'])[:40]}")
-        for frame in entry["frames"]:
-            name = frame.replace("\\", "/")
-            path = Path(name) if Path(name).is_absolute() else source.parent / name
-            yield Item(
-                name,
-                path,
-                label,
-                dataset,
-                split_of(split),
-                label_name if label else "",
-                f"{label_name}/{video}",
-                _mask_beside(path) if label else "",
-            )
-
-
-def _mask_beside(frame: Path) -> str:
-    """The forgery mask of a DeepfakeBench frame, `masks` for `frames` in its path, a .png; empty where there is none."""
-    parts = list(frame.parts)
-    if "frames" not in parts:
-        return ""
-    parts[len(parts) - 1 - parts[::-1].index("frames")] = "masks"
-    mask = Path(*parts).with_suffix(".png")
-    return str(mask) if mask.is_file() else ""
+    for clip in clips(read_json(source), str(source), refuse):
+        if len(clip.path) < 4:
+            refuse(f"{'/'.join(clip.path)} should lie below a data set, a label and a split")
+        video = f"{clip.label_name}/{clip.path[-1]}"
+        generator = clip.label_name if clip.label else ""
+        for name in clip.frames:
+            # An absolute name stands for itself.
+            path = source.parent / name
+            mask = mask_beside(path) if clip.label else None
+            mask = str(mask) if mask is not None and mask.is_file() else ""
+            yield Item(name, path, clip.label, clip.path[0], clip.split, generator, video, mask)
 
 
 def select(items: Sequence[Item], sampling: SamplingConfig, seed: int) -> tuple[list[Item], DropReport]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -19,6 +18,7 @@ from typing import Any
 
 from solution.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, printable
 from solution.data.labels import FAKE, REAL, is_split, label_of, split_of
+from solution.data.lists import read_text
 from solution.errors import UsageError
 
 JOURNAL = "prepared.jsonl"  # in an output folder: what is done; such a folder is no data set
@@ -95,8 +95,6 @@ def _trunk(folder: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- known names
-# Labels of DeepfakeBench's lists that are no words.
-_BENCH_FAKES = frozenset(("ff_fh", "dfdcp_fakea", "dfdcp_fakeb"))
 KNOWN = (
     f"real: {', '.join(sorted(REAL))}; fake: {', '.join(sorted(FAKE))}; with real_, _images, 0_, 1_, train_ and the like before "
     "or behind"
@@ -106,11 +104,6 @@ KNOWN = (
 def plain(name: object) -> str:
     """A name in lower case, its words joined by `_`."""
     return re.sub(r"[^a-z0-9]+", "_", str(name).strip().lower()).strip("_")
-
-
-def known_label(name: object) -> int | None:
-    """0 real or 1 fake for a label as data sets write it (see `label_of`), None for any other."""
-    return 1 if plain(name) in _BENCH_FAKES else label_of(name)
 
 
 def known_split(name: object) -> str:
@@ -229,33 +222,6 @@ def _file(tree: Tree, start: str, name: str) -> None:
 
 def _refuse_folder(error: OSError) -> None:
     raise LayoutError(f"{printable(str(error.filename))}: {error.strerror}; make it readable or take it out") from None
-
-
-def read_text(path: Path) -> str:
-    """A list's text: UTF-8 with or without its mark, or UTF-16 with one.
-
-    Raises:
-        LayoutError: another encoding, or a file that cannot be read.
-    """
-    try:
-        data = path.read_bytes()
-        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except OSError as error:
-        raise LayoutError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise LayoutError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's content.
-
-    Raises:
-        LayoutError: it is none.
-    """
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise LayoutError(f"{path}: no JSON ({error})") from None
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

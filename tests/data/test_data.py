@@ -186,6 +186,8 @@ def test_a_generator_called_whichisreal_is_fake(tmp_path):
         ("DFDC_Real", 0),
         ("FF-real", 0),
         ("FF-DF", 1),
+        ("FF-FH", 1),
+        ("DFDCP_FakeA", 1),
     ]:
         tree = {"D": {name: {"test": {"v": {"label": name, "frames": ["a.png"]}}}}}
         (tmp_path / "b.json").write_text(json.dumps(tree))

@@ -3,8 +3,10 @@
 import pytest
 from raw_sets import empty, write_json
 
+from solution.data.labels import label_of
 from solution.data.layouts import LAYOUTS, find_entries
-from solution.data.raw import LayoutError, PassedOver, folder_meaning, known_label
+from solution.data.lists import ManifestError
+from solution.data.raw import LayoutError, PassedOver, folder_meaning
 from solution.data.splitting import components, split_entries
 
 
@@ -54,7 +56,7 @@ def reasons(found):
     ],
 )
 def test_a_label_is_known_or_none(word, label):
-    assert known_label(word) == label
+    assert label_of(word) == label
 
 
 def test_a_folder_says_label_split_both_or_nothing():
@@ -252,7 +254,19 @@ def test_another_json_by_itself_is_refused(tmp_path, content):
 def test_deepfakebench_unknown_label_is_refused(tmp_path):
     empty(tmp_path, "a/0.png")
     write_json(tmp_path / "x.json", {"FF": bench("un-real", ["train"], ["a/0.png"])})
-    with pytest.raises(LayoutError, match="un-real"):
+    with pytest.raises(ManifestError, match="un-real"):
+        find_entries(tmp_path)
+
+
+def test_deepfakebench_labels_that_disagree_are_refused_and_odd_places_counted(tmp_path):
+    empty(tmp_path, "a/0.png")
+    tree = bench("FF-DF", ["train"], ["a/0.png"])
+    write_json(tmp_path / "x.json", {"FF": tree, "version": 2})
+    found = find_entries(tmp_path)
+    assert len(found.entries) == 1 and reasons(found)["not as DeepfakeBench writes it (x.json)"] == 1
+    tree["FF-DF"]["train"]["000"]["label"] = "FF-real"
+    write_json(tmp_path / "x.json", {"FF": tree})
+    with pytest.raises(ManifestError, match="'FF-real' under 'FF-DF', which say the opposite"):
         find_entries(tmp_path)
 
 
@@ -420,7 +434,7 @@ def test_kaggle_words_stand_above_numbers_and_folders_contradict(tmp_path):
 def test_table_of_another_encoding_is_named(tmp_path):
     empty(tmp_path, "a.jpg")
     (tmp_path / "train.csv").write_bytes("path,label\nä.jpg,0\n".encode("cp1252"))
-    with pytest.raises(LayoutError, match="not UTF-8"):
+    with pytest.raises(ManifestError, match="not UTF-8"):
         find_entries(tmp_path)
 
 

@@ -325,10 +325,7 @@ def test_folders_of_frames_are_sampled_evenly_in_number_order(tmp_path):
 
 
 def test_pictures_keep_their_masks(tmp_path):
-    for n in range(3):
-        picture(tmp_path / f"set/real/{n}.jpg", n)
-        picture(tmp_path / f"set/fake/{n}.jpg", n, fake=True)
-        picture(tmp_path / f"set/masks/{n}.png", n, mask=True)
+    three(tmp_path / "set", "real/{}.jpg", "fake/{}.jpg", "masks/{}.png")
     assert run(tmp_path / "set", tmp_path / "out", "--crop", "none") == 0
     fakes = [r for r in rows(tmp_path / "out") if r["label"] == "1"]
     assert all(decode_image(tmp_path / "out" / r["mask"]).max() == 255 for r in fakes) and len(fakes) == 3
@@ -375,37 +372,39 @@ def dfdcp(root):
     write_json(root / "dataset.json", rows)
 
 
-def wilddeepfake(root):
+def three(root, real, fake, mask=None):
+    """Three pictures of each kind; real, fake, mask: their paths, with a field for their number."""
     for n in range(3):
-        picture(root / f"real_train/0/real/0/{n}.png", n)
-        picture(root / f"fake_test/1/fake/0/{n}.png", n, fake=True)
+        picture(root / real.format(n), n)
+        picture(root / fake.format(n), n, fake=True)
+        if mask is not None:
+            picture(root / mask.format(n), n, mask=True)
+
+
+def wilddeepfake(root):
+    three(root, "real_train/0/real/0/{}.png", "fake_test/1/fake/0/{}.png")
 
 
 def df40(root):
-    for n in range(3):
-        picture(root / f"heygen/real/v1/{n}.png", n)
-        picture(root / f"simswap/ff/frames/000_003/{n:03d}.png", n, fake=True)
-        picture(root / f"simswap/ff/masks/000_003/{n:03d}.png", n, mask=True)
+    inside = "simswap/ff/{}/000_003/{{:03d}}.png"
+    three(root, "heygen/real/v1/{}.png", inside.format("frames"), inside.format("masks"))
 
 
 def kaggle(root):
-    for n in range(3):
-        picture(root / f"pics/{n}.jpg", n)
-        picture(root / f"pics/{n + 3}.jpg", n, fake=True)
-    (root / "train.csv").write_text("filename,label\n" + "".join(f"pics/{n}.jpg,{n // 3}\n" for n in range(6)))
+    three(root, "pics/a{}.jpg", "pics/b{}.jpg")
+    (root / "train.csv").write_text(
+        "filename,label\n" + "".join(f"pics/a{n}.jpg,0\npics/b{n}.jpg,1\n" for n in range(3))
+    )
 
 
 def ntire(root):
-    for n in range(3):
-        picture(root / f"{n:04d}_real.png", n)
-        picture(root / f"{n + 3:04d}_fake.png", n, fake=True)
+    three(root, "{:04d}_real.png", "1{:03d}_fake.png")
 
 
 def forensics_frames(root):
-    for n in range(3):
-        picture(root / f"original_sequences/youtube/c23/frames/000/{n:04d}.png", n)
-        picture(root / f"manipulated_sequences/Face2Face/c23/frames/000_003/{n:04d}.png", n, fake=True)
-        picture(root / f"manipulated_sequences/Face2Face/c23/masks/000_003/{n:04d}.png", n, mask=True)
+    fakes = "manipulated_sequences/Face2Face/c23/{}/000_003/{{:04d}}.png"
+    real = "original_sequences/youtube/c23/frames/000/{:04d}.png"
+    three(root, real, fakes.format("frames"), fakes.format("masks"))
 
 
 @pytest.mark.parametrize("build", [celeb, dfdc, dfdcp, wilddeepfake, df40, kaggle, ntire, forensics_frames])
