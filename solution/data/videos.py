@@ -44,7 +44,7 @@ def sample_frames(path: Path | str, count: int) -> list[tuple[int, np.ndarray]]:
     """`count` evenly spaced frames of a video: (frame number from 0, (H, W, 3) uint8 RGB), in order.
 
     The middle frames of `count` equal parts; every frame when the video has no more than `count`. Stored rotation is
-    applied. Of several video tracks the longest one is sampled (in MP4 and MOV; elsewhere the first), without the frames
+    applied. Of several video tracks the longest one is sampled, without the frames
     that an edit list hides. Frames are skipped by seeking where a keyframe lies on the way (going from frame to frame is 3 to 6 times
     as fast as asking OpenCV to seek to each of 32 frames of a ten-second clip with keyframes 250 apart), and a frame
     found by seeking must carry the expected time stamp, else the video is read from its beginning. Memory: the
@@ -84,10 +84,24 @@ def duration(path: Path | str) -> float:
 def _chosen(path: Path | str, opened: BinaryIO) -> tuple[BinaryIO, _Clip]:
     """The file as if its longest video track were the only one, and what that holds."""
     movie = read_movie(opened)
-    if movie is not None and not movie.tracks:
+    if movie is None:
+        return opened, _scan(path, opened, None)
+    if not movie.tracks:
         raise UnreadableInput(path, _NO_VIDEO)
-    file = opened if movie is None else movie.with_longest(opened)
-    return file, _scan(path, file, movie and movie.longest)
+    if all(track.seconds is not None for track in movie.tracks):
+        longest = max(movie.tracks, key=lambda track: track.seconds or 0.0)  # of equally long ones the first
+        file = movie.with_only(longest, opened)
+        return file, _scan(path, file, longest)
+    found, reason = [], None
+    for track in movie.tracks:
+        file = movie.with_only(track, opened)
+        try:
+            found.append((file, _scan(path, file, None)))
+        except UnreadableInput as error:
+            reason = error
+    if not found:
+        raise reason or UnreadableInput(path, _NO_VIDEO)
+    return max(found, key=lambda one: one[1].times[-1] - one[1].times[0])
 
 
 def _open_video(path: Path | str, file: BinaryIO, *options: int) -> cv2.VideoCapture:
@@ -115,7 +129,7 @@ def _scan(path: Path | str, file: BinaryIO, track: Track | None) -> _Clip:
     if len(times) == 1 and fps >= _COVER_RATE:
         raise UnreadableInput(path, _NO_VIDEO)
     packets = max(claimed, len(times))
-    if track is not None and track.seconds - track.shown >= 1.5 * track.seconds / packets:
+    if track is not None and track.seconds and track.seconds - track.shown >= 1.5 * track.seconds / packets:
         return _visible(path, file, track, packets)
     # A stored count is exact; one estimated from duration and rate can be far off (variable rate), the time is not.
     frame = 1000 / fps if fps > 0 else 0.0

@@ -101,6 +101,25 @@ def test_the_longest_of_several_video_tracks_is_the_video(tmp_path):
     assert duration(both) == pytest.approx(1.9)
 
 
+def test_a_cover_picture_before_the_video_is_not_taken_for_it(tmp_path):
+    path = tmp_path / "a.mp4"
+    whole = clip(path, range(0, 160, 8))
+
+    def box(name, *content):
+        body = b"".join(content)
+        return struct.pack(">I4s", 8 + len(body), name) + body
+
+    handler = box(b"hdlr", bytes(8), b"mdirappl", bytes(9))
+    cover = box(b"covr", box(b"data", struct.pack(">II", 13, 0), jpeg(255)))
+    told = box(b"udta", box(b"meta", bytes(4), handler, box(b"ilst", cover)))
+    index, _ = find(whole, b"moov")
+    track, _ = find(whole, b"trak")
+    content = whole[:track] + told + whole[track:]
+    size = struct.unpack_from(">I", whole, index)[0] + len(told)
+    path.write_bytes(content[:index] + struct.pack(">I", size) + content[index + 4 :])
+    assert greys(path, 100) == list(range(20))
+
+
 def test_a_turned_video_is_upright(tmp_path):
     path = tmp_path / "a.mp4"
     content = clip(path, [80] * 4)
@@ -126,3 +145,89 @@ def test_files_of_another_kind_and_cut_ones_have_no_index(tmp_path):
     path.write_bytes(content[:-200])
     with pytest.raises(UnreadableInput):
         sample_frames(path, 2)
+
+
+# ------------------------------------------------------------------------------------------------ MKV, WebM and AVI
+SHORT, LONG = [200] * 3, list(range(0, 160, 8))  # greys of frames, ten a second
+
+
+def jpeg(grey):
+    return cv2.imencode(".jpg", np.full((48, 64, 3), grey, np.uint8))[1].tobytes()
+
+
+def element(name, *content):
+    body = b"".join(content)
+    return bytes.fromhex(name) + struct.pack(">Q", len(body) | 1 << 56) + body
+
+
+def number(name, value, size=1):
+    return element(name, value.to_bytes(size, "big"))
+
+
+def matroska(*tracks, cover=b"", sound=False):
+    """Video tracks of JPEGs; a picture attached; a track of silence."""
+    entries, blocks = [], []
+    for n, greys in enumerate(tracks, start=1):
+        size = element("E0", number("B0", 64), number("BA", 48))
+        own = number("D7", n), number("73C5", n), number("83", 1), element("86", b"V_MJPEG"), size
+        entries.append(element("AE", *own, number("23E383", 100_000_000, 4)))
+        blocks += [(k, n, jpeg(grey)) for k, grey in enumerate(greys)]
+    if sound:
+        n, how = len(tracks) + 1, element("E1", element("B5", struct.pack(">f", 8000.0)), number("6264", 16))
+        own = number("D7", n), number("73C5", n), number("83", 2), element("86", b"A_PCM/INT/LIT"), how
+        entries.append(element("AE", *own))
+        blocks += [(k, n, bytes(1600)) for k in range(10)]
+    packets = [element("A3", struct.pack(">BhB", 128 | n, 100 * k, 128), data) for k, n, data in sorted(blocks)]
+    files = [element("466E", b"cover.jpg"), element("4660", b"image/jpeg"), element("465C", cover), number("46AE", 7)]
+    segment = [element("1549A966", number("2AD7B1", 1_000_000, 4)), element("1654AE6B", *entries)]
+    segment += [element("1941A469", element("61A7", *files))] if cover else []
+    segment += [element("1F43B675", number("E7", 0), *packets)]
+    return element("1A45DFA3", element("4282", b"matroska")) + element("18538067", *segment)
+
+
+def chunk(name, *content):
+    body = b"".join(content)
+    return name + struct.pack("<I", len(body)) + body + bytes(len(body) % 2)
+
+
+def avi(*tracks):
+    """Tracks of JPEGs."""
+    most, lists, frames = max(map(len, tracks)), [], []
+    for greys in tracks:
+        head = b"vidsMJPG" + struct.pack("<10I4h", 0, 0, 0, 1, 10, 0, len(greys), 10_000, 2**32 - 1, 0, 0, 0, 64, 48)
+        form = struct.pack("<3I2H4s5I", 40, 64, 48, 1, 24, b"MJPG", 0, 0, 0, 0, 0)
+        lists.append(chunk(b"LIST", b"strl", chunk(b"strh", head), chunk(b"strf", form)))
+    for k in range(most):
+        frames += [chunk(b"%02ddc" % n, jpeg(greys[k])) for n, greys in enumerate(tracks) if k < len(greys)]
+    head = chunk(b"avih", struct.pack("<14I", 100_000, 0, 0, 256, most, 0, len(tracks), 0, 64, 48, 0, 0, 0, 0))
+    return chunk(b"RIFF", b"AVI ", chunk(b"LIST", b"hdrl", head, *lists), chunk(b"LIST", b"movi", *frames))
+
+
+@pytest.mark.parametrize("tracks", [(LONG,), (SHORT, LONG), (LONG, SHORT), (SHORT, SHORT, LONG)], ids=len)
+@pytest.mark.parametrize("suffix", ["mkv", "webm", "avi"])
+def test_the_longest_track_of_other_containers_is_the_video(tmp_path, suffix, tracks):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(avi(*tracks) if suffix == "avi" else matroska(*tracks))
+    assert greys(path, 100) == list(range(20))
+    assert duration(path) == pytest.approx(1.9)
+
+
+def test_cover_pictures_are_no_video(tmp_path):
+    path = tmp_path / "a.mkv"
+    path.write_bytes(matroska(SHORT, LONG, cover=jpeg(255), sound=True))
+    assert greys(path, 100) == list(range(20))
+    for content in (matroska(cover=jpeg(255), sound=True), matroska(sound=True)):
+        path.write_bytes(content)
+        with pytest.raises(UnreadableInput, match="no video track"):
+            sample_frames(path, 2)
+
+
+def test_containers_that_are_cut_or_odd_end_in_a_reason(tmp_path):
+    for whole, name in ((matroska(SHORT, LONG, sound=True), "a.mkv"), (avi(SHORT, LONG), "a.avi")):
+        for end in (3, 12, 40, 90, 200, 400, 700):
+            (tmp_path / name).write_bytes(whole[:end])
+            with pytest.raises(UnreadableInput):
+                sample_frames(tmp_path / name, 2)
+        (tmp_path / name).write_bytes(whole[:4] + bytes(range(256)) * 4)
+        with pytest.raises(UnreadableInput):
+            sample_frames(tmp_path / name, 2)
