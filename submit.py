@@ -303,8 +303,8 @@ def announce(ensemble, bundle, plan, found: int, rank: int, ranks: int) -> None:
     tell(f"vote: {ensemble.vote.mean} of {', '.join(votes)}")
     others = f"; the bar shows rank 0 of {ranks}" if ranks > 1 else ""
     tell(f"{int(plan.share().sum())} inputs, {found} scored before{others}")
-    if plan.inputs.passed_over:
-        tell(plan.inputs.passed())
+    for line in (*filter(None, [plan.inputs.passed()]), *plan.inputs.notes):
+        tell(line)
 
 
 def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> float:
@@ -390,6 +390,7 @@ def write(args, ensemble, bundle, plan, journal, found: int, seconds: float) -> 
     record = run_record(args, ensemble, bundle, journal) | {
         "counts": {**counts, "scored_now": scored},
         "passed_over": journal.inputs.passed_over,
+        "notes": list(journal.inputs.notes),
         "seconds": round(seconds, 3),
         "images_per_second": speed and round(speed, 2),
     }

@@ -16,7 +16,6 @@ import argparse
 import csv
 import dataclasses
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -153,15 +152,13 @@ def _read_scores(preds: Path, key: Callable[[str], str], logits: bool) -> dict[s
 
 
 def _csv(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """(line number, row) of a CSV with a header and at least one row."""
-    from solution.data.lists import read_text
+    """(line number, row) of a table with at least one row; see `lists.read_table`."""
+    from solution.data.lists import read_table
 
     try:
-        rows = list(enumerate(csv.DictReader(io.StringIO(read_text(path), newline="")), start=2))
+        rows = read_table(path)
     except OSError as error:
         raise EvaluationError(f"{path}: {error.strerror or error}") from None
-    except csv.Error as error:
-        raise EvaluationError(f"{path}: cannot be read as CSV: {error}") from None
     if not rows:
         raise EvaluationError(f"{path}: no rows below its header")
     return rows

@@ -66,7 +66,10 @@ def run_pictures(args: argparse.Namespace) -> Path:
     """Maps of every picture of --input; the page's path."""
     from solution.evaluation.explainer import Target, explain_pictures
 
-    inputs = [item for item in find_inputs(args.input) if item.kind == "image"]
+    found = find_inputs(args.input)
+    for line in found.notes:
+        tell(line)
+    inputs = [item for item in found if item.kind == "image"]
     if not inputs:
         raise InputError(f"{args.input}: no picture in it; videos have no maps")
     ensemble = _load(args, second_look=True)

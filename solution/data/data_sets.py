@@ -258,7 +258,7 @@ def _dfdc_metadata(tree: Tree, name: str, folder: str, units: dict) -> dict[str,
 def _dfdc_labels(tree: Tree, name: str, folder: str, units: dict) -> dict[str, tuple[int, str, str, str]]:
     rows = {}
     split = next((known_split(p) for p in reversed(folder.split("/")) if known_split(p)), "test")
-    for number, row in enumerate(read_table(tree.root / name), start=2):
+    for number, row in read_table(tree.root / name):
         label = label_of(row.get("label", ""))
         if label is None or not row.get("filename"):
             raise LayoutError(f"{name}, line {number}: expected the columns filename and label (0 real, 1 fake)")

@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageFile, features
 
+from solution.data.labels import LABEL_COLUMNS, PATH_COLUMNS, label_of
 from solution.errors import KitError, UsageError
 
 IMAGE_SUFFIXES = frozenset(
@@ -51,6 +52,7 @@ _DRAWN = {
     "explain.html": re.compile(r"contact(-\d+)?\.png"),
     "prepared.jsonl": re.compile(r"preview\.png|masks"),
 }
+_LABELLED = re.compile(r"(.*?)[\t ,;]+([^\t ,;]+)")  # a path, what separates, and the last word
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -83,13 +85,19 @@ class Inputs(Sequence[Input]):
 
     passed_over: how many files of a folder are no inputs, by suffix; under `hidden` the dot files, dot folders and
     `__MACOSX` folders; under `output` the pictures that an earlier run of this kit left there (`is_output`).
+    notes: what else a reader should hear of a list, a line each.
     """
 
     def __init__(
-        self, root: Path, names: list[str], renamed: dict[str, str], passed_over: Mapping[str, int] | None = None
+        self,
+        root: Path,
+        names: list[str],
+        renamed: dict[str, str],
+        passed_over: Mapping[str, int] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self._root, self._names, self._renamed = root, names, renamed
-        self.passed_over = dict(passed_over or {})
+        self.passed_over, self.notes = dict(passed_over or {}), tuple(notes)
 
     def passed(self) -> str:
         """What was passed over, in words: `12 files passed over: 9 hidden, 3 .txt`; empty where nothing was."""
@@ -107,7 +115,7 @@ class Inputs(Sequence[Input]):
     def __getitem__(self, index: slice) -> Inputs: ...
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return Inputs(self._root, self._names[index], self._renamed, self.passed_over)
+            return Inputs(self._root, self._names[index], self._renamed, self.passed_over, self.notes)
         name = self._names[index]
         return Input(name, self._root / self._renamed.get(name, name), _kind(name))
 
@@ -125,6 +133,28 @@ def printable(name: str) -> str:
     return _UNPRINTABLE.sub(lambda m: f"\\x{ord(m[0]) & 0xFF:02x}", name)
 
 
+def is_media(name: str) -> bool:
+    """Whether a name's suffix promises a picture or a video."""
+    return _suffix(name) in IMAGE_SUFFIXES | VIDEO_SUFFIXES
+
+
+def labelled(line: str) -> tuple[str, str]:
+    """The path and the label of a list's line such as `a.jpg 0`, with blanks, a tab, `,` or `;` between; the label is ""
+    in a line without one. Quotes around either are left out.
+    """
+    found = _LABELLED.fullmatch(line.strip())
+    path, label = found.groups() if found else (line.strip(), "")
+    if is_media(label.strip("\"'")):  # the end of a name with blanks in it
+        path, label = line.strip(), ""
+    return path.strip("\"'"), label.strip("\"'")
+
+
+def heads_labels(line: str) -> bool:
+    """Whether a line is the header of such lines: `image label`."""
+    path, label = labelled(line.lower())
+    return path in PATH_COLUMNS and label in LABEL_COLUMNS
+
+
 def stable_seed(name: str) -> int:
     """A 32-bit number that depends on the name alone: what is drawn for a picture is drawn from it."""
     return zlib.crc32(name.encode("utf-8", "surrogateescape"))
@@ -138,7 +168,8 @@ def find_inputs(source: Path) -> Inputs:
         (relative to the list's folder; or one path before each NUL, as `find -print0` writes; blank lines and lines
         that begin with # are skipped; what it names is taken for a picture unless its suffix says video). Where a line
         as it stands names no file, blanks at its end and quotes around it are left out and `\\` is read as `/`, if that
-        names one. UTF-8, or UTF-16 with its mark.
+        names one. UTF-8, or UTF-16 with its mark. Labels after the paths (`a.jpg 0`) are left out, and `Inputs.notes`
+        says so.
 
     Dot files, dot folders, `__MACOSX` and what this kit itself wrote into a folder are passed over
     (`Inputs.passed_over`).
@@ -164,7 +195,8 @@ def find_inputs(source: Path) -> Inputs:
             raise InputError(f"{source}: no pictures or videos in it; looked for {known}")
         return _inputs(source, names, passed)
     if _suffix(source.name) == ".txt":
-        return _inputs(source.parent, _read_list(source))
+        names, notes = _read_list(source)
+        return _inputs(source.parent, names, notes=notes)
     if _suffix(source.name) in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
         return _inputs(source.parent, [source.name])
     known = " ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
@@ -174,7 +206,9 @@ def find_inputs(source: Path) -> Inputs:
     )
 
 
-def _inputs(root: Path, names: list[str], passed_over: Mapping[str, int] | None = None) -> Inputs:
+def _inputs(
+    root: Path, names: list[str], passed_over: Mapping[str, int] | None = None, notes: Sequence[str] = ()
+) -> Inputs:
     """Names as the file system has them -> `Inputs` whose names print and are unique."""
     taken, renamed, shown = set(names), {}, []
     for name in sorted(names):
@@ -185,7 +219,7 @@ def _inputs(root: Path, names: list[str], passed_over: Mapping[str, int] | None 
             taken.add(clean)
             renamed[clean] = name
         shown.append(clean)
-    return Inputs(root, sorted(shown), renamed, passed_over)
+    return Inputs(root, sorted(shown), renamed, passed_over, notes)
 
 
 def is_hidden(name: str) -> bool:
@@ -238,7 +272,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _read_list(source: Path) -> list[str]:
+def _read_list(source: Path) -> tuple[list[str], list[str]]:
+    """The paths of a list, and what is to be said of it."""
     try:
         content = source.read_bytes()
     except OSError as error:
@@ -252,11 +287,14 @@ def _read_list(source: Path) -> list[str]:
             ) from None
     else:
         text = content.decode("utf-8-sig", errors="surrogateescape")
-    seen: dict[str, int] = {}
+    lines = []
     for number, line in enumerate(text.split("\0" if "\0" in text else "\n"), start=1):
         line = _as_file(source.parent, line.strip("\n") if "\0" in text else line.rstrip("\r"))
-        if not line.strip() or line.startswith("#"):
-            continue
+        if line.strip() and not line.startswith("#"):
+            lines.append((number, line))
+    lines, notes = _without_labels(source, lines)
+    seen: dict[str, int] = {}
+    for number, line in lines:
         name = PurePosixPath(line).as_posix()
         if name in seen:
             raise InputError(
@@ -266,7 +304,41 @@ def _read_list(source: Path) -> list[str]:
         seen[name] = number
     if not seen:
         raise InputError(f"{source}: the list is empty; expected one path a line")
-    return list(seen)
+    return list(seen), notes
+
+
+def _without_labels(source: Path, lines: list[tuple[int, str]]) -> tuple[list[tuple[int, str]], list[str]]:
+    """The lines (number, text) without the labels behind their paths, where all have one; and a note that says so."""
+    folder, cut, plain, labels = source.parent, [], [], Counter()
+    for number, line in lines:
+        path, label = labelled(line)
+        word, _, rest = line.strip().partition(" ")
+        if not label and rest and label_of(word) is not None and os.path.exists(folder / rest.strip()):
+            path, label = rest.strip(), word  # as Celeb-DF writes it
+        path = _as_file(folder, path)
+        # A line that names a file is its name, whatever it ends in.
+        if not label or os.path.exists(folder / line):
+            plain.append((number, line))
+        elif label_of(label) is not None:
+            cut.append((number, path))
+            labels[label] += 1
+        elif os.path.exists(folder / path) and not heads_labels(line):
+            raise InputError(
+                f"{source}, line {number}: no file is called {printable(line)!r}, though {printable(path)!r} is there; "
+                f"a line has one path, with perhaps a label behind it, and {label!r} is none"
+            )
+        elif number != lines[0][0] or not heads_labels(line):
+            plain.append((number, line))
+    if not any(os.path.exists(folder / path) for _, path in cut):
+        return lines, []
+    if plain:
+        raise InputError(
+            f"{source}: line {cut[0][0]} has a label behind its path, and line {plain[0][0]} has none "
+            f"({printable(plain[0][1])!r}); give each line one, or none"
+        )
+    said = ", ".join(f"{label} on {count}" for label, count in labels.most_common(4))
+    note = f"{source}: the labels behind its paths ({said} lines) are not read: scores come from the pictures alone"
+    return cut, [note]
 
 
 def _as_file(folder: Path, line: str) -> str:

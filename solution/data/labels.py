@@ -14,6 +14,14 @@ PATH_COLUMNS = (
     *("filepath", "file_path", "file_name", "id", "image_id"),
 )
 LABEL_COLUMNS = ("label", "target", "class", "is_fake", "labels")
+OTHER_COLUMNS = {
+    "source": ("source", "dataset"),
+    "split": ("split", "subset", "partition", "phase"),
+    "generator": ("generator", "method"),
+    "group": ("group", "identity", "subject", "person"),
+    "video": ("video", "video_id", "clip"),
+    "mask": ("mask", "mask_path"),
+}
 
 
 def _words(text: str) -> frozenset[str]:

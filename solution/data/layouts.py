@@ -21,7 +21,6 @@ from solution.data.raw import (
     Tree,
     folder_meaning,
     plain,
-    read_table,
     stem,
     walk,
 )
@@ -79,10 +78,13 @@ def detect(tree: Tree) -> str:
         )
     if several:
         return several[0]
-    if any(n.lower().endswith(".csv") and listed_sets.table_columns(read_table(tree.root / n)) for n in tree.lists):
+    if any(n.lower().endswith((".csv", ".tsv")) and listed_sets.labelled_rows(tree, n) for n in tree.lists):
         return "kaggle"
     if any(folder_meaning(name)[0] is not None for name in folders):
         return "folders"
+    # Where folders say the label, a list of numbers may be one of classes.
+    if any(n.lower().endswith(".txt") and listed_sets.labelled_rows(tree, n) for n in tree.lists):
+        return "kaggle"
     names = ", ".join(printable(n) for n in sorted(folders)[:12]) or "no folders"
     raise LayoutError(f"{tree.root}: no known layout; found {names}. Known are {', '.join(LAYOUTS)}; {KNOWN}")
 

@@ -236,13 +236,20 @@ _WORDS = ("label_str", "label_name", "class_name")  # a label in words, which no
 _NUMBERS = ("label", "target", "class", "is_fake", "fake", "y", "labels")
 
 
-def table_columns(rows: list[dict[str, str]]) -> tuple[str, str] | None:
-    """The columns of the path and of the label; None when the table has none."""
-    if not rows:
+def labelled_rows(tree: Tree, name: str) -> tuple[list[tuple[int, dict[str, str]]], tuple[str, str]] | None:
+    """The rows of a list of the tree, (line number, row), and the columns of path and label; None where it has none."""
+    try:
+        rows = read_table(tree.root / name)
+    except ManifestError:
+        if name.lower().endswith(".txt"):  # anybody's text
+            return None
+        raise
+    there = rows[0][1] if rows else {}
+    path = next((c for c in _PATHS if c in there), None)
+    label = next((c for c in (*_WORDS, *_NUMBERS) if c in there), None)
+    if path is None or label is None or not any(row[label] for _, row in rows):
         return None
-    path = next((c for c in _PATHS if c in rows[0]), None)
-    label = next((c for c in (*_WORDS, *_NUMBERS) if c in rows[0]), None)
-    return (path, label) if path and label else None
+    return rows, (path, label)
 
 
 class _Files:
@@ -280,18 +287,23 @@ class _Files:
 
 
 def kaggle(tree: Tree) -> Iterator[Entry]:
-    """CSVs with a path and a label a row, beside or above their files; a file name such as train.csv says the split."""
+    """Tables with a path and a label a row, beside or above their files; a name such as train.csv says the split.
+
+    Lists such as train.txt, a path and a label a line, are read where there is no .csv or .tsv with both.
+    """
     names = [*tree.pictures, *tree.videos]
-    files, taken = _Files(names), {}
-    for name in tree.lists:
-        if not name.lower().endswith(".csv"):
+    files, taken, tables = _Files(names), {}, 0
+    for name in sorted(tree.lists, key=lambda name: name.lower().endswith(".txt")):
+        text = name.lower().endswith(".txt")
+        if not (text or name.lower().endswith((".csv", ".tsv"))) or (text and tables):
             continue
-        rows = read_table(tree.root / name)
-        columns = table_columns(rows)
-        if columns is None:
+        found = labelled_rows(tree, name)
+        if found is None:
             tree.passed.add("a table without path and label", name)
             continue
-        for number, row in enumerate(rows, start=2):
+        rows, columns = found
+        tables += not text
+        for number, row in rows:
             entry = _kaggle_entry(tree, f"{name}, line {number}", row, columns, files)
             if entry is None:
                 continue

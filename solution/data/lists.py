@@ -1,18 +1,24 @@
-"""Files that list pictures, as their makers write them: text, JSON, and DeepfakeBench's layers in it.
+"""Files that list pictures, as their makers write them: text, tables, JSON, and DeepfakeBench's layers in it.
 
-Takes a path, or parsed JSON; returns text, content, and `Clip`s with labels of the house's table. Manifests and raw data
+Takes a path, or parsed JSON; returns text, rows, content, and `Clip`s with labels of the house's table. Manifests and raw data
 sets are read through here alike; what is odd is told to the caller, who refuses or counts it.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
+import io
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path, PurePath
 from typing import Any
 
+from solution.data.images import heads_labels, is_media, labelled
 from solution.data.labels import EXPECTED, is_split, label_of, split_of
 from solution.errors import UsageError
 
@@ -50,6 +56,59 @@ def read_json(source: Path) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise ManifestError(f"{source}: no JSON ({error})") from None
+
+
+# ------------------------------------------------------------------------------------------------ tables
+_SEPARATORS = (",", ";", "\t")
+
+
+def read_table(source: Path) -> list[tuple[int, dict[str, str]]]:
+    """(line number, row by the header's names) of a table with `,`, `;` or tabs between its columns.
+
+    Without a header, where the first line begins with the name of a picture or video, each line has a path and a label
+    (`labelled`), under the columns `path` and `label`; blank lines and those that begin with # are skipped.
+
+    Raises:
+        ManifestError: another encoding than `read_text` knows, a column that occurs twice, a row with more fields than the
+            header, or no CSV. OSError: a file that cannot be read.
+    """
+    text = read_text(source)
+    lines = [(number, line) for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1) if line.strip()]
+    first = lines[0][1] if lines else ""
+    listed = [(number, line) for number, line in lines if not line.startswith("#")]
+    if listed and heads_labels(listed[0][1]) and not any(separator in listed[0][1] for separator in _SEPARATORS):
+        del listed[0]
+    if listed and is_media(labelled(listed[0][1])[0]):
+        return [(number, dict(zip(("path", "label"), labelled(line)))) for number, line in listed]
+    return list(_rows_below(source, text, first))
+
+
+def _rows_below(source: Path, text: str, first: str) -> Iterator[tuple[int, dict[str, str]]]:
+    file = io.StringIO(text, newline="")
+    excel = re.fullmatch(r"sep=(.)\s*", first)
+    if excel:
+        file.readline()
+    separator = excel[1] if excel else max(_SEPARATORS, key=first.count)
+    reader = csv.reader(file, delimiter=separator)
+    header: list[str] | None = None
+    try:
+        for fields in reader:
+            number = reader.line_num + (1 if excel else 0)
+            if not any(field.strip() for field in fields):
+                continue
+            if header is None:
+                header = fields
+                if twice := [name for name, count in Counter(header).items() if name.strip() and count > 1]:
+                    raise ManifestError(f"{source}: column {twice[0]} occurs twice in its header")
+                continue
+            if any(field.strip() for field in fields[len(header) :]):
+                raise ManifestError(
+                    f"{source}, line {number}: {len(fields)} fields under {len(header)} columns; a path that has a "
+                    f"{separator!r} in it belongs in quotes"
+                )
+            yield number, dict(zip_longest(header, fields[: len(header)], fillvalue=""))
+    except csv.Error as error:
+        raise ManifestError(f"{source}, line {reader.line_num}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------ DeepfakeBench

@@ -6,9 +6,7 @@ are read by tables (`labels`), never guessed; training shares no file, video or 
 
 from __future__ import annotations
 
-import csv
 import filecmp
-import io
 import math
 import os
 import re
@@ -22,8 +20,17 @@ import numpy as np
 
 from solution.config import ConfigError, SamplingConfig
 from solution.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_hidden, is_output, printable, stable_seed
-from solution.data.labels import EXPECTED, LABEL_COLUMNS, PATH_COLUMNS, column_of, is_split, label_of, split_of
-from solution.data.lists import ManifestError, clips, mask_beside, read_json, read_text
+from solution.data.labels import (
+    EXPECTED,
+    LABEL_COLUMNS,
+    OTHER_COLUMNS,
+    PATH_COLUMNS,
+    column_of,
+    is_split,
+    label_of,
+    split_of,
+)
+from solution.data.lists import ManifestError, clips, mask_beside, read_json, read_table
 from solution.data.videos import middle_places
 
 # The splits that training draws from and is judged on; `unseen` has generators that training has not.
@@ -88,7 +95,7 @@ def read_manifest(
     """The pictures of a manifest, in its order, and a report of the rows left out.
 
     source: a CSV (`path,label[,source,split,generator,group,mask,video]`, paths relative to it; other usual names of the
-        first two are in `labels`), a folder with one
+        first two are in `labels`; with `;` or tabs too, or without a header a path and its label a line), a folder with one
     folder for real and one for fake pictures under their usual names (`real/` and `fake/`, `0_real/` and `1_fake/`,
     `nature/` and `ai/`), train/val/test above or below them, or a DeepfakeBench JSON (in the folder its frames are
     relative to; the forgery masks lie beside the frames, `masks` for `frames` in the path, where a release has them).
@@ -161,11 +168,13 @@ def _rows(source: Path, report: DropReport) -> Iterator[Item]:
         raise ManifestError(f"{source}: no such manifest; expected a CSV, a DeepfakeBench JSON, or a folder")
     if source.is_dir():
         return _folder_rows(source, report)
-    if source.suffix.lower() == ".csv":
+    if source.suffix.lower() in (".csv", ".tsv", ".txt"):
         return _csv_rows(source, report)
     if source.suffix.lower() == ".json":
         return _deepfakebench_rows(source)
-    raise ManifestError(f"{source}: expected a .csv, a .json, or a folder with real/ and fake/")
+    raise ManifestError(
+        f"{source}: expected a .csv, .tsv or .txt with a path and a label a line, a .json, or a folder with real/ and fake/"
+    )
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:
@@ -358,19 +367,31 @@ def _present(folder: Path, name: str) -> Path:
 
 
 def _csv_rows(source: Path, report: DropReport) -> Iterator[Item]:
-    reader = csv.DictReader(io.StringIO(read_text(source), newline=""))
-    header = list(reader.fieldnames or ())
+    rows = read_table(source)
+    if not rows:
+        raise ManifestError(f"{source}: no row in it; expected a path and a label a row, below a header or without one")
+    header = list(rows[0][1])
     columns = {"path": column_of(header, PATH_COLUMNS), "label": column_of(header, LABEL_COLUMNS)}
     if missing := [name for name, column in columns.items() if column is None]:
         raise ManifestError(
             f"{source}: column {', '.join(missing)} is missing; found {header}, expected path (or {', '.join(PATH_COLUMNS[1:4])}"
-            f", ...) and label (or {', '.join(LABEL_COLUMNS[1:])})"
+            f", ...) and label (or {', '.join(LABEL_COLUMNS[1:])}); or, without a header, a path and its label a line"
         )
-    for number, row in enumerate(_readable(source, reader), start=2):
-        row |= {name: row[column] or "" for name, column in columns.items()}
-        extra = {k: (row.get(k) or "").strip() for k in ("source", "split", "generator", "group", "video", "mask")}
-        if not row["path"] or not row["label"]:
-            raise ManifestError(f"{source}, line {number}: no path or no label")
+    others = {name: column_of(header, names) for name, names in OTHER_COLUMNS.items()}
+    if unread := [name for name in header if name.strip() and name not in {*columns.values(), *others.values()}]:
+        report.notes.append(
+            f"columns that are not read: {', '.join(map(repr, unread[:8]))}{' ...' * (len(unread) > 8)}"
+        )
+    for number, row in rows:
+        extra = {name: row[column].strip() if column else "" for name, column in others.items()}
+        row = {name: row[column] for name, column in columns.items()}
+        if not row["path"].strip() or not row["label"].strip():
+            raise ManifestError(
+                f"{source}, line {number}: no {'label' if row['path'].strip() else 'path'} in it, found {list(row.values())}; "
+                "expected a path and after it its label"
+            )
+        if not os.path.lexists(source.parent / row["path"]):
+            row["path"] = row["path"].strip()
         label = _label(row["label"], f"{source}, line {number}")
         parts = PurePosixPath(row["path"].replace("\\", "/")).parts
         if "__MACOSX" in parts or parts and parts[-1].startswith("._"):
@@ -380,13 +401,6 @@ def _csv_rows(source: Path, report: DropReport) -> Iterator[Item]:
             extra["mask"] = str(_present(source.parent, extra["mask"]))
         extra["split"] = split_of(extra["split"])
         yield Item(row["path"], _present(source.parent, row["path"]), label, **extra)
-
-
-def _readable(source: Path, reader: csv.DictReader) -> Iterator[dict[str, str]]:
-    try:
-        yield from reader
-    except csv.Error as error:
-        raise ManifestError(f"{source}, line {reader.line_num}: {error}") from None
 
 
 def _label(word: object, where: str) -> int:

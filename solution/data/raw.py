@@ -6,8 +6,6 @@ name that the tables do not know is nobody's label.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
 from collections import Counter, defaultdict
@@ -16,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from solution.data import lists
 from solution.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, printable
 from solution.data.labels import FAKE, REAL, is_split, label_of, split_of
-from solution.data.lists import read_text
 from solution.errors import UsageError
 
 JOURNAL = "prepared.jsonl"  # in an output folder: what is done; such a folder is no data set
@@ -148,7 +146,7 @@ def folder_label(path: str) -> tuple[int | None, str, int]:
 # ---------------------------------------------------------------------------------------------------- walking
 @dataclass
 class Tree:
-    """The files below a root: pictures, videos, and the lists among them (.json, .csv, .txt)."""
+    """The files below a root: pictures, videos, and the lists among them (.json, .csv, .tsv, .txt)."""
 
     root: Path
     pictures: list[str] = field(default_factory=list)
@@ -212,7 +210,7 @@ def _file(tree: Tree, start: str, name: str) -> None:
         tree.pictures.append(start + name)
     elif suffix in VIDEO_SUFFIXES:
         tree.videos.append(start + name)
-    elif suffix in (".json", ".csv", ".txt"):
+    elif suffix in (".json", ".csv", ".tsv", ".txt"):
         tree.lists.append(start + name)
     elif suffix in (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z"):
         tree.passed.add("archive: unpack it first", start + name)
@@ -224,10 +222,6 @@ def _refuse_folder(error: OSError) -> None:
     raise LayoutError(f"{printable(str(error.filename))}: {error.strerror}; make it readable or take it out") from None
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV with `,`, `;` or tabs, by lower-case column name."""
-    text = read_text(path)
-    first = text.split("\n", 1)[0]
-    separator = max(",;\t", key=first.count)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
-    return [{plain(k): (v or "").strip() for k, v in row.items() if isinstance(k, str)} for row in rows]
+def read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """(line number, row) of a table (`lists.read_table`), by lower-case column name."""
+    return [(number, {plain(k): v.strip() for k, v in row.items()}) for number, row in lists.read_table(path)]

@@ -112,6 +112,40 @@ def test_hidden_files_are_no_inputs_and_what_is_passed_over_is_counted(tmp_path)
     assert pickle.loads(pickle.dumps(found[:1])).passed_over == found.passed_over
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a.png 0\nmy b.png 1\n",
+        "a.png\treal\nmy b.png\tfake\n",
+        'image,label\n"a.png",0\n"my b.png",1\n',
+        "0 a.png\n1 my b.png\n",
+    ],
+)
+def test_labels_in_a_list_are_left_out_and_said(tmp_path, text):
+    for name in ("a.png", "my b.png", "odd 1"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "list.txt").write_text(text)
+    found = find_inputs(tmp_path / "list.txt")
+    assert [item.name for item in found] == ["a.png", "my b.png"]
+    assert len(found.notes) == 1 and "labels" in found.notes[0] and "not read" in found.notes[0]
+    # What names a file is a name, whatever it ends in.
+    (tmp_path / "list.txt").write_text("a.png\nmy b.png\nodd 1\n")
+    found = find_inputs(tmp_path / "list.txt")
+    assert [item.name for item in found] == ["a.png", "my b.png", "odd 1"] and not found.notes
+
+
+def test_lists_with_labels_here_and_there_are_refused(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"x")
+    for text, said in (
+        ("a.png 0\nb.png\n", "line 1 has a label behind its path, and line 2 has none"),
+        ("a.png 0\nb.png perhaps\n", "line 2: no file is called 'b.png perhaps', though 'b.png' is there"),
+    ):
+        (tmp_path / "list.txt").write_text(text)
+        with pytest.raises(InputError, match=said):
+            find_inputs(tmp_path / "list.txt")
+
+
 def test_a_name_listed_twice_is_refused_with_both_lines(tmp_path):
     (tmp_path / "list.txt").write_text("a.png\nb.png\n./a.png\n")
     with pytest.raises(InputError, match="line 3.*line 1"):
@@ -158,6 +192,7 @@ def test_folders_named_like_files_and_links_in_circles(tmp_path):
 
 def test_a_million_inputs_cost_their_names_only():
     inputs = Inputs(Path("/data"), [f"{i:07d}.png" for i in range(50_000)], {})
+    sum(len(f.path.name) for f in inputs)  # pathlib interns names in one table of the process, which may grow
     tracemalloc.start()
     total = sum(len(f.path.name) for f in inputs)
     grown = tracemalloc.get_traced_memory()[0]

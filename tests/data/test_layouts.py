@@ -1,5 +1,7 @@
 """Layouts of raw data sets: labels, splits, people, masks and pairs as each data set has them; nothing guessed."""
 
+import shutil
+
 import pytest
 from raw_sets import empty, write_json
 
@@ -403,6 +405,26 @@ def test_kaggle_table(tmp_path):
         "pics/b": (1, "train"),
     }
     assert reasons(found) == {"in train.csv, but not there": 1, "in no table": 1}
+
+
+def test_lists_of_a_path_and_a_label(tmp_path):
+    empty(tmp_path, "pics/a.jpg", "pics/b.jpg", "pics/c.jpg")
+    (tmp_path / "train.txt").write_text("pics/a.jpg 0\npics/b.jpg fake\n")
+    (tmp_path / "val.txt").write_text("pics/c.jpg\t1\n")
+    (tmp_path / "README.txt").write_bytes(b"caf\xe9 is no table\n")
+    (tmp_path / "names.txt").write_text("pics/a.jpg\npics/b.jpg\n")
+    found = find_entries(tmp_path)
+    assert found.layout == "kaggle"
+    assert {n: (e.label, e.split) for n, e in by_name(found).items()} == {
+        "pics/a": (0, "train"),
+        "pics/b": (1, "train"),
+        "pics/c": (1, "val"),
+    }
+    # Where folders say the label, numbers may be those of classes.
+    empty(tmp_path, "real/d.jpg", "fake/e.jpg")
+    shutil.rmtree(tmp_path / "pics")
+    (tmp_path / "train.txt").write_text("real/d.jpg 17\n")
+    assert find_entries(tmp_path).layout == "folders"
 
 
 def test_tables_written_where_their_author_had_the_files(tmp_path):

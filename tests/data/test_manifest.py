@@ -381,3 +381,68 @@ def test_figures_of_an_earlier_run_are_no_pictures(tmp_path):
     items, report = read_manifest(tmp_path)
     assert [item.name for item in items] == ["real/a.png", "fake/b.png"]
     assert ("fake/p.report/figures", OUTPUT) in report.dropped
+
+
+# ------------------------------------------------------------------------------------------------ tables
+@pytest.mark.parametrize("between", [" ", "\t", ",", ", ", ";", "   "])
+@pytest.mark.parametrize("suffix", ["txt", "csv", "tsv"])
+def test_a_path_and_a_label_a_line_without_a_header(tmp_path, between, suffix):
+    pictures(tmp_path, "a.png", "my b.png", "c,d.png")
+    source = tmp_path / f"list.{suffix}"
+    lines = [f"a.png{between}0", "# said by hand", f"my b.png{between}fake", f"c,d.png{between}1.0", ""]
+    source.write_text("\r\n".join(lines))
+    items, _ = read_manifest(source)
+    assert [(item.name, item.label) for item in items] == [("a.png", 0), ("my b.png", 1), ("c,d.png", 1)]
+    source.write_text("image label\na.png real\n" if between == " " else '"a.png"\t"real"\n')
+    assert [(item.name, item.label) for item in read_manifest(source)[0]] == [("a.png", 0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a.png 0\nb.png perhaps\n", "line 2: label is 'perhaps'"),
+        ("a.png 0\nb.png\n", "line 2: no label in it"),
+        # As Celeb-DF has it, where 1 is real.
+        ("1 a.png\n0 b.png\n", "line 1: no label in it"),
+        ("path,label\n", "no row in it"),
+        ("", "no row in it"),
+        ("path,label,label\na.png,0,1\n", "column label occurs twice"),
+        ("path,label\na.png,0\nb,c.png,1\n", "line 3: 3 fields under 2 columns"),
+    ],
+)
+def test_tables_that_cannot_be_read_without_guessing(tmp_path, text, said):
+    pictures(tmp_path, "a.png", "b.png")
+    for name in ("t.csv", "t.txt"):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ManifestError, match=said):
+            read_manifest(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path;label;split\na.png;real;train\nb.png;fake;val\n",
+        "sep=;\r\npath;label;split\r\na.png;0;Train\r\nb.png;1;Valid\r\n",
+        "path\tlabel\tsplit\na.png\t0\ttraining\nb.png\t1\tdev\n",
+        " Path , Label , Split \n a.png , Real , TRAIN \n b.png , FAKE , VAL \n",
+        "path,label,split\ra.png,0,train\rb.png,1,val\r",
+        "\n\npath,label,split,\na.png,0,train,\n,,,\nb.png,1,val,\n",
+    ],
+)
+def test_tables_as_other_programs_write_them(tmp_path, text):
+    pictures(tmp_path, "a.png", "b.png")
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "t.csv").write_bytes(text.encode(encoding))
+        items, report = read_manifest(tmp_path / "t.csv")
+        assert [(i.name, i.label, i.split) for i in items] == [("a.png", 0, "train"), ("b.png", 1, "val")]
+        assert not report.dropped
+
+
+def test_columns_by_their_usual_names_and_the_others_told(tmp_path):
+    pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / "t.csv").write_text(
+        "File_Name,Target,Subset,Identity,Video_ID,Dataset,quality\na.png,0,Train,x,1,s,9\nb.png,1,Val,y,2,s,9\n"
+    )
+    items, report = read_manifest(tmp_path / "t.csv")
+    assert [(i.split, i.group, i.video, i.source) for i in items] == [("train", "x", "1", "s"), ("val", "y", "2", "s")]
+    assert report.notes == ["columns that are not read: 'quality'"]
