@@ -347,12 +347,27 @@ def run_faces(args: argparse.Namespace) -> int:
         line = "  ".join(f"{count:<16}" for count in counts)
         print(f"{'':10}{'false':9}{line}  {len(empty)} face-free pictures and tiles")
     _tell_small(locators, args.seed)
+    _tell_cost(FaceLocator(FaceConfig(**side)), args.seed)
     return 0
 
 
 # Width and height of a frame, and the share of it that a face takes: 1080p, 4K, a tall screenshot with a face of 400 px.
 FRAMES = ((1920, 1080, 0.005), (3840, 2160, 0.002), (1080, 8000, 0.0185))
 BACKGROUNDS = ("brick", "chelsea", "coffee", "grass", "gravel", "retina", "rocket")
+
+
+def empty_frames(width: int, height: int, *, backgrounds: tuple[str, ...] = BACKGROUNDS) -> list[np.ndarray]:
+    """Frames (height, width, 3) uint8 of pictures without a face."""
+    from skimage import data
+
+    from solution.data.images import resize_image
+
+    frames, side = [], max(width, height)
+    for name in backgrounds:
+        picture = getattr(data, name)()
+        picture = np.repeat(picture[..., None], 3, axis=2) if picture.ndim == 2 else picture
+        frames.append(resize_image(np.ascontiguousarray(picture), side, side)[:height, :width].copy())
+    return frames
 
 
 def pasted_faces(
@@ -374,11 +389,7 @@ def pasted_faces(
     patch = resize_image(patch, round(patch.shape[1] * scale), round(patch.shape[0] * scale))
     left, top = round(min(around, x0) * scale), round(min(around, y0) * scale)
     rng, found = np.random.default_rng(seed), []
-    for name in backgrounds:
-        picture = getattr(data, name)()
-        picture = np.repeat(picture[..., None], 3, axis=2) if picture.ndim == 2 else picture
-        side = max(width, height)
-        frame = resize_image(np.ascontiguousarray(picture), side, side)[:height, :width].copy()
+    for frame in empty_frames(width, height, backgrounds=backgrounds):
         x, y = int(rng.integers(width - patch.shape[1])), int(rng.integers(height - patch.shape[0]))
         frame[y : y + patch.shape[0], x : x + patch.shape[1]] = patch
         corner = x + left, y + top
@@ -407,6 +418,37 @@ def _tell_small(locators: dict, seed: int) -> None:
         each = 1000 * spent / len(pictures) / len(locators)
         name = f"{share:.2%}"
         print(f"{name:10}{'found':9}{'  '.join(cells)}  pasted into {width}x{height} px, {each:.0f} ms")
+
+
+# Width and height of what the search's cost is told for, and the share of a face that its first copy shows.
+SIZES = ((256, 256, 0.25), (1024, 768, 0.05), *((width, height, 0.05) for width, height, _ in FRAMES))
+
+
+def _tell_cost(locator, seed: int, *, backgrounds: tuple[str, ...] = BACKGROUNDS) -> None:
+    """A line a size and kind of frame: processor time of the whole search, over that of its first copy alone, false finds."""
+    from solution.data.faces import overlap
+    from solution.records import FaceBox
+
+    small = {(width, height): share for width, height, share in FRAMES}
+    print(f"cost of the search at face.score_threshold {locator.config.score_threshold:g}, over that of one copy alone")
+    for width, height, large in SIZES:
+        kinds = {f"face of {large:.0%}": pasted_faces(width, height, large, seed, backgrounds=backgrounds)}
+        if share := small.get((width, height)):
+            kinds[f"face of {share:.2%}"] = pasted_faces(width, height, share, seed, backgrounds=backgrounds)
+        kinds["no face"] = [(frame, None) for frame in empty_frames(width, height, backgrounds=backgrounds)]
+        for kind, pictures in kinds.items():
+            spent, false = {True: 0.0, False: 0.0}, 0
+            locator.locate(pictures[0][0])  # buffers of this size
+            for picture, box in pictures:
+                for once in (True, False):  # in turn, so that other load hits both
+                    begun = time.thread_time()
+                    faces = locator.locate(picture, once=once)
+                    spent[once] += 1000 * (time.thread_time() - begun) / len(pictures)
+                false += sum(box is None or overlap(face, FaceBox(*box, 1.0)) <= 0.5 for face in faces)
+            print(
+                f"{width:5}x{height:<5} {kind:14} {spent[False]:7.1f} ms a picture, {spent[False] / spent[True]:5.1f} times "
+                f"the first copy's {spent[True]:.1f} ms; {false} false finds in {len(pictures)}"
+            )
 
 
 def _right(found, pictures, locator) -> int:

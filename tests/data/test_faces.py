@@ -310,3 +310,13 @@ def test_only_pictures_larger_than_the_searched_copy_are_searched_again(monkeypa
     seen.clear()
     locator.locate(np.zeros((4000, 2000, 3), np.uint8))
     assert seen[5:] == [1280, 2560]
+
+
+def test_the_benchmark_tells_what_the_search_costs_by_size(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "SIZES", ((256, 256, 0.25), (320, 240, 0.2)))
+    benchmark._tell_cost(FaceLocator(FaceConfig()), 0, backgrounds=("gravel",))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and all(
+        "times the first copy's" in line and "0 false finds in 1" in line for line in lines[1:]
+    )
+    assert "face of 25%" in lines[1] and "no face" in lines[2]
