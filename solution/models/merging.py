@@ -7,8 +7,9 @@ here was measured on an AMD EPYC (Zen 5) core, compact towers at 168 px.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from solution.models.towers import (
     Block,
     EffortLinear,
     Rotation,
+    Step,
     Tower,
     TowerOutput,
     WeightsError,
@@ -275,7 +277,7 @@ class Packed(NamedTuple):
 
 
 def packed_block(
-    x: torch.Tensor, w: Packed, heads: int, eps: float, activation: str, rotation: Rotation | None = None
+    x: torch.Tensor, rotation: Rotation | None = None, *, w: Packed, heads: int, eps: float, activation: str
 ) -> torch.Tensor:
     """One pre-norm block on tokens x (B, N, D) in float32; products in the type of the matrices, the sum in float32.
 
@@ -372,28 +374,20 @@ class PackedTower(Tower):
         tokens = embeddings.cls_token.expand(1, count, -1)
         return embeddings.interpolate_pos_encoding(tokens, height, width).float()
 
-    def forward(
-        self,
-        images: torch.Tensor,
-        *,
-        adapter: str | None = None,
-        keep: tuple[int, ...] = (),
+    def steps(self, x: torch.Tensor, adapter: str | None) -> Iterator[Step]:
+        """As `Tower.steps`: `packed_block` with each block's tensors."""
+        run = self._runner(x)
+        for weights in self.packed.get(adapter, self.packed[None]):
+            yield functools.partial(run, w=weights, heads=self.heads, eps=self.eps, activation=self.activation)
+
+    def read(
+        self, x: torch.Tensor, last: torch.Tensor, grid: tuple[int, int], hidden: dict[int, torch.Tensor]
     ) -> TowerOutput:
-        """As `Tower.forward`."""
-        x, grid, rotations = self.place(images)
-        hidden: dict[int, torch.Tensor] = {}
-        last, run = x, self._runner(x)
-        weights = self.packed.get(adapter, self.packed[None])
-        for number, (block, rotation) in enumerate(zip(weights, rotations, strict=True), start=1):
-            last = x
-            x = run(x, block, self.heads, self.eps, self.activation, rotation)
-            if number in keep:
-                hidden[number] = x
-        # Who listens to the last block's modules (maps.look) hears what it was given.
+        """As `Tower.read`; who listens to the last block's modules (maps.look) hears what it was given."""
         (norm,) = self._last_norm
         for listener in norm._forward_pre_hooks.values():
             listener(norm, (last,))
-        return self.read(x, last, grid, hidden)
+        return super().read(x, last, grid, hidden)
 
 
 def pack(members: Iterable[Member]) -> list[PackedTower]:

@@ -8,10 +8,11 @@ values, the attention of one block only. Parity with the libraries' forwards is 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -318,7 +319,11 @@ def rotate(x: torch.Tensor, by: Rotation) -> torch.Tensor:
     return torch.cat([x[..., :prefix, :], turned.to(x.dtype)], dim=-2)
 
 
-def run_block(block: Block, x: torch.Tensor, heads: int, rotation: Rotation | None = None) -> torch.Tensor:
+# Tokens (B, N, D) and their rotary positions -> the same tokens after a block.
+Step = Callable[[torch.Tensor, Rotation | None], torch.Tensor]
+
+
+def run_block(block: Block, x: torch.Tensor, rotation: Rotation | None = None, *, heads: int) -> torch.Tensor:
     """One pre-norm block on tokens x (B, N, D) with fused attention; the same shape. rotation: of rotary positions."""
     h = block.norm1(x)
     q, k, v = (split_heads(project(h), heads) for project in (block.q, block.k, block.v))  # (B, heads, N, d)
@@ -515,19 +520,23 @@ class Tower(nn.Module):
 
         keep: 1-based numbers of the blocks whose output is returned in `hidden`.
         """
-        self.use(adapter)
         x, grid, rotations = self.place(images)
         hidden: dict[int, torch.Tensor] = {}
         last = x
-        for number, (block, rotation) in enumerate(zip(self.blocks(), rotations, strict=True), start=1):
+        for number, (step, rotation) in enumerate(zip(self.steps(x, adapter), rotations, strict=True), start=1):
             last = x
-            if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(run_block, block, x, self.heads, rotation, use_reentrant=False)
-            else:
-                x = run_block(block, x, self.heads, rotation)
+            x = step(x, rotation)
             if number in keep:
                 hidden[number] = x
         return self.read(x, last, grid, hidden)
+
+    def steps(self, x: torch.Tensor, adapter: str | None) -> Iterator[Step]:
+        """What each block does to tokens like x (B, P + N, D) under an adapter, in order."""
+        self.use(adapter)
+        again = self.checkpointing and self.training and torch.is_grad_enabled()
+        for block in self.blocks():
+            step = functools.partial(run_block, block, heads=self.heads)
+            yield functools.partial(checkpoint, step, use_reentrant=False) if again else step
 
     def cls_attention(self, last_input: torch.Tensor, *, adapter: str | None = None) -> torch.Tensor:
         """The last block's CLS -> token attention per head: (B, P + N, D) -> (B, heads, P + N), rows summing to one.
