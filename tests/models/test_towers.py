@@ -3,13 +3,14 @@
 import re
 from dataclasses import replace
 
+import open_clip
 import pytest
 import torch
-from open_clip import CLIP
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from tiny import CLIP
 from transformers import Dinov2Config, Dinov2Model
 
-from solution.config import AdapterConfig, ClipArch, Dinov2Arch, TowerConfig
+from solution.config import DINOV2_IN_CLIP, AdapterConfig, Dinov2Arch, TowerConfig
 from solution.models import towers as backbones
 from solution.models.towers import (
     WeightsError,
@@ -28,16 +29,6 @@ from solution.presets import preset
 
 DINO = Dinov2Arch(width=48, layers=3, heads=4, swiglu=True, image_side=70)
 PLAIN = replace(DINO, swiglu=False)
-CLIP_ARCH = ClipArch(
-    width=64,
-    layers=2,
-    heads=4,
-    image_side=56,
-    embed_dim=32,
-    text_width=32,
-    text_layers=2,
-    text_heads=2,
-)
 
 
 def dino(arch=DINO, seed=0):
@@ -45,7 +36,7 @@ def dino(arch=DINO, seed=0):
     return build_tower(TowerConfig("d", "dinov2", arch)).eval()
 
 
-def clip(arch=CLIP_ARCH, seed=0):
+def clip(arch=CLIP, seed=0):
     torch.manual_seed(seed)
     return build_tower(TowerConfig("c", "clip", arch, statistics="clip")).eval()
 
@@ -87,14 +78,15 @@ def test_cls_attention_equals_the_eager_last_block():
 def test_clip_equals_open_clip():
     torch.manual_seed(0)
     vision = CLIPVisionCfg(
-        layers=2,
-        width=64,
-        head_width=16,
-        patch_size=14,
-        image_size=56,
+        layers=CLIP.layers,
+        width=CLIP.width,
+        head_width=CLIP.width // CLIP.heads,
+        patch_size=CLIP.patch,
+        image_size=CLIP.image_side,
         output_tokens=True,
     )
-    theirs = CLIP(32, vision, CLIPTextCfg(width=32, heads=2, layers=2), quick_gelu=True).eval()
+    text = CLIPTextCfg(width=CLIP.text_width, heads=CLIP.text_heads, layers=CLIP.text_layers)
+    theirs = open_clip.CLIP(CLIP.embed_dim, vision, text, quick_gelu=True).eval()
     tower, images = clip(seed=5), pictures()
     load_state(tower_state(tower), to_stable(theirs.state_dict(), "open_clip"), "twin")
     with torch.no_grad():
@@ -102,21 +94,12 @@ def test_clip_equals_open_clip():
         pooled, tokens = theirs.visual(tower.normalize(images))
     torch.testing.assert_close(ours.patch_tokens, tokens, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.cls_token @ tower.model.visual.proj, pooled, atol=1e-5, rtol=0)
-    assert ours.hidden[1].shape == (2, 17, 64)
+    assert ours.hidden[1].shape == (2, 17, CLIP.width)
 
 
 def test_dinov2_in_clips_layout_is_the_same_function():
     tower, images = dino(PLAIN), pictures()
-    arch = replace(
-        CLIP_ARCH,
-        width=48,
-        layers=3,
-        quick_gelu=False,
-        layer_scale=True,
-        pre_norm=False,
-        norm_eps=1e-6,
-        text_layers=0,
-    )
+    arch = replace(CLIP, width=48, text_layers=0, **DINOV2_IN_CLIP)
     twin = build_tower(TowerConfig("t", "clip", arch)).eval()
     load_state(tower_state(twin), dinov2_as_clip(tower_state(tower), arch), "twin")
     with torch.no_grad():
