@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from solution import presets
 from solution.bundles import hub
 from solution.bundles.bundle import (
+    About,
     Bundle,
     StableFile,
     read_geometry,
@@ -328,17 +329,13 @@ def import_ntire26(
         report(f"{member}: {path}")
         config = _import_one(member, path, origin, towers, shelf, out)
         report(f"{member}: LoRA rank {config.adapter.rank}, tower {config.tower.name} from {config.tower.source}")
-    return write_bundle(
-        out,
-        list(FILES),
-        NTIRE26_VOTE,
-        {},
-        name="ntire26",
+    about = About(
         licence="other",
         data="The weights of the NTIRE 2026 fourth-place entry (arXiv 2604.25889), imported from "
         f"{NTIRE26_REPOSITORY.removeprefix('hf:')}: trained by its authors on fourteen public deepfake sets, several of them "
         "for research only. Their licence applies, and DINOv2's (Apache-2.0) and CLIP's (MIT) to the towers.",
     )
+    return write_bundle(out, list(FILES), NTIRE26_VOTE, {}, name="ntire26", about=about)
 
 
 def _files(source: str) -> Iterator[tuple[str, Path, str]]:

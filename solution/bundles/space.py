@@ -35,7 +35,7 @@ def card(bundle: Bundle, title: str) -> str:
         sdk_version=SDK,
         python_version="3.11",
         app_file="app.py",
-        license=bundle.licence or "other",
+        license=bundle.about.licence or "other",
     )
     return f"""---
 {data.to_yaml()}
@@ -47,7 +47,7 @@ Scores faces in pictures and clips with the bundle `{bundle.name}` (`{bundle.has
 the page says what its threshold is worth and what it does not know. What is dropped is read on the machine that serves
 the page, sent no further, and deleted once it was read.
 
-{bundle.data}
+{bundle.about.data}
 """
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from solution import doctor, weights
 from solution.bundles import bundle, hub, selftest
-from solution.bundles.bundle import collect, load_members, read_bundle, tower_weights, write_bundle
+from solution.bundles.bundle import About, collect, load_members, read_bundle, tower_weights, write_bundle
 from solution.bundles.members import (
     build_member,
     dump_tower,
@@ -41,7 +41,7 @@ def made(tmp_path_factory):
         save_member(build_member(config, random_towers([config])), folder / name)
     calibrators = {"face": Calibrator("temperature", (2.0,), fitted_on="a test")}
     report = {"auc": 0.5}
-    made = write_bundle(folder, MEMBERS, VOTE, calibrators, report=report, data="none")
+    made = write_bundle(folder, MEMBERS, VOTE, calibrators, report=report, about=About(data="none"))
     return selftest.add_golden(made)
 
 
@@ -77,7 +77,7 @@ def test_a_bundle_comes_back_as_it_was(made):
     assert opened.vote == VOTE
     assert opened.calibrators["face"].parameters == (2.0,)
     assert opened.calibrators["global"].kind == "identity"
-    assert (opened.report, opened.data) == ({"auc": 0.5}, "none")
+    assert (opened.report, opened.about.data) == ({"auc": 0.5}, "none")
     assert opened.hash == hub.sha256(made.folder / "ensemble.json")
     assert set(opened.files) >= {"golden.json", "towers/tiny-global.safetensors"}
     assert selftest.run_selftest(opened).worst == dict.fromkeys(MEMBERS, 0.0)
