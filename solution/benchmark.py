@@ -245,7 +245,7 @@ def _joint_pass(member, seen, bias):
     import torch
     import torch.nn.functional as F
 
-    from solution.models.towers import finish_block, split_heads
+    from solution.models.blocks import finish_block, split_heads
 
     tower, (count, heads, queries, patches) = member.tower, bias.shape
     length = queries + 1 + patches

@@ -266,7 +266,7 @@ def check_weights(weights: str | None) -> Check:
     """The bundle is there and every file matches its SHA-256; a preset that was never imported is not imported here."""
     from solution.bundles.bundle import MANIFEST
     from solution.bundles.store import COMPACT, open_bundle, published_home
-    from solution.models.towers import WeightsError
+    from solution.errors import WeightsError
 
     name = weights or "compact"
     if weights is None and not (COMPACT / MANIFEST).is_file():

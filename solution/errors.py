@@ -31,6 +31,10 @@ class DeviceError(KitError):
     """A device that this machine does not have."""
 
 
+class WeightsError(KitError, RuntimeError):
+    """Weights that do not fit: the message names the file or key, what was found and expected, and what to do."""
+
+
 def tell(line: str) -> None:
     """Print a line to people: standard error, at once."""
     print(line, file=sys.stderr, flush=True)

@@ -42,11 +42,13 @@ from solution.config import (
     from_dict,
     to_dict,
 )
+from solution.errors import WeightsError
 from solution.io import write_atomically
 from solution.models import calibration
 from solution.models.calibration import Calibrator
+from solution.models.keys import is_text, to_stable
 from solution.models.member import Member
-from solution.models.towers import WeightsError, build_tower, is_text, to_stable, tower_state
+from solution.models.towers import build_tower, tower_state
 
 LABEL_ORDER = ("real", "fake")
 MANIFEST, GOLDEN, CLAIMS = "ensemble.json", "golden.json", "claims.json"

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from solution.bundles.bundle import GOLDEN, Bundle
 from solution.config import MemberConfig
-from solution.models.towers import WeightsError
+from solution.errors import WeightsError
 
 
 # ------------------------------------------------------------------------------------------------ for a terminal

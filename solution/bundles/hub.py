@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from solution.models.towers import WeightsError
+from solution.errors import WeightsError
 
 _REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@]+))?(:(?P<subfolder>[^:@]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -34,12 +34,9 @@ from solution.bundles.bundle import (
 )
 from solution.bundles.members import build_member, save_member
 from solution.config import AdapterConfig, ClipArch, Dinov2Arch, MemberConfig, TowerConfig
-from solution.models.towers import (
-    WeightsError,
-    empty_tower,
-    load_state,
-    to_stable,
-)
+from solution.errors import WeightsError
+from solution.models.keys import to_stable
+from solution.models.towers import empty_tower, load_state
 from solution.presets import NTIRE26_REPOSITORY, NTIRE26_VOTE
 
 FILES = {
@@ -50,7 +47,7 @@ FILES = {
 ALPHA_PER_RANK = 2.0  # their LoRA: rank 32, alpha 64; alpha is not in the files
 
 # Their key -> where it goes. `{i}` is a block, `{w}` weight or bias. Groups: `tower` and `clip` keep the library's key
-# and go through `backbones.KEY_TABLE`; `adapter` and `own` give our stable key.
+# and go through `keys.KEY_TABLE`; `adapter` and `own` give our stable key.
 _DINO, _CLIP = "backbone.vision_model.base_model.model.", "backbone.clip_model."
 _ATTENTION = {
     "q": "attention.attention.query",

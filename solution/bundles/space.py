@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from solution.bundles.bundle import MANIFEST, Bundle
-from solution.models.towers import WeightsError
+from solution.errors import WeightsError
 
 SDK = "6.31.0"  # of Gradio, that the page was tested with
 ROOT = Path(__file__).resolve().parents[2]

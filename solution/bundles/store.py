@@ -16,7 +16,7 @@ from solution.bundles import hub
 from solution.bundles.bundle import MANIFEST, Bundle, read_bundle, read_manifest, resolve_tower
 from solution.bundles.hub import HubRef
 from solution.bundles.members import FORMAT
-from solution.models.towers import WeightsError
+from solution.errors import WeightsError
 from solution.presets import PRESETS
 
 COMPACT = Path(__file__).resolve().parents[2] / "weights" / "compact"

@@ -16,19 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from solution.errors import DeviceError, UsageError
+from solution.errors import DeviceError, UsageError, WeightsError
+from solution.models.blocks import Block, EffortLinear, Rotation, Step, merge_heads, rotate
 from solution.models.member import Member
-from solution.models.towers import (
-    Block,
-    EffortLinear,
-    Rotation,
-    Step,
-    Tower,
-    TowerOutput,
-    WeightsError,
-    merge_heads,
-    rotate,
-)
+from solution.models.towers import Tower, TowerOutput
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -509,5 +500,5 @@ def _activation(mlp: nn.Module) -> str:
         return "gelu_tanh"
     exact = {"GELU", "GELUActivation"} & kinds
     if not exact or any(getattr(m, "approximate", "none") != "none" for m in mlp.modules()):
-        raise WeightsError(f"an MLP of {sorted(kinds)}: fastpath knows no packed form")
+        raise WeightsError(f"an MLP of {sorted(kinds)}: merging knows no packed form")
     return "gelu"

@@ -18,15 +18,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from solution.config import MemberConfig, VlaforgeConfig
+from solution.models.blocks import Block, finish_block, split_heads
+from solution.models.keys import is_text
 from solution.models.member import Member
-from solution.models.towers import (
-    Block,
-    Tower,
-    finish_block,
-    is_text,
-    split_heads,
-    tower_state,
-)
+from solution.models.towers import Tower, tower_state
 from solution.records import Batch, MemberOutput
 
 PROMPTS = ("This is a real photo of id person.", "This is a fake photo of id person.")

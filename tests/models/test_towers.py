@@ -11,18 +11,17 @@ from tiny import CLIP
 from transformers import Dinov2Config, Dinov2Model
 
 from solution.config import DINOV2_IN_CLIP, AdapterConfig, Dinov2Arch, TowerConfig
-from solution.models import towers as backbones
+from solution.errors import WeightsError
+from solution.models import blocks, keys
+from solution.models.adapters import adapter_state, add_adapter
+from solution.models.keys import to_stable
 from solution.models.towers import (
-    WeightsError,
-    adapter_state,
-    add_adapter,
     build_tower,
     count_parameters,
     dinov2_as_clip,
     empty_tower,
     load_state,
     patch_attention,
-    to_stable,
     tower_state,
 )
 from solution.presets import preset
@@ -207,25 +206,25 @@ def test_old_and_new_library_names_become_the_same_keys():
 def test_a_renamed_library_tree_still_runs_and_saves(monkeypatch):
     tower, images = dino(), pictures()
     with torch.no_grad():
-        before, keys = tower(images).cls_token, set(tower_state(tower))
+        before, known = tower(images).cls_token, set(tower_state(tower))
     for layer in tower.layers:  # the library of tomorrow
-        path, query = backbones._find(layer, "q")
+        path, query = blocks._find(layer, "q")
         parent, _, name = path.rpartition(".")
         del layer.get_submodule(parent)._modules[name]
         layer.attention.to_query = query
-    with pytest.raises(WeightsError, match="_LAYER_ATTRIBUTES"):
+    with pytest.raises(WeightsError, match="LAYER_ATTRIBUTES"):
         tower(images)
-    table = backbones._LAYER_ATTRIBUTES
+    table = blocks.LAYER_ATTRIBUTES
     monkeypatch.setitem(table, "q", (*table["q"], "attention.to_query"))
-    rows = backbones.KEY_TABLE["dinov2"]
+    rows = keys.KEY_TABLE["dinov2"]
     row = (
         r"encoder\.layer\.(\d+)\.attention\.to_query\.(weight|bias)",
         r"blocks.\1.attn.q.\2",
     )
-    monkeypatch.setitem(backbones.KEY_TABLE, "dinov2", (*rows, row))
+    monkeypatch.setitem(keys.KEY_TABLE, "dinov2", (*rows, row))
     with torch.no_grad():
         torch.testing.assert_close(tower(images).cls_token, before)
-    assert set(tower_state(tower)) == keys
+    assert set(tower_state(tower)) == known
 
 
 def test_strict_loading_names_the_key():
