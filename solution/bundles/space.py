@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from solution.bundles import hub
 from solution.bundles.bundle import MANIFEST, Bundle
 from solution.errors import WeightsError
 
@@ -89,13 +90,9 @@ def push_space(bundle: Bundle, repository: str, *, private: bool = False) -> str
     """
     import tempfile
 
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
-
     with tempfile.TemporaryDirectory() as folder:
         write_space(bundle, Path(folder), repository.rpartition("/")[2])
-        api = HfApi()
-        try:
+        with hub.uploading(repository) as api:
             api.create_repo(repository, repo_type="space", space_sdk="gradio", exist_ok=True, private=private)
             made = api.upload_folder(
                 repo_id=repository,
@@ -103,9 +100,4 @@ def push_space(bundle: Bundle, repository: str, *, private: bool = False) -> str
                 folder_path=folder,
                 commit_message=f"{bundle.name} {bundle.hash[:12]}",
             )
-        except (HTTPError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise WeightsError(
-                f"{repository}: not uploaded ({reason}); log in with a token that may write (hf auth login) and try again"
-            ) from error
     return made.commit_url
