@@ -159,10 +159,6 @@ class Tower(nn.Module):
         x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)  # (B, 1 + N, D)
         return visual.ln_pre(x + visual.positional_embedding.to(x.dtype)), grid, unturned
 
-    def final_norm(self, x: torch.Tensor) -> torch.Tensor:
-        """The tower's last LayerNorm."""
-        return self.last_norm(x)
-
     def read(
         self, x: torch.Tensor, last: torch.Tensor, grid: tuple[int, int], hidden: dict[int, torch.Tensor]
     ) -> TowerOutput:
