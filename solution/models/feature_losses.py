@@ -48,7 +48,7 @@ def supervised_contrast(unit: torch.Tensor, labels: torch.Tensor, temperature: f
 
 def feature_losses(
     config: FeatureLossConfig, features: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor | None, dict[str, float]]:
+) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     """Their weighted sum and each unweighted, of those with a weight; None and nothing where none has one."""
     chosen = {name: getattr(config, name) for name in ("uniformity", "alignment", "contrast") if getattr(config, name)}
     if not chosen:
@@ -61,4 +61,4 @@ def feature_losses(
             "contrast": lambda: supervised_contrast(unit, labels, config.temperature),
         }
         values = {name: computed[name]() for name in chosen}
-    return sum(weight * values[name] for name, weight in chosen.items()), {n: v.item() for n, v in values.items()}
+    return sum(weight * values[name] for name, weight in chosen.items()), {n: v.detach() for n, v in values.items()}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from solution.config import MemberConfig
-from solution.models.member import Member
+from solution.models.member import Member, Parts
 from solution.models.streams import as_two_class, focal_loss, two_class_logit
 from solution.models.towers import Tower
 from solution.records import Batch, MemberOutput
@@ -60,11 +60,11 @@ class Layers(Member):
         prefix, patches = tokens[:, : self.tower.prefix], tokens[:, self.tower.prefix :]
         return torch.cat([patches.mean(dim=1, keepdim=True), prefix], dim=1).flatten(1)
 
-    def loss(self, output: LayersOutput, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, output: LayersOutput, batch: Batch) -> tuple[torch.Tensor, Parts]:
         """Cross-entropy of the last block's head, plus `layers.deep` times the sum of the others'."""
         *others, last = (F.cross_entropy(z.float(), batch.labels) for z in output.logits.unbind(dim=1))
         deep = sum(others, torch.zeros_like(last))
-        return last + self.config.layers.deep * deep, {"ce": last.item(), "deep": deep.item()}
+        return last + self.config.layers.deep * deep, {"ce": last.detach(), "deep": deep.detach()}
 
 
 class Topk(Member):
@@ -86,9 +86,9 @@ class Topk(Member):
         evidence = {"patch_logits": logits.unflatten(1, tokens.grid)[:, None]}
         return MemberOutput(highest.mean(dim=1), chosen.mean(dim=1), evidence)
 
-    def loss(self, output: MemberOutput, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, output: MemberOutput, batch: Batch) -> tuple[torch.Tensor, Parts]:
         """The streams' focal loss of the picture's logit."""
         options = self.config.stream
         logits = as_two_class(output.logit)
         loss = focal_loss(logits, batch.labels, gamma=options.focal_gamma, alpha=options.focal_alpha)
-        return loss, {"focal": loss.item()}
+        return loss, {"focal": loss.detach()}

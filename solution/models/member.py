@@ -16,6 +16,10 @@ from solution.models.keys import is_norm
 from solution.models.towers import Tower, tower_state
 from solution.records import Batch, MemberOutput
 
+# A loss's parts for the log: numbers, those on the device left there (reading one waits for it), or a word on what was
+# skipped.
+Parts = dict[str, torch.Tensor | float | str]
+
 
 class Member(nn.Module):
     """The base of the five members. Towers are injected and may be shared; everything else is the member's own.
@@ -38,11 +42,11 @@ class Member(nn.Module):
         """Score pictures (B, 3, H, W) of this member's view."""
         raise NotImplementedError
 
-    def loss(self, output: MemberOutput, batch: Batch) -> tuple[torch.Tensor, dict[str, float | str]]:
-        """The scalar training loss, and its parts for the log: numbers, or a word on what was skipped."""
+    def loss(self, output: MemberOutput, batch: Batch) -> tuple[torch.Tensor, Parts]:
+        """The scalar training loss, and its parts for the log."""
         raise NotImplementedError
 
-    def training_loss(self, output: MemberOutput, batch: Batch) -> tuple[torch.Tensor, dict[str, float | str]]:
+    def training_loss(self, output: MemberOutput, batch: Batch) -> tuple[torch.Tensor, Parts]:
         """`loss`, and the losses on features that the configuration asks for, with their parts for the log."""
         loss, parts = self.loss(output, batch)
         extra, more = feature_losses(self.config.features, output.features, batch.labels)

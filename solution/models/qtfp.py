@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from solution.config import MemberConfig, require
 from solution.models.blocks import merge_heads, split_heads
-from solution.models.member import Member
+from solution.models.member import Member, Parts
 from solution.models.streams import as_two_class, two_class_logit
 from solution.models.towers import Tower, patch_attention
 from solution.records import Batch, MemberOutput
@@ -463,14 +463,14 @@ class Qtfp(Member):
             query_attention=looked,
         )
 
-    def loss(self, output: QtfpOutput, batch: Batch) -> tuple[torch.Tensor, dict[str, float | str]]:
+    def loss(self, output: QtfpOutput, batch: Batch) -> tuple[torch.Tensor, Parts]:
         """L = L_CE + flcl L_FLCL + raal L_RAAL (paper, section 3) + diversity L_diversity (ours).
 
         A batch without the pictures that a loss needs leaves it out: its part is 0 and `skipped` says why.
         """
         options = self.config.qtfp
         loss = F.cross_entropy(as_two_class(output.logit), batch.labels)
-        parts: dict[str, float | str] = {"ce": loss.item()}
+        parts: Parts = {"ce": loss.detach()}
         skipped = []
         for name, weight, obstacle, compute in (
             ("flcl", options.flcl, self._flcl_obstacle, self._flcl),
@@ -490,7 +490,7 @@ class Qtfp(Member):
                 parts[name] = 0.0
                 continue
             part = compute(output, batch)
-            parts[name] = part.item()
+            parts[name] = part.detach()
             loss = loss + weight * part
         if skipped:
             parts["skipped"] = "; ".join(skipped)

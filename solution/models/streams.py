@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from solution.config import MemberConfig
-from solution.models.member import Member
+from solution.models.member import Member, Parts
 from solution.models.towers import Tower
 from solution.records import Batch, MemberOutput
 
@@ -57,14 +57,14 @@ class Stream(Member):
             pooled = F.normalize(pooled, dim=1)
         return MemberOutput(two_class_logit(self.head(pooled)), pooled)
 
-    def loss(self, output: MemberOutput, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, output: MemberOutput, batch: Batch) -> tuple[torch.Tensor, Parts]:
         loss = focal_loss(
             as_two_class(output.logit),
             batch.labels,
             gamma=self.config.stream.focal_gamma,
             alpha=self.config.stream.focal_alpha,
         )
-        return loss, {"focal": loss.item()}
+        return loss, {"focal": loss.detach()}
 
 
 class Fusion(Stream):

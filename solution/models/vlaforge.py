@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from solution.config import MemberConfig, VlaforgeConfig
 from solution.models.blocks import Block, finish_block, split_heads
 from solution.models.keys import is_text
-from solution.models.member import Member
+from solution.models.member import Member, Parts
 from solution.models.towers import Tower, tower_state
 from solution.records import Batch, MemberOutput
 
@@ -567,7 +567,7 @@ class Vlaforge(Member):
         return encode_prompts(self.tower, words, self.tokens)
 
     # -- losses
-    def loss(self, output: VlaforgeOutput, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, output: VlaforgeOutput, batch: Batch) -> tuple[torch.Tensor, Parts]:
         """The weighted sum of the losses whose weight is not 0 (`vlaforge.w_*`), and each unweighted.
 
         Raises:
@@ -600,7 +600,7 @@ class Vlaforge(Member):
             parts |= self._mask_losses(output, batch)
         values = {name: parts[name]() for name in weights}
         total = sum(weight * values[name] for name, weight in weights.items())
-        return total, {name: value.item() for name, value in values.items()}
+        return total, {name: value.detach() for name, value in values.items()}
 
     def _mask_losses(self, output: VlaforgeOutput, batch: Batch) -> dict:
         """The losses on forgery masks by name, not yet computed; pictures of unknown mask are left out of each."""

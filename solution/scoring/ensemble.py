@@ -13,10 +13,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ PROBES = 16  # pictures on which half precision is compared with float32
 # A level is looked at a second time when this many times the probes' rms departure could change it. On natural pictures
 # the five compact members in bf16 depart five times as far (rms) as on the probes, at most 28 times. Over 500 validation
 # pictures bf16 changed 42 of 2,500 levels; at 8 eight of these were missed, at 12 three, at 16 none.
-SECOND_LOOK = 16.0
+DOUBT = 16.0
 EVERY_LOOK = 1e6  # a margin in logits that spans all levels
 LARGE_TOWER = 200_000_000  # parameters; CLIP ViT-L/14 has 304 M, DINOv2-giant 1,136 M
 SECOND_LOOK_BYTES = 1 << 31  # on CPU: no second copy, in float32, of larger towers
@@ -81,7 +82,8 @@ class Ensemble:
     """A bundle's members on a device, ready to score.
 
     precision: of the towers' products, a key of `fastpath.PRECISIONS`. exact: the same members in float32, for second
-    looks; empty when there are none. margins: by member, how far (in logits) half precision may have gone astray.
+    looks; empty when there are none. noise: by member, the rms of half precision's departure from float32 on the probes,
+    in logits. margins: by member, how far it may have gone astray.
     batch_size: rows computed at once. limit: what out-of-memory has left of it. looks: second looks so far, by member.
     """
 
@@ -94,6 +96,7 @@ class Ensemble:
     precision: str
     batch_size: int
     exact: dict[str, Member] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
     margins: dict[str, float] = field(default_factory=dict)
     merged: bool = False
     compiled: bool = False
@@ -129,7 +132,7 @@ class Ensemble:
             "members": list(self.members),
             "device": self.device.type,
             "precision": self.precision,
-            "second_look": SECOND_LOOK if self.exact else 0,
+            "second_look": DOUBT if self.exact else 0,
             "batch": self.batch_size,
             "compiled": self.compiled,
             "torch": torch.__version__,
@@ -194,16 +197,56 @@ class Ensemble:
         Raises:
             ScoringError: a logit that is not finite in float32 either.
         """
-        logits = launched.double().cpu().numpy()
+        return self._settled(*self._look_again(_Fetched(launched), views))
+
+    def flow(self, batches: Iterable[tuple[Any, Sequence[torch.Tensor]]]) -> Iterator[tuple[Any, np.ndarray]]:
+        """(tag, `finish`'s logits) of every (tag, views on the host: per view (n, S, S, 3) uint8), in order.
+
+        On a GPU two batches are under way: the doubtful rows of one are looked at behind the next one's first look, and
+        nothing waits for the card but for what it has done already.
+        """
+        first: deque[tuple[Any, _Fetched, list[torch.Tensor]]] = deque()
+        second: deque[tuple[Any, np.ndarray, list[_Look]]] = deque()
+        ahead = 1 if self.device.type == "cuda" else 0
+
+        def onward(ahead: int) -> Iterator[tuple[Any, np.ndarray]]:
+            while len(first) > ahead:
+                tag, fetched, views = first.popleft()
+                second.append((tag, *self._look_again(fetched, views)))
+            while len(second) > ahead:
+                tag, *looked = second.popleft()
+                yield tag, self._settled(*looked)
+
+        for tag, held in batches:
+            views = [view.to(self.device, non_blocking=True).permute(0, 3, 1, 2) for view in held]
+            launched = self.launch(views) if len(views[0]) else torch.empty(len(self.members), 0)
+            first.append((tag, _Fetched(launched), views))
+            yield from onward(ahead)
+        yield from onward(0)
+
+    def _look_again(self, fetched: _Fetched, views: Sequence[torch.Tensor]) -> tuple[np.ndarray, list[_Look]]:
+        """The logits (members, n) float64 of a first look, and second looks under way at the doubtful ones."""
+        logits, looks = fetched.numpy(), []
         for row, name in enumerate(self.members):
             again = np.flatnonzero(self._doubtful(name, logits[row]))
             if len(again) and name in self.exact:
-                seen = views[self.view_of[name]][torch.from_numpy(again).to(self.device)]
-                logits[row, again] = self._look_again(name, seen)
+                places = torch.from_numpy(again)
+                if self.device.type == "cuda":
+                    places = places.pin_memory().to(self.device, non_blocking=True)
+                seen = views[self.view_of[name]][places]
+                looks.append(_Look(row, again, _Fetched(self._exactly(name, seen))))
                 self.looks[name] += len(again)
-            if not np.isfinite(logits[row]).all():
+        return logits, looks
+
+    def _settled(self, logits: np.ndarray, looks: Sequence[_Look]) -> np.ndarray:
+        """`logits`, the second looks put in."""
+        for look in looks:
+            logits[look.row, look.places] = look.logits.numpy()
+        for row, name in enumerate(self.members):
+            wrong = int((~np.isfinite(logits[row])).sum())
+            if wrong:
                 raise ScoringError(
-                    f"{name}: {int((~np.isfinite(logits[row])).sum())} of {logits.shape[1]} logits are not finite in "
+                    f"{name}: {wrong} of {logits.shape[1]} logits are not finite in "
                     f"{self.precision}; try --exact, and check the weights with --selftest"
                 )
         return logits
@@ -217,12 +260,38 @@ class Ensemble:
         low, high = (levels(self.calibrators[name].apply(sure + shift), self.vote.step) for shift in (-margin, margin))
         return wrong | (low != high)
 
-    def _look_again(self, name: str, views: torch.Tensor) -> np.ndarray:
+    def _exactly(self, name: str, views: torch.Tensor) -> torch.Tensor:
+        """Logits (n,) in float32, on the device."""
         member = self.exact[name]
         member.tower.use(member.adapter)
         with torch.inference_mode():
             parts = [member.judge(p) for p in views.split(max(1, self.limit // 2))]
-        return torch.cat(parts).double().cpu().numpy()
+        return torch.cat(parts)
+
+
+class _Fetched:
+    """A tensor on its way to the host, behind what its device was given to do before."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.to("cpu", non_blocking=True)
+        self.arrival = None
+        if tensor.is_cuda:
+            self.arrival = torch.cuda.Event()
+            self.arrival.record()
+
+    def numpy(self) -> np.ndarray:
+        """It in float64, once it has come."""
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        return self.tensor.double().numpy()
+
+
+class _Look(NamedTuple):
+    """A second look: of which member (row), at which places (k,), and what it finds (k,)."""
+
+    row: int
+    places: np.ndarray
+    logits: _Fetched
 
 
 def load_ensemble(
@@ -301,7 +370,9 @@ def make_fast(ensemble: Ensemble, *, second_look: bool = True) -> Ensemble:
     if ensemble.device.type == "cuda":
         fastpath.pack(members.values())
     if ensemble.exact:
-        ensemble.margins = _measure_margins(ensemble)
+        ensemble.noise = _measure_noise(ensemble)
+        # Half precision that overflows on a probe settles no level: every picture is looked at again.
+        ensemble.margins = {n: DOUBT * r if math.isfinite(r) else EVERY_LOOK for n, r in ensemble.noise.items()}
     return ensemble
 
 
@@ -319,17 +390,15 @@ def _parameters(members: Mapping[str, Member]) -> list[torch.nn.Parameter]:
 
 
 @torch.inference_mode()
-def _measure_margins(ensemble: Ensemble) -> dict[str, float]:
-    margins = {}
+def _measure_noise(ensemble: Ensemble) -> dict[str, float]:
+    noise = {}
     for name, member in ensemble.members.items():
         side = ensemble.configs[name].seen.side
         pictures = golden_pictures(side, PROBES).to(ensemble.device)
         fast = member.judge(pictures).double()
         true = ensemble.exact[name].judge(pictures).double()
-        rms = (fast - true).square().mean().sqrt().item()
-        # Half precision that overflows on a probe settles no level: every picture is looked at again.
-        margins[name] = SECOND_LOOK * rms if math.isfinite(rms) else EVERY_LOOK
-    return margins
+        noise[name] = (fast - true).square().mean().sqrt().item()
+    return noise
 
 
 def vote_among(vote: VoteConfig, members: Sequence[str]) -> VoteConfig:
@@ -539,7 +608,7 @@ def stream(
     """The rows of each batch, in order, with their logits; an unreadable input's row has its error instead.
 
     Workers prepare batches ahead; a file at which one dies is an unreadable input. Without workers (0) it is read in this
-    process, and ends it. On a GPU a batch is launched before the one before it is waited for.
+    process, and ends it.
     """
     cuda = ensemble.device.type == "cuda"
     if workers is None:
@@ -559,30 +628,14 @@ def stream(
 
     reader.watch = Watch(workers, reader.limit)
     loader = guarded(batches, load, reader.watch, reader.again) if workers else load(batches)
-    before: tuple[Prepared, list[torch.Tensor], torch.Tensor | None] | None = None
-    for prepared in loader:
-        views = [view.to(ensemble.device, non_blocking=True).permute(0, 3, 1, 2) for view in prepared.views]
-        launched = ensemble.launch(views) if len(views[0]) else None
-        if before is not None:
-            yield _finished(ensemble, *before)
-        before = (prepared, views, launched)
-        if not cuda:
-            yield _finished(ensemble, *before)
-            before = None
-    if before is not None:
-        yield _finished(ensemble, *before)
+    for told, logits in ensemble.flow((prepared.rows, prepared.views) for prepared in loader):
+        yield _with_logits(ensemble, told, logits)
 
 
-def _finished(
-    ensemble: Ensemble,
-    prepared: Prepared,
-    views: list[torch.Tensor],
-    launched: torch.Tensor | None,
-) -> list[Scored]:
-    if launched is None:
-        return prepared.rows
-    logits, start, rows = ensemble.finish(launched, views), 0, []
-    for row in prepared.rows:
+def _with_logits(ensemble: Ensemble, told: Sequence[Scored], logits: np.ndarray) -> list[Scored]:
+    """Rows with their part of the logits (members, n); n counts the frames or faces of those that could be read."""
+    start, rows = 0, []
+    for row in told:
         if not row.error:
             stop = start + len(row.faces)
             part = logits[:, start:stop].tolist()

@@ -30,7 +30,7 @@ from solution.data.manifest import Item
 from solution.data.training import TrainingViews, training_loader
 from solution.errors import KitError, tell
 from solution.io import atomic_file, write_atomically
-from solution.models.member import Member
+from solution.models.member import Member, Parts
 from solution.models.optimization import Average, Phase, make_optimizer, phases, rate_factor
 from solution.models.towers import load_state, tower_parameters
 from solution.records import Batch, FaceBox, MemberOutput
@@ -298,8 +298,8 @@ class Run:
         optimizer, module = stage.optimizer, stage.module
         optimizer.zero_grad(set_to_none=True)
         # Numbers stay on the device until the step is through: each one read sooner would wait for it.
-        sums: dict[str, torch.Tensor | float] = {}
-        words: dict[str, str] = {}
+        total: torch.Tensor | float = 0.0
+        each: list[Parts] = []  # by micro-batch
         pictures = 0
         for index in range(micro):
             batch = next(batches)
@@ -313,24 +313,22 @@ class Run:
                 (loss / micro).backward()
             pictures += len(batch.labels) * self.world.size
             self.lost += self.config.train.batch - len(batch.labels)
-            for name, value in ({"loss": loss.detach()} | parts).items():
-                if isinstance(value, str):
-                    words[name] = value
-                else:
-                    sums[name] = sums.get(name, 0.0) + value / micro
-        if not math.isfinite(float(sums["loss"])):
-            raise TrainingError(
-                f"loss is {float(sums['loss'])} at step {self.state.total}; last batch: {batch.names[:8]}"
-            )
+            total = total + loss.detach() / micro
+            each.append(parts)
+        whole: Parts = {"loss": total}
         if stage.phase.optim.clip_norm:
             trained = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-            sums["grad_norm"] = nn.utils.clip_grad_norm_(trained, stage.phase.optim.clip_norm)
+            whole["grad_norm"] = nn.utils.clip_grad_norm_(trained, stage.phase.optim.clip_norm)
+        whole, *each = _read([whole, *each])  # the one wait of a step
+        if not math.isfinite(whole["loss"]):
+            raise TrainingError(f"loss is {whole['loss']} at step {self.state.total}; last batch: {batch.names[:8]}")
         optimizer.step()
         if self.average is not None:
             self.average.update(self.state.step)
+        line = {"loss": whole.pop("loss")} | _means(each) | whole
         with torch.no_grad():
-            numbers = sums | self.member.after_step(output, batch)
-        return _as_floats(numbers) | words, pictures
+            line |= self.member.after_step(output, batch)
+        return line | {name: word for part in each for name, word in part.items() if isinstance(word, str)}, pictures
 
     def _agree_on_stopping(self) -> None:
         """One process that was told to stop stops all, at the same step; unreadable samples are counted over all."""
@@ -434,10 +432,21 @@ class Run:
         write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
 
 
-def _as_floats(numbers: dict[str, torch.Tensor | float]) -> dict[str, float]:
-    """Numbers of a step as floats, read off the device at once."""
-    tensors = {n: v for n, v in numbers.items() if isinstance(v, torch.Tensor)}
-    if not tensors:
-        return dict(numbers)
-    stacked = torch.stack([v.detach().float().reshape(()) for v in tensors.values()])
-    return dict(numbers) | dict(zip(tensors, stacked.tolist()))
+def _read(lines: list[Parts]) -> list[dict[str, float | str]]:
+    """The same with floats for tensors, all read off the device at once."""
+    places = [(k, name) for k, line in enumerate(lines) for name, v in line.items() if isinstance(v, torch.Tensor)]
+    values = torch.stack([lines[k][name].detach().float().reshape(()) for k, name in places]).tolist()
+    found = [dict(line) for line in lines]
+    for (k, name), value in zip(places, values, strict=True):
+        found[k][name] = value
+    return found
+
+
+def _means(lines: list[dict[str, float | str]]) -> dict[str, float]:
+    """Numbers by name, each micro-batch's with its share."""
+    sums: dict[str, float] = {}
+    for line in lines:
+        for name, value in line.items():
+            if not isinstance(value, str):
+                sums[name] = sums.get(name, 0.0) + value / len(lines)
+    return sums

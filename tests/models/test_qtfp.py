@@ -408,7 +408,7 @@ def test_member_loss_is_the_sum_of_its_parts(tower):
     assert parts["flcl"] == pytest.approx(flcl.item(), abs=1e-5)
     assert parts["raal"] == pytest.approx(raal.item(), abs=1e-6)
     total = parts["ce"] + 0.14 * parts["flcl"] + 1.0 * parts["raal"]
-    assert loss.item() == pytest.approx(total, abs=1e-6)
+    assert loss.item() == pytest.approx(float(total), abs=1e-6)
     assert set(parts) == {"ce", "flcl", "raal"}
 
 
@@ -513,7 +513,7 @@ def test_a_batch_of_one_class_skips_and_says_so(labels, skipped):
     output = member(batch.images)
     loss, parts = member.loss(output, batch)
     assert parts["skipped"] == skipped and parts["flcl"] == 0
-    assert loss.item() == pytest.approx(parts["ce"] + parts["raal"], abs=1e-6)
+    assert loss.item() == pytest.approx(float(parts["ce"] + parts["raal"]), abs=1e-6)
     assert member.after_step(output, batch) == {}
     moved = (member.prototypes.mean != before).any(1).tolist()
     assert moved == [labels[0] == 0, labels[0] == 1]

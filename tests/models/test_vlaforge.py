@@ -470,7 +470,7 @@ def test_without_losses_on_masks_no_masks_are_needed():
     batch = Batch(pictures(2), torch.tensor([0, 1]))
     loss, parts = member.loss(member(batch.images), batch)
     assert set(parts) == {"global", "local", "orthogonality"}
-    assert loss.item() == pytest.approx(sum(parts.values()), rel=1e-6)
+    assert loss.item() == pytest.approx(float(sum(parts.values())), rel=1e-6)
 
 
 def test_a_file_from_before_the_raw_channel_scores_as_it_did():
@@ -623,7 +623,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts_and_skips_unknown_masks():
         changed, _ = member.loss(output, replace(batch, masks=other))
     weights = {name: getattr(settings, f"w_{name}") for name in parts}
     total = sum(weights[name] * value for name, value in parts.items())
-    assert loss.item() == pytest.approx(total, rel=1e-5)
+    assert loss.item() == pytest.approx(float(total), rel=1e-5)
     assert changed.item() == loss.item()
 
 
