@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solution.errors import FAILURES, door, whole
+from solution.io import cores, write_atomically
 
 # The libraries are imported where they are used: --help comes at once.
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=_crop,
         help="side of the square crop over the face's longer side, or none (default 1.3; none where a data set ships crops)",
     )
-    parser.add_argument("--workers", type=whole(), default=_cores(), help="processes; 0: none but this one")
+    parser.add_argument("--workers", type=whole(), default=cores(), help="processes; 0: none but this one")
     parser.add_argument(
         "--splits",
         choices=("official", "group", "random"),
@@ -55,10 +55,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _crop(text: str) -> float:
@@ -163,7 +159,6 @@ def _speed(records: list, wall: float) -> dict[str, Any]:
 
 def _write_report(path: Path, report: dict[str, Any]) -> None:
     from solution.data.images import printable
-    from solution.io import write_atomically
 
     text = json.dumps(report, indent=2, ensure_ascii=False)
     write_atomically(path, "\n".join(map(printable, text.split("\n"))) + "\n")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from solution.errors import DeviceError, UsageError, WeightsError
+from solution.io import cores
 from solution.models.blocks import Block, EffortLinear, Rotation, Step, merge_heads, rotate
 from solution.models.member import Member
 from solution.models.towers import Tower, TowerOutput
@@ -84,13 +85,6 @@ def set_threads() -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(max(1, cores() // local))
-
-
-def cores() -> int:
-    """Processor cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def towers_of(members: Iterable[Member]) -> list[Tower]:
