@@ -10,7 +10,6 @@ is a test.
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,14 +19,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from solution.config import STATISTICS, ClipArch, Dinov2Arch, TowerConfig
+from solution.config import STATISTICS, ClipArch, TowerConfig
 from solution.errors import UsageError, WeightsError
 from solution.models.blocks import (
     ROLES,
     Block,
     EffortLinear,
     Rotation,
-    SplitAttention,
     Step,
     block_of,
     is_lora,
@@ -36,6 +34,7 @@ from solution.models.blocks import (
     split_heads,
 )
 from solution.models.keys import stable_name, to_stable
+from solution.models.libraries import LIBRARIES
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class Tower(nn.Module):
     def __init__(self, config: TowerConfig, model: nn.Module):
         super().__init__()
         self.config = config
+        self.library = LIBRARIES[config.kind]
         self.model = model
         self.checkpointing = False
         self._active: str | None = None
@@ -84,18 +84,12 @@ class Tower(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         """The library's own block modules, in order."""
-        if self.config.kind == "dinov2":
-            return self.model.encoder.layer
-        if self.config.kind == "timm":
-            return self.model.blocks
-        return self.model.visual.transformer.resblocks
+        return self.library.layers(self.model)
 
     @property
     def last_norm(self) -> nn.Module:
         """The LayerNorm after the last block."""
-        if self.config.kind == "dinov2":
-            return self.model.layernorm
-        return self.model.norm if self.config.kind == "timm" else self.model.visual.ln_post
+        return self.library.last_norm(self.model)
 
     @property
     def prefix(self) -> int:
@@ -145,19 +139,8 @@ class Tower(nn.Module):
             raise ValueError(f"tower {self.config.name}: {height}x{width} px is no multiple of its patch {patch}")
         pixels = self.normalize(images).to(next(self.model.parameters()).dtype)
         grid = (height // patch, width // patch)
-        unturned = [None] * self.config.arch.layers
-        if self.config.kind == "dinov2":
-            return self.model.embeddings(pixels), grid, unturned
-        if self.config.kind == "timm":
-            x, rotations = self._place_timm(pixels)
-            return x, grid, rotations
-        if grid != self.model.visual.grid_size:
-            side = self.config.arch.image_side
-            raise ValueError(f"tower {self.config.name} takes {side}x{side} px, found {height}x{width}")
-        visual = self.model.visual
-        x = visual.conv1(pixels).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)  # (B, 1 + N, D)
-        return visual.ln_pre(x + visual.positional_embedding.to(x.dtype)), grid, unturned
+        x, rotations = self.library.place(self.config, self.model, pixels)
+        return x, grid, rotations
 
     def read(
         self, x: torch.Tensor, last: torch.Tensor, grid: tuple[int, int], hidden: dict[int, torch.Tensor]
@@ -218,28 +201,11 @@ class Tower(nn.Module):
         q = split_heads(block.q(h[:, :1]), self.heads)  # (B, heads, 1, d)
         k = split_heads(block.k(h), self.heads)  # (B, heads, P + N, d)
         q = placed(q, block.q_norm, None)  # the class token has no place
-        k = placed(k, block.k_norm, self._last_rotation(last_input.shape[1] - self.prefix))
+        k = placed(
+            k, block.k_norm, self.library.last_rotation(self.config, self.model, last_input.shape[1] - self.prefix)
+        )
         scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
         return scores.softmax(dim=-1).squeeze(-2)
-
-    # -- timm
-    def _place_timm(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[Rotation | None]]:
-        """Normalised pixels to tokens (B, P + N, D) and rotations; no rotations where positions are learned alone."""
-        from solution.models.timm_towers import rotations
-
-        placed = self.model._pos_embed(self.model.patch_embed(pixels))
-        x, rotary = placed if isinstance(placed, tuple) else (placed, None)
-        return self.model.norm_pre(x), rotations(self.model, rotary, self.config.arch.layers)
-
-    def _last_rotation(self, patches: int) -> Rotation | None:
-        """What turns the last block's keys of a square picture of so many patches."""
-        rope = getattr(self.model, "rope", None) if self.config.kind == "timm" else None
-        if rope is None:
-            return None
-        from solution.models.timm_towers import rotations
-
-        side = math.isqrt(patches)
-        return rotations(self.model, rope.get_embed(shape=[side, side]), self.config.arch.layers)[-1]
 
     # -- adapters
     def use(self, adapter: str | None) -> None:
@@ -266,11 +232,7 @@ def patch_attention(attention: torch.Tensor, prefix: int = 1) -> torch.Tensor:
 def build_tower(config: TowerConfig, *, device: str | torch.device = "cpu") -> Tower:
     """The tower with random weights; on `device="meta"` nothing is materialised and nothing downloaded."""
     with torch.device(device):
-        if config.kind == "timm":
-            from solution.models.timm_towers import build_model
-
-            return Tower(config, build_model(config.arch))
-        model = _dinov2(config.arch) if config.kind == "dinov2" else _clip(config.arch)
+        model = LIBRARIES[config.kind].build(config)
     return Tower(config, model)
 
 
@@ -291,72 +253,9 @@ def empty_tower(
         for module in tower.matrices():
             module.to(matrices)
     tower.model.to_empty(device=device)
-    for module in tower.model.modules():  # timm's rotary embeddings: buffers that no file fills
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+    tower.library.settle(config, tower.model, device)
     tower.to(device)  # the normalisation buffers
-    if config.kind == "clip" and config.arch.text_layers:  # a buffer that no file fills
-        length = config.arch.context
-        mask = torch.full((length, length), float("-inf"), device=device).triu_(1)
-        tower.model.attn_mask = mask
     return tower
-
-
-def _dinov2(arch: Dinov2Arch) -> nn.Module:
-    from transformers import Dinov2Config, Dinov2Model
-
-    config = Dinov2Config(
-        hidden_size=arch.width,
-        num_hidden_layers=arch.layers,
-        num_attention_heads=arch.heads,
-        mlp_ratio=arch.mlp_ratio,
-        use_swiglu_ffn=arch.swiglu,
-        patch_size=arch.patch,
-        image_size=arch.image_side,
-    )
-    return Dinov2Model(config)
-
-
-class _ImageOnly(nn.Module):
-    """Holds open_clip's VisionTransformer under the name it has inside a CLIP."""
-
-    def __init__(self, visual: nn.Module):
-        super().__init__()
-        self.visual = visual
-
-
-def _clip(arch: ClipArch) -> nn.Module:
-    from open_clip import CLIP
-    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-
-    vision = CLIPVisionCfg(
-        layers=arch.layers,
-        width=arch.width,
-        head_width=arch.width // arch.heads,
-        mlp_ratio=arch.mlp_ratio,
-        patch_size=arch.patch,
-        image_size=arch.image_side,
-        ls_init_value=1e-5 if arch.layer_scale else None,
-        no_ln_pre=not arch.pre_norm,
-        norm_kwargs={"eps": arch.norm_eps},
-    )
-    # An image-only tower still asks open_clip for the smallest text tower it builds, and drops it.
-    text = CLIPTextCfg(width=8, heads=1, layers=1, vocab_size=1)
-    if arch.text_layers:
-        text = CLIPTextCfg(
-            context_length=arch.context,
-            vocab_size=arch.vocab,
-            width=arch.text_width,
-            heads=arch.text_heads,
-            layers=arch.text_layers,
-        )
-    model = CLIP(arch.embed_dim, vision, text, quick_gelu=arch.quick_gelu)
-    for layer in model.visual.transformer.resblocks:
-        layer.attn = SplitAttention(layer.attn)
-    if arch.text_layers == 0:
-        model.visual.proj = None  # pooled tokens are used before the projection
-        return _ImageOnly(model.visual)
-    return model
 
 
 # ------------------------------------------------------------------------------------------------ weights of a tower
@@ -371,21 +270,17 @@ def _library_names(tower: Tower) -> dict[str, torch.Tensor]:
     return raw
 
 
-def _layout(tower: Tower) -> str:
-    return {"clip": "open_clip"}.get(tower.config.kind, tower.config.kind)
-
-
 def tower_state(tower: Tower) -> dict[str, torch.Tensor]:
     """The tower's own parameters (no adapters, no normalisation buffers) under stable keys, sharing storage.
 
     Some are views in another shape; what an optimizer takes is in `tower_parameters`.
     """
-    return to_stable(_library_names(tower), _layout(tower))
+    return to_stable(_library_names(tower), tower.library.layout)
 
 
 def tower_parameters(tower: Tower) -> dict[str, nn.Parameter]:
     """The tower's own parameters as the library holds them, by stable key."""
-    names = {k: stable_name(k, _layout(tower)) for k in _library_names(tower)}
+    names = {k: stable_name(k, tower.library.layout) for k in _library_names(tower)}
     return {names[k]: p for k, p in _library_names(tower).items() if names[k] is not None}
 
 

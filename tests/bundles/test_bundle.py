@@ -24,7 +24,7 @@ from solution.bundles.members import (
 from solution.bundles.store import open_bundle
 from solution.config import MEMBERS, AdapterConfig, ClipArch, Dinov2Arch, MemberConfig, TowerConfig, VoteConfig
 from solution.errors import WeightsError
-from solution.models import towers
+from solution.models import libraries
 from solution.models.blocks import block_of
 from solution.models.calibration import Calibrator
 from solution.models.towers import build_tower, tower_state
@@ -413,7 +413,7 @@ class OldSwiGLU(nn.Module):
 
 
 def with_old_names(build):
-    """`towers._dinov2` under another library release: the modules carry transformers 4's names."""
+    """`libraries._dinov2` under another library release: the modules carry transformers 4's names."""
 
     def renamed(arch):
         model = build(arch)
@@ -447,7 +447,7 @@ def test_a_bundle_outlives_a_renamed_library(tmp_path, monkeypatch, adapter, swi
     save_member(member, tmp_path / "face", dtype=torch.float32)
     dump_tower(member.tower, tmp_path / f"towers/{tower.name}.safetensors", dtype=torch.float32)
     made = selftest.add_golden(write_bundle(tmp_path, ["face"], VoteConfig({"face": 1}), {}))
-    monkeypatch.setattr(towers, "_dinov2", with_old_names(towers._dinov2))
+    monkeypatch.setattr(libraries, "_dinov2", with_old_names(libraries._dinov2))
     names = [n for n, _ in load_members(made)["face"].named_parameters()]
     assert any("attention.attention.query" in name for name in names)
     assert not any("q_proj" in name for name in names)
