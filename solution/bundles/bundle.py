@@ -47,6 +47,7 @@ from solution.io import write_atomically
 from solution.models import calibration
 from solution.models.calibration import Calibrator
 from solution.models.keys import is_text, to_stable
+from solution.models.libraries import LIBRARIES
 from solution.models.member import Member
 from solution.models.towers import build_tower, tower_state
 
@@ -193,7 +194,7 @@ def resolve_tower(config: TowerConfig, source_override: str | None = None, *, of
         ref = replace(ref, revision=config.revision or "main")
     here = [path for name in names if (path := hub.cached(ref, name))]
     path = here[0] if here else hub.fetch_first(ref, names, offline=offline)
-    if config.kind in ("dinov2", "timm"):
+    if LIBRARIES[config.kind].described:
         hub.fetch(hub.pin(ref, path), "config.json", offline=offline)
     if config.sha256 and source_override is None and not here:
         hub.check_sha256(path, config.sha256)
@@ -203,38 +204,7 @@ def resolve_tower(config: TowerConfig, source_override: str | None = None, *, of
 def read_geometry(folder: Path, kind: str) -> dict[str, Any] | None:
     """Fields of `Dinov2Arch`, `ClipArch` or `TimmArch` from the `config.json` beside a tower; None where no such file says."""
     path = folder / "config.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    if kind == "timm" and "architecture" in found:
-        return {"model": found["architecture"]}
-    found = found.get("vision_config") or found
-    if kind == "dinov2" and found.get("model_type") == "dinov2":
-        from transformers import Dinov2Config
-
-        full = Dinov2Config.from_dict(found)
-        return {
-            "width": full.hidden_size,
-            "layers": full.num_hidden_layers,
-            "heads": full.num_attention_heads,
-            "mlp_ratio": full.mlp_ratio,
-            "swiglu": full.use_swiglu_ffn,
-            "patch": full.patch_size,
-            "image_side": full.image_size,
-        }
-    if kind == "clip" and found.get("model_type") == "clip_vision_model":
-        from transformers import CLIPVisionConfig
-
-        full = CLIPVisionConfig.from_dict(found)
-        return {
-            "width": full.hidden_size,
-            "layers": full.num_hidden_layers,
-            "heads": full.num_attention_heads,
-            "mlp_ratio": full.intermediate_size / full.hidden_size,
-            "patch": full.patch_size,
-            "image_side": full.image_size,
-            "quick_gelu": full.hidden_act == "quick_gelu",
-            "norm_eps": full.layer_norm_eps,
-        }
-    return None
+    return LIBRARIES[kind].geometry(json.loads(path.read_text())) if path.is_file() else None
 
 
 def check_geometry(folder: Path, config: TowerConfig) -> None:
@@ -245,7 +215,7 @@ def check_geometry(folder: Path, config: TowerConfig) -> None:
         WeightsError: naming the field, what was found and what was expected; or a DINOv2 or timm folder without config.json.
     """
     geometry = read_geometry(folder, config.kind)
-    if geometry is None and config.kind != "clip":
+    if geometry is None and LIBRARIES[config.kind].described:
         raise WeightsError(
             f"{folder}/config.json: missing, or of no {config.kind}; a tower's folder carries its config.json"
         )

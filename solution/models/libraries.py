@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,9 +22,13 @@ Placed = tuple[torch.Tensor, list[Rotation | None]]
 
 
 class Library(ABC):
-    """What a `Tower` asks its library for. layout: the library's rows in `keys.KEY_TABLE`."""
+    """What a `Tower` asks its library for.
+
+    layout: the library's rows in `keys.KEY_TABLE`. described: whether its public weights come with a config.json.
+    """
 
     layout: str
+    described = True
 
     @abstractmethod
     def build(self, config: TowerConfig) -> nn.Module:
@@ -48,6 +53,10 @@ class Library(ABC):
     def settle(self, config: TowerConfig, model: nn.Module, device: str | torch.device) -> None:
         """Set the buffers that no file fills, in a model that was made without values."""
 
+    @abstractmethod
+    def geometry(self, found: dict[str, Any]) -> dict[str, Any] | None:
+        """Fields of its `...Arch` from the config.json beside public weights; None for one of something else."""
+
 
 class Dinov2(Library):
     """DINOv2 through transformers."""
@@ -70,11 +79,21 @@ class Dinov2(Library):
         """Positions are interpolated to the picture's size."""
         return model.embeddings(pixels), [None] * config.arch.layers
 
+    def geometry(self, found: dict[str, Any]) -> dict[str, Any] | None:
+        """From transformers' Dinov2Config."""
+        if found.get("model_type") != "dinov2":
+            return None
+        from transformers import Dinov2Config
+
+        full = Dinov2Config.from_dict(found)
+        return _vision(full) | {"mlp_ratio": full.mlp_ratio, "swiglu": full.use_swiglu_ffn}
+
 
 class OpenClip(Library):
     """CLIP through open_clip, with its text tower or without."""
 
     layout = "open_clip"
+    described = False
 
     def build(self, config: TowerConfig) -> nn.Module:
         """open_clip's CLIP, or what holds its image part alone."""
@@ -108,6 +127,20 @@ class OpenClip(Library):
         if config.arch.text_layers:
             length = config.arch.context
             model.attn_mask = torch.full((length, length), float("-inf"), device=device).triu_(1)
+
+    def geometry(self, found: dict[str, Any]) -> dict[str, Any] | None:
+        """From transformers' CLIPVisionConfig, alone or in a whole CLIP's."""
+        found = found.get("vision_config") or found
+        if found.get("model_type") != "clip_vision_model":
+            return None
+        from transformers import CLIPVisionConfig
+
+        full = CLIPVisionConfig.from_dict(found)
+        return _vision(full) | {
+            "mlp_ratio": full.intermediate_size / full.hidden_size,
+            "quick_gelu": full.hidden_act == "quick_gelu",
+            "norm_eps": full.layer_norm_eps,
+        }
 
 
 class Timm(Library):
@@ -147,8 +180,23 @@ class Timm(Library):
             if hasattr(module, "init_non_persistent_buffers"):
                 module.init_non_persistent_buffers()
 
+    def geometry(self, found: dict[str, Any]) -> dict[str, Any] | None:
+        """The model's name: the rest follows from it."""
+        return {"model": found["architecture"]} if "architecture" in found else None
+
 
 LIBRARIES: dict[str, Library] = {"dinov2": Dinov2(), "clip": OpenClip(), "timm": Timm()}
+
+
+def _vision(full: Any) -> dict[str, Any]:
+    """What transformers' configurations of vision transformers call alike."""
+    return {
+        "width": full.hidden_size,
+        "layers": full.num_hidden_layers,
+        "heads": full.num_attention_heads,
+        "patch": full.patch_size,
+        "image_side": full.image_size,
+    }
 
 
 def _dinov2(arch: Dinov2Arch) -> nn.Module:
