@@ -253,12 +253,11 @@ def test_halves_that_are_one_are_told_from_halves_that_are_two():
     labels = np.arange(100) % 2
     for second, word in ((turned, "same features"), (foreign, "different")):
         told = {"pooled": np.concatenate([x, second], axis=1)}
-        found = dict(mechanism_tables._quantities(labels, told, 40))
+        found = {q.name: q for q in mechanism_tables.quantities(labels, told, 40)}
         assert ("cosine of the halves" in found) == (second is turned)
         for name in ("second half from the first", "first half from the second"):
-            numbers = {"clean": {"mean": float(found[name])}}
             # Independent of x, yet of higher rank: neither tells of the other.
-            assert mechanism_tables.measured_word(name, numbers) == word
+            assert found[name].judge([{"mean": float(found[name].values)}]) == word
 
 
 # ------------------------------------------------------------------------------------------------ words
@@ -301,8 +300,11 @@ def test_another_mixture_keeps_the_values_of_the_built_one():
 
 
 def test_words_of_measurements():
+    told = {"correlation": np.zeros(2), "entropy": np.zeros(2), "inside: w": np.zeros(2)}
+    found = {q.name: q for q in mechanism_tables.quantities(np.arange(2), told, 0)}
+
     def word(quantity, **numbers):
-        return mechanism_tables.measured_word(quantity, {"clean": numbers})
+        return found[quantity].judge([numbers])
 
     assert word("correlation between queries, fakes", mean=0.95) == "alike"
     assert word("correlation between queries, fakes", mean=0.3) == "differ"
