@@ -383,7 +383,7 @@ def bundle(tmp_path_factory):
         save_member(member, folder / name)
     semantic = random_towers([preset("tiny", "semantic")])["tiny-semantic"]
     dump_tower(semantic, folder / "towers" / "tiny-semantic.safetensors")
-    calibrators = {"reads": Calibrator("platt", (20.0, 0.0))}
+    calibrators = {"reads": Calibrator("platt", (4.0, 0.0))}
     vote = VoteConfig({name: 1 for name in ("first", "crops", "reads")} | {"two": 0})
     vote = replace(vote, weights=vote.weights | {"asks": 0}, mean="probability")
     return write_bundle(folder, list(kinds), vote, calibrators)
