@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from solution.config import KINDS
+from solution.data.drawn import drawn_face
 from solution.errors import DeviceError, UsageError
 from solution.models.flops import member_flops
-from solution.studies.throughput import drawn_face
 
 STREAMS = ("global", "face", "fusion")
 PHOTOS = Path(__file__).resolve().parents[2] / "tests" / "photos"
