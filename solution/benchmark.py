@@ -233,7 +233,7 @@ def _joint_pass(member, seen, bias):
     import torch
     import torch.nn.functional as F
 
-    from solution.models.towers import finish_block, split_heads
+    from solution.models.blocks import finish_block, split_heads
 
     tower, (count, heads, queries, patches) = member.tower, bias.shape
     length = queries + 1 + patches
@@ -248,7 +248,7 @@ def _joint_pass(member, seen, bias):
         q, k, v = (split_heads(p(h), heads) for p in (block.q, block.k, block.v))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = finish_block(block, x, attended)
-    return member.project(tower.final_norm(x)[:, :queries])
+    return member.project(tower.last_norm(x)[:, :queries])
 
 
 def _sentences_alone(member, embedding):

@@ -15,12 +15,12 @@ import numpy as np
 from scipy.stats import rankdata
 
 from solution.bundles.bundle import CLAIMS, Bundle
+from solution.errors import WeightsError
 from solution.evaluation import metrics
+from solution.evaluation.figures import axes_style
 from solution.evaluation.measure import ENSEMBLE, rank_correlation
-from solution.evaluation.report import axes_style
 from solution.models.calibration import sigmoid
 from solution.models.member import Member
-from solution.models.towers import WeightsError
 from solution.scoring.vote import combine
 from solution.studies.drift import Bootstrap, cosine
 from solution.studies.drift_figures import COLOURS

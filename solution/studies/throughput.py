@@ -356,7 +356,7 @@ def matrix_rate(device, dtype) -> float:
 
 def adapters_apart(member) -> bool:
     """Whether the tower still computes adapters beside its projections: none of them, or not all, are merged."""
-    from solution.models.towers import EffortLinear
+    from solution.models.blocks import EffortLinear
 
     parts = member.tower.modules()
     return any(hasattr(p, "lora_B") or isinstance(p, EffortLinear) for p in parts)

@@ -16,10 +16,11 @@ from solution.bundles.members import build_member, dump_tower, random_towers, sa
 from solution.config import VoteConfig
 from solution.data.faces import FaceLocator
 from solution.data.manifest import Item, read_manifest
+from solution.errors import WeightsError
 from solution.evaluation.conditions import degraded_conditions
 from solution.evaluation.measure import CLEAN, EvaluationError
 from solution.models.calibration import Calibrator
-from solution.models.towers import WeightsError, tower_state
+from solution.models.towers import tower_state
 from solution.presets import preset
 from solution.scoring import ensemble as predict
 from solution.studies import mechanism_tables, mechanisms, probes
