@@ -16,25 +16,13 @@ import numpy as np
 
 from solution.config import DegradationConfig
 from solution.data import degradation
+from solution.data.drawn import photo_like
 from solution.errors import door
 from solution.studies.gpu import add_gpu
 from solution.studies.throughput import add_inference, add_parity
 
 
 # ------------------------------------------------------------------------------------------------ what stages share
-def photo_like(side: int, seed: int = 0) -> np.ndarray:
-    """(side, side, 3) uint8: a seeded random picture with the 1/f spectrum and the channel correlation of photographs."""
-    rng = np.random.default_rng(seed)
-    down, across = np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij")
-    radius = np.hypot(down, across)
-    radius[0, 0] = np.inf
-    noise = rng.standard_normal((3, side, side))
-    planes = np.fft.irfft2(np.fft.rfft2(noise) / radius, s=(side, side))
-    planes /= planes.std(axis=(1, 2), keepdims=True)
-    picture = 128 + 50 * (0.9 * planes[:1] + 0.44 * planes)
-    return np.clip(picture, 0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
-
-
 def picture_of(path: Path | None, side: int) -> np.ndarray:
     """The picture at `path` as a (side, side) square, or a photo-like one without a path."""
     if path is None:

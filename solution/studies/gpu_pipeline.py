@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from solution.data.drawn import drawn_face
 from solution.studies.gpu_bench import (
     PHOTOS,
     STREAMS,
@@ -26,7 +27,6 @@ from solution.studies.gpu_bench import (
     pictures,
 )
 from solution.studies.gpu_towers import departure, prepare_exact
-from solution.studies.throughput import drawn_face
 
 
 # ------------------------------------------------------------------------------------------------ end to end
