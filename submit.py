@@ -16,7 +16,7 @@ import signal
 import sys
 from pathlib import Path
 
-from solution.errors import KitError, UsageError, door, tell
+from solution.errors import KitError, UsageError, door, tell, whole
 
 # What needs torch is imported inside functions: --help answers at once.
 SHIPPED = Path(__file__).resolve().parent / "weights" / "compact"
@@ -48,16 +48,16 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--batch-size",
-        type=_positive,
+        type=whole(1),
         help="pictures computed at once (default: by the towers' size)",
     )
     add(
         "--workers",
-        type=_count,
+        type=whole(),
         help="loader processes (default: by the cores); 0: one, nothing ahead, no shared memory",
     )
-    add("--limit", type=_count, default=600, help="seconds to read one file; 0: none (default: 600)")
-    add("--decimals", type=_positive, default=6, help="of the scores (default: 6)")
+    add("--limit", type=whole(), default=600, help="seconds to read one file; 0: none (default: 600)")
+    add("--decimals", type=whole(1), default=6, help="of the scores (default: 6)")
     add(
         "--on-error",
         choices=("neutral", "fail"),
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         default="one",
         help="all: a row per face, or per track of a video, in the sidecar; the most fake-looking one decides (default: one)",
     )
-    add("--frames", type=_positive, default=32, help="of a video (default: 32)")
+    add("--frames", type=whole(1), default=32, help="of a video (default: 32)")
     add(
         "--video-mean",
         choices=("score", "logit"),
@@ -132,18 +132,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
-
-
 def _shard(text: str) -> tuple[int, int]:
     index, slash, count = text.partition("/")
     if not (slash and index.isdigit() and count.isdigit()):
@@ -155,7 +143,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _explain(text: str) -> int:
     """How many pictures; 0: all."""
-    return 0 if text == "all" else _positive(text)
+    return 0 if text == "all" else whole(1)(text)
 
 
 @door("submit", interrupted="interrupted; the same command goes on from here")

@@ -13,15 +13,33 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from solution.errors import door
 
+if TYPE_CHECKING:
+    from solution.bundles.bundle import About, Bundle
+
 # What needs torch is imported inside functions: --help answers at once.
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a bundle is fitted. seeds: each draws the degraded validation pictures anew. limit: at most so many pictures
+    of each split, drawn in proportion from each source and label (smoke runs); 0: all. int8: pack the towers' matrices
+    (`bundle.collect`). device: as `merging.pick_device` takes it. workers: processes that read pictures."""
+
+    seeds: tuple[int, ...] = (7,)
+    limit: int = 0
+    int8: bool = False
+    device: str = "auto"
+    workers: int = 1
+    progress: bool = True
 
 
 def assemble(
@@ -30,23 +48,21 @@ def assemble(
     data: Path,
     out: Path,
     *,
-    seeds: tuple[int, ...] = (7,),
-    int8: bool = False,
-    device: str = "auto",
-    workers: int = 1,
-    about: Mapping[str, Any] | None = None,
-    limit: int = 0,
-    progress: bool = True,
+    settings: Settings = Settings(),
+    about: About | None = None,
 ) -> dict:
     """Fit and write the bundle `out`; returns the comparison that it also writes as `out/validation.json`.
 
+    members: the folder of the members' folders; names: those of the bundle. about: what the bundle says of itself;
+    where it does not state its data, that is what it was fitted on.
+
     Calibrators and votes are fitted on the splits `val` and, where there is one, `unseen` of `data`, clean and degraded
-    (global_p = 1) together. The degraded pictures are drawn anew for each of `seeds`. Raw logits are kept in
-    `members/scores`: a run that was interrupted goes on.
-    int8: pack the towers' matrices (`bundle.collect`). about: `licence`, `base_model`, `datasets` of `write_bundle`.
-    limit: at most so many pictures of each split, drawn in proportion from each source and label (smoke runs).
+    (global_p = 1) together. Raw logits are kept in `members/scores`: a run that was interrupted goes on.
+
+    Raises:
+        ManifestError: no real or no fake ones in `val`. WeightsError: a member that is not there or cannot be read.
     """
-    from solution.bundles.bundle import collect, write_bundle
+    from solution.bundles.bundle import About, collect, write_bundle
     from solution.bundles.selftest import add_golden
     from solution.config import VoteConfig
     from solution.evaluation.conditions import degraded_conditions
@@ -55,23 +71,23 @@ def assemble(
     from solution.io import write_atomically
     from solution.models.calibration import Calibrator
 
-    about = dict(about or {})
-    items = validation_items(members, names, data, limit=limit, workers=workers, progress=progress)
+    items = validation_items(members, names, data, settings)
     final, out = out, out.with_name(f"{out.name}.part")
     shutil.rmtree(out, ignore_errors=True)
-    collect(members, out, names, int8=int8)
+    collect(members, out, names, int8=settings.int8)
     # A first, uncalibrated bundle: scoring goes the way that every submission goes.
     plain = VoteConfig(dict.fromkeys(names, 1), mean="probability")
     bundle = write_bundle(out, names, plain, {n: Calibrator() for n in names}, name=final.name)
-    how = {"folder": members / "scores", "device": device, "workers": workers, "progress": progress}
-    logits = member_logits(bundle, items, (CLEAN, *degraded_conditions(seeds)), **how)
+    conditions = (CLEAN, *degraded_conditions(settings.seeds))
+    logits = member_logits(bundle, items, conditions, members / "scores", settings)
     splits = Counter(item.split for item in items)
     counts = ", ".join(f"{count} of {split}" for split, count in splits.items())
-    what = f"{counts} of {data.name}, clean and degraded (global_p=1, seeds {list(seeds)})"
+    what = f"{counts} of {data.name}, clean and degraded (global_p=1, seeds {list(settings.seeds)})"
     calibrators, vote, comparison = fit_ensemble(logits[0], logits[1:], Known.of(items), fitted_on=what)
     comparison["fitted_on"] = what
-    about.setdefault("data", f"fitted on {what}")
-    bundle = write_bundle(out, names, vote, calibrators, name=final.name, report=comparison, **about)
+    about = about or About()
+    about = replace(about, data=about.data or f"fitted on {what}")
+    bundle = write_bundle(out, names, vote, calibrators, name=final.name, report=comparison, about=about)
     add_golden(bundle)
     write_atomically(out / "validation.json", json.dumps(comparison, indent=1) + "\n")
     if final.exists():
@@ -81,7 +97,7 @@ def assemble(
 
 
 def member_logits(
-    bundle: Any, items: list, conditions: Sequence[Any], *, folder: Path, device: str, workers: int, progress: bool
+    bundle: Bundle, items: list, conditions: Sequence[Any], folder: Path, settings: Settings
 ) -> list[dict]:
     """Raw logits (N,) of every member under each condition, kept in `folder` by the member's own weights: a member that
     is trained anew is scored alone, and the others' are taken from there."""
@@ -93,15 +109,15 @@ def member_logits(
 
     @functools.cache  # the same members are missing under most conditions
     def loaded(*members: str) -> Any:
-        return load_ensemble(bundle, device, exact=True, members=members)
+        return load_ensemble(bundle, settings.device, exact=True, members=members)
 
     found = []
     for condition in conditions:
         kept = {name: kept_logits(items, condition, **key) for name, key in keys.items()}
         missing = [name for name, logits in kept.items() if logits is None]
         if missing:
-            scorer = functools.partial(score_pictures, loaded(*missing), workers=workers)
-            with tqdm(total=len(items), desc=condition.name, unit="picture", disable=not progress) as bar:
+            scorer = functools.partial(score_pictures, loaded(*missing), workers=settings.workers)
+            with tqdm(total=len(items), desc=condition.name, unit="picture", disable=not settings.progress) as bar:
                 scored = score(items, condition, scorer, bar.update)
             for name in missing:
                 kept[name] = {name: scored[name]}
@@ -110,9 +126,7 @@ def member_logits(
     return found
 
 
-def validation_items(
-    members: Path, names: list[str], data: Path, *, limit: int = 0, workers: int = 0, progress: bool = True
-) -> list:
+def validation_items(members: Path, names: list[str], data: Path, settings: Settings) -> list:
     """The readable pictures of `val` and `unseen`, for the members' own rule on what cannot be read.
 
     Raises:
@@ -128,10 +142,11 @@ def validation_items(
     items = []
     for split in [s for s in ("val", "unseen") if s in manifest_splits(data) or s == "val"]:
         part, report = read_manifest(data, split=split)
-        part = readable(part, "fail" if strict else "drop", report, workers=workers, progress=progress)
+        how = {"workers": settings.workers, "progress": settings.progress}
+        part = readable(part, "fail" if strict else "drop", report, **how)
         if report.dropped:
             print(report.summary(), file=sys.stderr)
-        items += limit_items(part, limit, 0)
+        items += limit_items(part, settings.limit, 0)
     return items
 
 
@@ -161,22 +176,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 usage, 3 environment or weights."""
     args = parse(argv)
-    about = {"licence": args.licence, "base_model": args.base_model}
-    if args.data_terms:
-        about["data"] = args.data_terms
-    comparison = assemble(
-        args.members,
-        [name for name in args.names.split(",") if name],
-        args.data,
-        args.out,
+    from solution.bundles.bundle import About
+
+    names = [name for name in args.names.split(",") if name]
+    settings = Settings(
         seeds=tuple(int(s) for s in args.seeds.split(",")),
+        limit=args.limit,
         int8=args.int8,
         device=args.device,
         workers=args.workers,
-        about=about,
-        limit=args.limit,
         progress=not args.quiet,
     )
+    about = About(licence=args.licence, data=args.data_terms or "", base_model=tuple(args.base_model))
+    comparison = assemble(args.members, names, args.data, args.out, settings=settings, about=about)
     print(json.dumps(comparison, indent=1))
     print(f"assemble: wrote {args.out}", file=sys.stderr)
     return 0

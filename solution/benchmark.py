@@ -16,25 +16,13 @@ import numpy as np
 
 from solution.config import DegradationConfig
 from solution.data import degradation
+from solution.data.drawn import photo_like
 from solution.errors import door
 from solution.studies.gpu import add_gpu
 from solution.studies.throughput import add_inference, add_parity
 
 
 # ------------------------------------------------------------------------------------------------ what stages share
-def photo_like(side: int, seed: int = 0) -> np.ndarray:
-    """(side, side, 3) uint8: a seeded random picture with the 1/f spectrum and the channel correlation of photographs."""
-    rng = np.random.default_rng(seed)
-    down, across = np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij")
-    radius = np.hypot(down, across)
-    radius[0, 0] = np.inf
-    noise = rng.standard_normal((3, side, side))
-    planes = np.fft.irfft2(np.fft.rfft2(noise) / radius, s=(side, side))
-    planes /= planes.std(axis=(1, 2), keepdims=True)
-    picture = 128 + 50 * (0.9 * planes[:1] + 0.44 * planes)
-    return np.clip(picture, 0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
-
-
 def picture_of(path: Path | None, side: int) -> np.ndarray:
     """The picture at `path` as a (side, side) square, or a photo-like one without a path."""
     if path is None:
@@ -245,7 +233,7 @@ def _joint_pass(member, seen, bias):
     import torch
     import torch.nn.functional as F
 
-    from solution.models.towers import finish_block, split_heads
+    from solution.models.blocks import finish_block, split_heads
 
     tower, (count, heads, queries, patches) = member.tower, bias.shape
     length = queries + 1 + patches
@@ -260,7 +248,7 @@ def _joint_pass(member, seen, bias):
         q, k, v = (split_heads(p(h), heads) for p in (block.q, block.k, block.v))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = finish_block(block, x, attended)
-    return member.project(tower.final_norm(x)[:, :queries])
+    return member.project(tower.last_norm(x)[:, :queries])
 
 
 def _sentences_alone(member, embedding):

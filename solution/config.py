@@ -203,6 +203,10 @@ class ClipArch:
         return False
 
 
+# What makes the image part of a `ClipArch` a DINOv2 tower (`towers.dinov2_as_clip`).
+DINOV2_IN_CLIP: dict[str, Any] = {"quick_gelu": False, "layer_scale": True, "pre_norm": False, "norm_eps": 1e-6}
+
+
 @dataclass(frozen=True)
 class TimmArch:
     """A vision transformer of timm: its name there and its geometry; the defaults are DINOv3 ViT-L/16.

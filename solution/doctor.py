@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 from solution.errors import door
+from solution.io import cores
 
 # Nothing but the standard library in these: the doctor must come even where torch does not import.
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,9 +133,7 @@ def check_device() -> Check:
         ]
         found = f"GPU: {', '.join(names)}; CUDA {torch.version.cuda}, driver {driver or 'unknown'}"
         return Check("device", "ok", found)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    cores = cores or os.cpu_count()
-    found = f"CPU: {cores} cores, {torch.get_num_threads()} threads; no GPU in use"
+    found = f"CPU: {cores()} cores, {torch.get_num_threads()} threads; no GPU in use"
     if driver:
         advice = (
             "the driver sees a GPU, torch does not: install a torch built for CUDA"
@@ -266,7 +265,7 @@ def check_weights(weights: str | None) -> Check:
     """The bundle is there and every file matches its SHA-256; a preset that was never imported is not imported here."""
     from solution.bundles.bundle import MANIFEST
     from solution.bundles.store import COMPACT, open_bundle, published_home
-    from solution.models.towers import WeightsError
+    from solution.errors import WeightsError
 
     name = weights or "compact"
     if weights is None and not (COMPACT / MANIFEST).is_file():

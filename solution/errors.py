@@ -6,6 +6,7 @@ can cause is a `KitError` (or an `OSError` that names its cause); a traceback me
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import sys
@@ -29,6 +30,23 @@ class UsageError(KitError, ValueError):
 
 class DeviceError(KitError):
     """A device that this machine does not have."""
+
+
+class WeightsError(KitError, RuntimeError):
+    """Weights that do not fit: the message names the file or key, what was found and expected, and what to do."""
+
+
+def whole(least: int = 0, most: int | None = None) -> Callable[[str], int]:
+    """What reads a whole number of a door's option (argparse's `type`): between `least` and `most`, both allowed."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no whole number from {least}" + ("" if most is None else f" to {most}")
+            )
+        return int(text)
+
+    return read
 
 
 def tell(line: str) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from solution.config import SCORE_CAM_CHANNELS
 from solution.data.images import InputError, UnreadableInput, find_inputs
-from solution.errors import UsageError, door, tell
+from solution.errors import UsageError, door, tell, whole
 
 if TYPE_CHECKING:
     from solution.scoring.ensemble import Ensemble
@@ -93,12 +93,6 @@ def _strengths(text: str) -> list[float]:
     return values
 
 
-def _count(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m solution.explain",
@@ -114,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--split", help="rows of this split only (default: all)")
     add(
         "--limit",
-        type=_count,
+        type=whole(),
         default=0,
         help="pictures, drawn from each source and label (default: all)",
     )
@@ -124,10 +118,10 @@ def _parser() -> argparse.ArgumentParser:
         default=list(STRENGTHS),
         help="such as 0,.5,1 (default: 0,.1,..1)",
     )
-    add("--cam", type=_count, default=32, help="pictures with Score-CAM (default: 32)")
+    add("--cam", type=whole(), default=32, help="pictures with Score-CAM (default: 32)")
     add(
         "--full-check",
-        type=_count,
+        type=whole(),
         default=4,
         metavar="N",
         help="of these, compared with the pass over all channels (default: 4)",
@@ -138,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         default=7,
         help="of the degradation and every draw (default: 7)",
     )
-    add("--workers", type=_count, default=0, help="loader processes (default: 0)")
+    add("--workers", type=whole(), default=0, help="loader processes (default: 0)")
     for command in (pictures, measure):
         add = command.add_argument
         add("--weights", required=True, help="a bundle")

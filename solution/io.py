@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the hash of this kit's own sources.
+"""Files that appear whole or not at all, the hash of this kit's own sources, and the cores that it may use.
 
 Takes paths and text or bytes; leaves a complete file on disk, or what was there before.
 """
@@ -46,3 +46,8 @@ def source_hash(*modules: str) -> str:
     for module in modules:
         digest.update((Path(__file__).parent / f"{module.replace('.', '/')}.py").read_bytes())
     return digest.hexdigest()
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

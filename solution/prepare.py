@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from solution.errors import FAILURES, door
+from solution.errors import FAILURES, door, whole
+from solution.io import cores, write_atomically
 
 # The libraries are imported where they are used: --help comes at once.
 if TYPE_CHECKING:
@@ -34,49 +34,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("source", type=Path, help="the data set's folder, or a DeepfakeBench JSON")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and the manifest")
     parser.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto")
-    parser.add_argument("--frames", type=_positive, default=32, help="of each video, evenly spread (default 32)")
+    parser.add_argument("--frames", type=whole(1), default=32, help="of each video, evenly spread (default 32)")
     parser.add_argument(
         "--crop",
         type=_crop,
         help="side of the square crop over the face's longer side, or none (default 1.3; none where a data set ships crops)",
     )
-    parser.add_argument("--workers", type=_count, default=_cores(), help="processes; 0: one, which reads nothing ahead")
+    parser.add_argument("--workers", type=whole(), default=cores(), help="processes; 0: one, which reads nothing ahead")
     parser.add_argument(
         "--splits",
         choices=("official", "group", "random"),
         default="official",
         help="the data set's own, where it has them; by person; or by video whoever is on it (default official)",
     )
-    parser.add_argument("--seed", type=_count, default=0, help="of the splits that are dealt (default 0)")
-    parser.add_argument("--quality", type=_quality, default=95, help="of the JPEGs, 1 to 100 (default 95)")
-    parser.add_argument("--limit", type=_count, default=600, help="seconds of one file; 0: none (default 600)")
+    parser.add_argument("--seed", type=whole(), default=0, help="of the splits that are dealt (default 0)")
+    parser.add_argument("--quality", type=whole(1, 100), default=95, help="of the JPEGs, 1 to 100 (default 95)")
+    parser.add_argument("--limit", type=whole(), default=600, help="seconds of one file; 0: none (default 600)")
     parser.add_argument(
         "--restart", action="store_true", help="remove what an earlier run left in --out, and begin anew"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if _count(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: at least 1")
-    return int(text)
-
-
-def _quality(text: str) -> int:
-    if not 1 <= _count(text) <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r}: 1 to 100")
-    return int(text)
 
 
 def _crop(text: str) -> float:
@@ -119,7 +97,7 @@ def prepare(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     entries = [entry for entry, _ in placed]
     how = {"workers": args.workers, "limit": args.limit, "progress": not args.quiet}
-    preparing.prepare_entries(entries, root, out, settings, journal, **how)
+    preparing.prepare_entries(entries, root, settings, journal, **how)
     wall = time.perf_counter() - start
     rows = preparing.manifest_rows(placed, journal.records)
     preparing.write_manifest(out / preparing.MANIFEST, rows)
@@ -181,7 +159,6 @@ def _speed(records: list, wall: float) -> dict[str, Any]:
 
 def _write_report(path: Path, report: dict[str, Any]) -> None:
     from solution.data.images import printable
-    from solution.io import write_atomically
 
     text = json.dumps(report, indent=2, ensure_ascii=False)
     write_atomically(path, "\n".join(map(printable, text.split("\n"))) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from solution.config import (
+    DINOV2_IN_CLIP,
     MEMBERS,
     AdapterConfig,
     AugmentConfig,
@@ -141,10 +142,7 @@ def _compact_clip(text: bool) -> TowerConfig:
         patch=14,
         image_side=COMPACT_SIDE,
         embed_dim=256,
-        quick_gelu=False,
-        layer_scale=True,
-        pre_norm=False,
-        norm_eps=1e-6,
+        **DINOV2_IN_CLIP,
         text_width=128,
         text_layers=4 if text else 0,
         text_heads=4,
@@ -232,71 +230,57 @@ def _compact(member: str) -> MemberConfig:
     return MemberConfig("vlaforge", view, tower, AdapterConfig("none"), vlaforge=vlaforge, **shared)
 
 
+TINY_SIDE = 56  # px: 4 x 4 patches
+
+
+def _small(tower: TowerConfig) -> TowerConfig:
+    """A tower of `compact` with a few thousand weights, under a name of its own."""
+    size = {"width": 32, "layers": 2, "heads": 2, "image_side": TINY_SIDE}
+    if tower.kind == "clip":
+        size |= {"embed_dim": 16, "text_width": 16, "text_layers": min(1, tower.arch.text_layers), "text_heads": 2}
+    name, source = (text.replace("s14-", "tiny-") for text in (tower.name, tower.source))
+    return replace(tower, name=name, source=source, arch=replace(tower.arch, **size))
+
+
 def _tiny(member: str) -> MemberConfig:
     """`compact` with towers of a few thousand random weights: smoke runs and tests of the whole path; it detects nothing."""
-    side = 56
-    dino = Dinov2Arch(width=32, layers=2, heads=2, swiglu=False, image_side=side)
-    clip = ClipArch(
-        width=32,
-        layers=2,
-        heads=2,
-        image_side=side,
-        embed_dim=16,
-        quick_gelu=False,
-        layer_scale=True,
-        pre_norm=False,
-        norm_eps=1e-6,
-        text_width=16,
-        text_layers=1 if member == "vlaforge" else 0,
-        text_heads=2,
-    )
     if member in ("layers", "topk"):
-        tower = TowerConfig(f"tiny-{member}", "dinov2", dino)
-        few = LayersConfig(last=2, hidden=8)
-        base = _tiny("global")
+        base, few = _tiny("global"), LayersConfig(last=2, hidden=8)
+        tower = replace(base.tower, name=f"tiny-{member}")
         return replace(base, name=member, kind=member, tower=tower, layers=few, topk=TopkConfig(share=0.25))
     config = _compact(member)
-    own = config.tower.name.removeprefix("s14-")  # the same towers are shared as in compact
-    tower = TowerConfig(f"tiny-{own}", "dinov2", dino)
-    clip_name = "tiny-clip" if member == "vlaforge" else "tiny-clip-image"
-    clip_tower = TowerConfig(clip_name, "clip", clip, source="bundle:tiny-semantic")
-    vlaforge = VlaforgeConfig(
+    vlaforge = replace(
+        config.vlaforge,
         width=24,
         blocks=3,
-        heads=3,
         queries=8,
         input_side=64,
         decoder_hidden=16,
         decoder_out=8,
         fusion_after=(1,),
         fusion_layers=(1,),
-        train_text=True,
-        vla_scale=10.0,
-        bias_scale=4.0,
-        copy_gain=4.0,
         adapter_after=1,
         adapter_width=24,
-        losses="paper, focal",
-        w_focal=1.0,
     )
-    small = 64 if member == "vlaforge" else side
+    side = vlaforge.input_side if config.tower.kind == "clip" else TINY_SIDE
+    train = replace(
+        config.train,
+        epochs=2,
+        batch=4,
+        precision="float32",
+        head_epochs=min(1, config.train.head_epochs),
+        head_warmup_steps=2,
+        average=0.5,
+    )
     return replace(
         config,
-        qtfp=replace(config.qtfp, key_width=8) if member == "qtfp" else config.qtfp,
-        view=ViewConfig(config.view.source, small, small),
-        tower=clip_tower if member == "vlaforge" else tower,
-        clip=clip_tower if member == "fusion" else None,
+        qtfp=replace(config.qtfp, key_width=8),
+        view=ViewConfig(config.view.source, side, side),
+        tower=_small(config.tower),
+        clip=config.clip and _small(config.clip),
         vlaforge=vlaforge,
         optim=replace(config.optim, warmup_steps=2),
-        train=replace(
-            config.train,
-            epochs=2,
-            batch=4,
-            precision="float32",
-            head_epochs=min(1, config.train.head_epochs),
-            head_warmup_steps=2,
-            average=0.5,
-        ),
+        train=train,
     )
 
 

@@ -146,7 +146,7 @@ def _pull(arguments: argparse.Namespace) -> None:
 def _push(arguments: argparse.Namespace) -> None:
     from solution.bundles.card import model_card
     from solution.bundles.store import open_bundle, push
-    from solution.models.towers import WeightsError
+    from solution.errors import WeightsError
 
     if not (arguments.repository or arguments.space):
         raise UsageError("push: name the bundle's repository owner/name, --space owner/name, or both")

@@ -7,7 +7,7 @@
     BUNDLE/golden.json                  the logits that seeded pictures must give (the self-test)
     BUNDLE/claims.json                  mechanisms that the card claims, for `solution.studies.mechanisms`; may be absent
 
-Reads and writes such folders and loads their members. Where a folder comes from is the business of `weights.py`.
+Reads and writes such folders and loads their members. Where a folder comes from is the business of `store`.
 """
 
 from __future__ import annotations
@@ -42,11 +42,14 @@ from solution.config import (
     from_dict,
     to_dict,
 )
+from solution.errors import WeightsError
 from solution.io import write_atomically
 from solution.models import calibration
 from solution.models.calibration import Calibrator
+from solution.models.keys import is_text, to_stable
+from solution.models.libraries import LIBRARIES
 from solution.models.member import Member
-from solution.models.towers import WeightsError, build_tower, is_text, to_stable, tower_state
+from solution.models.towers import build_tower, tower_state
 
 LABEL_ORDER = ("real", "fake")
 MANIFEST, GOLDEN, CLAIMS = "ensemble.json", "golden.json", "claims.json"
@@ -191,7 +194,7 @@ def resolve_tower(config: TowerConfig, source_override: str | None = None, *, of
         ref = replace(ref, revision=config.revision or "main")
     here = [path for name in names if (path := hub.cached(ref, name))]
     path = here[0] if here else hub.fetch_first(ref, names, offline=offline)
-    if config.kind in ("dinov2", "timm"):
+    if LIBRARIES[config.kind].described:
         hub.fetch(hub.pin(ref, path), "config.json", offline=offline)
     if config.sha256 and source_override is None and not here:
         hub.check_sha256(path, config.sha256)
@@ -201,38 +204,7 @@ def resolve_tower(config: TowerConfig, source_override: str | None = None, *, of
 def read_geometry(folder: Path, kind: str) -> dict[str, Any] | None:
     """Fields of `Dinov2Arch`, `ClipArch` or `TimmArch` from the `config.json` beside a tower; None where no such file says."""
     path = folder / "config.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    if kind == "timm" and "architecture" in found:
-        return {"model": found["architecture"]}
-    found = found.get("vision_config") or found
-    if kind == "dinov2" and found.get("model_type") == "dinov2":
-        from transformers import Dinov2Config
-
-        full = Dinov2Config.from_dict(found)
-        return {
-            "width": full.hidden_size,
-            "layers": full.num_hidden_layers,
-            "heads": full.num_attention_heads,
-            "mlp_ratio": full.mlp_ratio,
-            "swiglu": full.use_swiglu_ffn,
-            "patch": full.patch_size,
-            "image_side": full.image_size,
-        }
-    if kind == "clip" and found.get("model_type") == "clip_vision_model":
-        from transformers import CLIPVisionConfig
-
-        full = CLIPVisionConfig.from_dict(found)
-        return {
-            "width": full.hidden_size,
-            "layers": full.num_hidden_layers,
-            "heads": full.num_attention_heads,
-            "mlp_ratio": full.intermediate_size / full.hidden_size,
-            "patch": full.patch_size,
-            "image_side": full.image_size,
-            "quick_gelu": full.hidden_act == "quick_gelu",
-            "norm_eps": full.layer_norm_eps,
-        }
-    return None
+    return LIBRARIES[kind].geometry(json.loads(path.read_text())) if path.is_file() else None
 
 
 def check_geometry(folder: Path, config: TowerConfig) -> None:
@@ -243,7 +215,7 @@ def check_geometry(folder: Path, config: TowerConfig) -> None:
         WeightsError: naming the field, what was found and what was expected; or a DINOv2 or timm folder without config.json.
     """
     geometry = read_geometry(folder, config.kind)
-    if geometry is None and config.kind != "clip":
+    if geometry is None and LIBRARIES[config.kind].described:
         raise WeightsError(
             f"{folder}/config.json: missing, or of no {config.kind}; a tower's folder carries its config.json"
         )
@@ -255,13 +227,27 @@ def check_geometry(folder: Path, config: TowerConfig) -> None:
 
 # ------------------------------------------------------------------------------------------------ bundles
 @dataclass(frozen=True)
+class About:
+    """What a bundle says of itself, for its reader and its model card.
+
+    licence: an identifier of the Hub's list (`apache-2.0`, `other`). data: what it was trained on and what that allows, in
+    words. base_model, datasets: their names on the Hub.
+    """
+
+    licence: str = ""
+    data: str = ""
+    base_model: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A bundle that was opened: everything but the weights themselves.
 
     hash: SHA-256 of ensemble.json, which holds those of all other files.
     towers: every tower its members need, by name.
     files: path inside the bundle -> SHA-256.
-    report, licence, data, base_model, datasets: for the reader and the model card, see `write_bundle`.
+    report: figures of the ensemble, by name.
     offline: True for a local folder: loading its members uses no network either.
     """
 
@@ -274,10 +260,7 @@ class Bundle:
     towers: dict[str, TowerConfig]
     files: dict[str, str]
     report: dict[str, Any]
-    licence: str
-    data: str
-    base_model: tuple[str, ...]
-    datasets: tuple[str, ...]
+    about: About
     offline: bool = True
 
 
@@ -324,10 +307,7 @@ def read_bundle(folder: Path, *, verify: bool = True, offline: bool = True) -> B
         towers=tower_configs(configs.values()),
         files=record["files"],
         report=record["report"],
-        licence=record["licence"],
-        data=record["data"],
-        base_model=tuple(record["base_model"]),
-        datasets=tuple(record["datasets"]),
+        about=About(record["licence"], record["data"], tuple(record["base_model"]), tuple(record["datasets"])),
         offline=offline,
     )
 
@@ -413,17 +393,13 @@ def write_bundle(
     *,
     name: str = "",
     report: dict[str, Any] | None = None,
-    licence: str = "",
-    data: str = "",
-    base_model: Sequence[str] = (),
-    datasets: Sequence[str] = (),
+    about: About = About(),
 ) -> Bundle:
     """Make `folder` a bundle of the named members; ensemble.json is written last and atomically.
 
     members: names of the members' folders (of `members.save_member`) in `folder`; see `collect`. A member without a
         calibrator gets the identity.
-    report: figures of the ensemble, by name. licence: an identifier of the Hub's list (`apache-2.0`, `other`). data:
-        what it was trained on and what that allows, in words. base_model, datasets: their names on the Hub.
+    report: figures of the ensemble, by name.
 
     Raises:
         WeightsError: a member or tower that is not there or cannot be read, a vote for an absent member.
@@ -450,10 +426,7 @@ def write_bundle(
         "towers": towers,
         "files": {file: hub.sha256(folder / file) for file in dict.fromkeys(files)},
         "report": report or {},
-        "licence": licence,
-        "data": data,
-        "base_model": list(base_model),
-        "datasets": list(datasets),
+        **to_dict(about),
     }
     write_atomically(folder / MANIFEST, json.dumps(record, indent=1) + "\n")
     return read_bundle(folder, verify=False)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from solution.bundles.bundle import GOLDEN, Bundle
 from solution.config import MemberConfig
-from solution.models.towers import WeightsError
+from solution.errors import WeightsError
 
 
 # ------------------------------------------------------------------------------------------------ for a terminal
@@ -33,7 +33,7 @@ def _looks(config: MemberConfig) -> str:
 def licences(bundle: Bundle) -> dict[str, str]:
     """Tower -> the licence of its weights, which binds whoever uses the bundle; a tower of ours: the bundle's own, and
     that of what it was trained from where the configuration says it."""
-    ours = bundle.licence or "not stated"
+    ours = bundle.about.licence or "not stated"
     return {
         name: "none: random weights"
         if tower.seed is not None
@@ -94,7 +94,7 @@ def show(bundle: Bundle) -> str:
     vote = bundle.vote
     lines.append(
         f"vote: {vote.mean}, step {vote.step}, fake at {vote.threshold} or above; "
-        f"licence {bundle.licence or '-'}; self-test {'yes' if GOLDEN in bundle.files else 'no'}"
+        f"licence {bundle.about.licence or '-'}; self-test {'yes' if GOLDEN in bundle.files else 'no'}"
     )
     return "\n".join(lines)
 
@@ -121,12 +121,12 @@ def model_card(bundle: Bundle, repository: str, evaluation: dict[str, Any] | Non
     ]
     public = [tower.source for tower in bundle.towers.values() if tower.public]
     data = ModelCardData(
-        license=bundle.licence or "other",
+        license=bundle.about.licence or "other",
         library_name="pytorch",
         pipeline_tag="image-classification",
         tags=["deepfake-detection", "ensemble", "ntire-2026"],
-        base_model=list(dict.fromkeys([*bundle.base_model, *public])) or None,
-        datasets=list(bundle.datasets) or None,
+        base_model=list(dict.fromkeys([*bundle.about.base_model, *public])) or None,
+        datasets=list(bundle.about.datasets) or None,
         metrics=["roc_auc"],
         model_name=bundle.name,
         eval_results=results or None,
@@ -196,7 +196,7 @@ with fixed seeds.
 {figures}
 
 ## Data and licence
-{bundle.data or "Not stated."}
+{bundle.about.data or "Not stated."}
 
 Licences of the towers' weights, which bind whoever uses these members:
 {terms}

@@ -7,12 +7,18 @@ files hold. A connection that drops is resumed where it stopped, a file that arr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from solution.models.towers import WeightsError
+from solution.errors import WeightsError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 _REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@]+))?(:(?P<subfolder>[^:@]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -148,6 +154,25 @@ def explain(error: Exception, ref: HubRef, filename: str, *, offline: bool = Fal
         )
     reason = " ".join(str(error).split()) or type(error).__name__
     return f"{filename} of {where} could not be fetched ({reason}); try again: what arrived whole is kept"
+
+
+@contextlib.contextmanager
+def uploading(repository: str) -> Iterator[HfApi]:
+    """The Hub's interface to write to `owner/name` with; its refusal in one line.
+
+    Raises:
+        WeightsError: the Hub's refusal.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield HfApi()
+    except (HTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise WeightsError(
+            f"{repository}: not uploaded ({reason}); log in with a token that may write (hf auth login) and try again"
+        ) from error
 
 
 def sha256(path: Path) -> str:

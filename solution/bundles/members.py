@@ -17,22 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from solution.config import MemberConfig, TowerConfig, from_dict, to_dict
+from solution.errors import WeightsError
 from solution.io import write_atomically
+from solution.models.adapters import add_adapter
 from solution.models.heads import Layers, Topk
+from solution.models.keys import is_text
 from solution.models.member import Member
 from solution.models.qtfp import Qtfp
 from solution.models.streams import Fusion, Stream
-from solution.models.towers import (
-    Tower,
-    WeightsError,
-    add_adapter,
-    build_tower,
-    dinov2_as_clip,
-    empty_tower,
-    is_text,
-    load_state,
-    tower_state,
-)
+from solution.models.towers import Tower, build_tower, dinov2_as_clip, empty_tower, load_state, tower_state
 from solution.models.vlaforge import Vlaforge
 
 FORMAT = 1

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from solution import presets
 from solution.bundles import hub
 from solution.bundles.bundle import (
+    About,
     Bundle,
     StableFile,
     read_geometry,
@@ -33,12 +34,9 @@ from solution.bundles.bundle import (
 )
 from solution.bundles.members import build_member, save_member
 from solution.config import AdapterConfig, ClipArch, Dinov2Arch, MemberConfig, TowerConfig
-from solution.models.towers import (
-    WeightsError,
-    empty_tower,
-    load_state,
-    to_stable,
-)
+from solution.errors import WeightsError
+from solution.models.keys import to_stable
+from solution.models.towers import empty_tower, load_state
 from solution.presets import NTIRE26_REPOSITORY, NTIRE26_VOTE
 
 FILES = {
@@ -49,7 +47,7 @@ FILES = {
 ALPHA_PER_RANK = 2.0  # their LoRA: rank 32, alpha 64; alpha is not in the files
 
 # Their key -> where it goes. `{i}` is a block, `{w}` weight or bias. Groups: `tower` and `clip` keep the library's key
-# and go through `backbones.KEY_TABLE`; `adapter` and `own` give our stable key.
+# and go through `keys.KEY_TABLE`; `adapter` and `own` give our stable key.
 _DINO, _CLIP = "backbone.vision_model.base_model.model.", "backbone.clip_model."
 _ATTENTION = {
     "q": "attention.attention.query",
@@ -328,17 +326,13 @@ def import_ntire26(
         report(f"{member}: {path}")
         config = _import_one(member, path, origin, towers, shelf, out)
         report(f"{member}: LoRA rank {config.adapter.rank}, tower {config.tower.name} from {config.tower.source}")
-    return write_bundle(
-        out,
-        list(FILES),
-        NTIRE26_VOTE,
-        {},
-        name="ntire26",
+    about = About(
         licence="other",
         data="The weights of the NTIRE 2026 fourth-place entry (arXiv 2604.25889), imported from "
         f"{NTIRE26_REPOSITORY.removeprefix('hf:')}: trained by its authors on fourteen public deepfake sets, several of them "
         "for research only. Their licence applies, and DINOv2's (Apache-2.0) and CLIP's (MIT) to the towers.",
     )
+    return write_bundle(out, list(FILES), NTIRE26_VOTE, {}, name="ntire26", about=about)
 
 
 def _files(source: str) -> Iterator[tuple[str, Path, str]]:

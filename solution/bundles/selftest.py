@@ -17,9 +17,9 @@ import torch
 from solution.bundles import hub
 from solution.bundles.bundle import GOLDEN, MANIFEST, Bundle, load_members, read_bundle, read_manifest
 from solution.bundles.members import FORMAT
+from solution.errors import WeightsError
 from solution.io import write_atomically
 from solution.models.member import Member
-from solution.models.towers import WeightsError
 
 # How far a logit may lie from the golden one, as a share of max(1, |logit|). float32 on a GPU: its convolutions may run
 # in TF32, 10 bits of mantissa.

@@ -9,8 +9,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from solution.bundles import hub
 from solution.bundles.bundle import MANIFEST, Bundle
-from solution.models.towers import WeightsError
+from solution.errors import WeightsError
 
 SDK = "6.31.0"  # of Gradio, that the page was tested with
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,7 @@ def card(bundle: Bundle, title: str) -> str:
         sdk_version=SDK,
         python_version="3.11",
         app_file="app.py",
-        license=bundle.licence or "other",
+        license=bundle.about.licence or "other",
     )
     return f"""---
 {data.to_yaml()}
@@ -47,7 +48,7 @@ Scores faces in pictures and clips with the bundle `{bundle.name}` (`{bundle.has
 the page says what its threshold is worth and what it does not know. What is dropped is read on the machine that serves
 the page, sent no further, and deleted once it was read.
 
-{bundle.data}
+{bundle.about.data}
 """
 
 
@@ -89,13 +90,9 @@ def push_space(bundle: Bundle, repository: str, *, private: bool = False) -> str
     """
     import tempfile
 
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
-
     with tempfile.TemporaryDirectory() as folder:
         write_space(bundle, Path(folder), repository.rpartition("/")[2])
-        api = HfApi()
-        try:
+        with hub.uploading(repository) as api:
             api.create_repo(repository, repo_type="space", space_sdk="gradio", exist_ok=True, private=private)
             made = api.upload_folder(
                 repo_id=repository,
@@ -103,9 +100,4 @@ def push_space(bundle: Bundle, repository: str, *, private: bool = False) -> str
                 folder_path=folder,
                 commit_message=f"{bundle.name} {bundle.hash[:12]}",
             )
-        except (HTTPError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise WeightsError(
-                f"{repository}: not uploaded ({reason}); log in with a token that may write (hf auth login) and try again"
-            ) from error
     return made.commit_url

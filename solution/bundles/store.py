@@ -16,7 +16,7 @@ from solution.bundles import hub
 from solution.bundles.bundle import MANIFEST, Bundle, read_bundle, read_manifest, resolve_tower
 from solution.bundles.hub import HubRef
 from solution.bundles.members import FORMAT
-from solution.models.towers import WeightsError
+from solution.errors import WeightsError
 from solution.presets import PRESETS
 
 COMPACT = Path(__file__).resolve().parents[2] / "weights" / "compact"
@@ -120,8 +120,7 @@ def push(
     Raises:
         WeightsError: a tower that nobody else could find, or the Hub's refusal.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub import CommitOperationAdd
 
     local = [t for t in bundle.towers.values() if t.public and Path(t.source).exists()]
     if local:
@@ -134,13 +133,7 @@ def push(
     card = model_card(bundle, repository, evaluation)
     files = [CommitOperationAdd("README.md", card.encode())]
     files += [CommitOperationAdd(name, str(bundle.folder / name)) for name in (*bundle.files, MANIFEST)]
-    api = HfApi()
-    try:
+    with hub.uploading(repository) as api:
         api.create_repo(repository, exist_ok=True, private=private)
         made = api.create_commit(repository, files, commit_message=f"{bundle.name} {bundle.hash[:12]}")
-    except (HTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise WeightsError(
-            f"{repository}: not uploaded ({reason}); log in with a token that may write (hf auth login) and try again"
-        ) from error
     return made.commit_url

@@ -6,8 +6,8 @@ Each reader takes a `Tree` and gives `Entry`s with the labels, splits, people, m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from solution.data.labels import label_of
@@ -368,31 +368,21 @@ def df40(tree: Tree) -> Iterator[Entry]:
             continue
         method = parts[at] if at is not None and label else ""
         mask = (WHOLE,) if plain(method) in _DF40_WHOLE.split() else tuple(masks.get(_mask_folder(path)) or ())
-        yield from _sequence(path, kind, files, label, "df40", when, method, people, mask)
+        yield from _sequence(Entry(path, tuple(files), kind, label, "df40", when, method, people, mask))
 
 
 def _mask_folder(path: str) -> str:
     return re.sub(r"(^|/)frames(/|$)", r"\1masks\2", path)
 
 
-def _sequence(
-    path: str,
-    kind: str,
-    files: Sequence[str],
-    label: int,
-    source: str,
-    split: str,
-    generator: str,
-    people: tuple[str, ...],
-    masks: tuple[str, ...],
-) -> Iterator[Entry]:
+def _sequence(whole: Entry) -> Iterator[Entry]:
     """One entry for the frames of a video; one a picture where the folder is not named as a video is."""
-    if kind == "video" or names_a_video(path.rpartition("/")[2]):
-        yield Entry(path, tuple(files), kind, label, source, split, generator, people, masks)
+    if whole.kind == "video" or names_a_video(whole.name.rpartition("/")[2]):
+        yield whole
         return
-    for name in files:
-        who = (f"{source}:{stem(name)}",)
-        yield Entry(stem(name), (name,), "picture", label, source, split, generator, who, masks)
+    for name in whole.files:
+        who = (f"{whole.source}:{stem(name)}",)
+        yield replace(whole, name=stem(name), files=(name,), kind="picture", people=who)
 
 
 def names_a_video(folder: str) -> bool:

@@ -117,7 +117,6 @@ Setup = tuple[Path, Path, CropSettings, int]  # root, output, settings, limit
 def prepare_entries(
     entries: Sequence[Entry],
     root: Path,
-    out: Path,
     settings: CropSettings,
     journal: Journal,
     *,
@@ -125,7 +124,7 @@ def prepare_entries(
     limit: int = 0,
     progress: bool = True,
 ) -> None:
-    """Prepare what `journal` does not have yet, in `workers` processes (0: one, nothing ahead), and keep it there.
+    """Prepare what `journal` does not have yet, in `workers` processes (0: one, nothing ahead), and keep it in its folder.
 
     limit: seconds after which a file's process is ended; 0: none.
 
@@ -134,7 +133,7 @@ def prepare_entries(
     """
     from tqdm import tqdm
 
-    jobs = plan_jobs(entries, root, journal)
+    jobs, out = plan_jobs(entries, root, journal), journal.path.parent
     for entry in (entry for job in jobs for entry in job.entries):
         _remove(out, journal.records.get(entry.name))
     total = sum(len(job.entries) for job in jobs)

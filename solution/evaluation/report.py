@@ -1,7 +1,7 @@
 """Reports: evaluation results (plain JSON values) to one self-contained HTML page and PNG figures.
 
 `write_report` draws what `measure` found; `write_submission_report` draws what can be said of scores without labels.
-Figures are drawn once as SVG, inlined with the page's own colours so that they follow light and dark, and once as PNG.
+Figures are those of `figures`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,24 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from solution.config import MEMBERS
+from solution.evaluation.figures import (
+    LARGE,
+    SMALL,
+    Figures,
+    Panel,
+    draw_histogram,
+    draw_matrix,
+    draw_reliability,
+    draw_roc,
+    draw_severity,
+    legend,
+)
 from solution.evaluation.measure import ENSEMBLE, histogram, rank_correlation
 from solution.io import write_atomically
 
@@ -25,28 +35,8 @@ THUMBNAIL = 160  # px
 SHOWN = 16  # pictures in each gallery of a submission
 SHOWN_FAILURES = 100  # rows; the JSON has them all
 
-# Colours are drawn as these values; in the page they become the style sheet's variables, in PNGs the light ones.
-LIGHT = {
-    "fg": "#1b1d20",
-    "muted": "#61666e",
-    "grid": "#e9eaec",
-    "surface": "#ffffff",
-    "accent": "#2f6fcf",
-    "real": "#2f7f86",
-    "fake": "#c9562b",
-    "s0": "#2f6fcf",
-    "s1": "#d1701b",
-    "s2": "#1f8f6b",
-    "s3": "#7a55c7",
-    "s4": "#c03f80",
-}
-PLACEHOLDERS = {name: f"#0a0b{index:02x}" for index, name in enumerate(LIGHT)}
-LARGE, SMALL = (300, 240), (150, 128)  # points, one panel; the page scales them little
-
 FLIPS = "Share of pictures whose verdict differs from that on the clean picture."
 CHANGE = "Mean absolute difference between the score and that of the clean picture."
-
-Panel = tuple[str, Callable[[Any, Mapping[str, str]], None]]  # (title, draw(axes, colours))
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -182,34 +172,34 @@ def _curves_section(results: Mapping[str, Any], figures: Figures) -> dict[str, A
     for condition, data in results["figures"].items():
         scorers = list(data["histograms"])
         if data["roc"]:
-            rocs.append((f"ROC, {data['run']}", _draw_roc(data["roc"])))
+            rocs.append((f"ROC, {data['run']}", draw_roc(data["roc"])))
         for who in sorted(scorers, key=lambda w: w != ENSEMBLE):
-            draw = _draw_histogram(data["histograms"][who])
+            draw = draw_histogram(data["histograms"][who])
             histograms.append((f"{who}, {condition}", draw))
     blocks: list[dict[str, Any]] = []
     if rocs:
         blocks.append({"figures": figures.group("roc", rocs, LARGE)})
-    legend = "P(fake) of real (teal) and of fake (orange) pictures, as shares of each class."
+    note = "P(fake) of real (teal) and of fake (orange) pictures, as shares of each class."
     blocks.append(
         {
             "title": "Scores of real and fake pictures",
             "size": "small",
             "figures": figures.group("histograms", histograms, SMALL),
-            "note": legend,
+            "note": note,
         }
     )
     text = "Share of fakes found against share of reals called fake, over all thresholds."
     return {
         "title": "Separation",
         "text": text if rocs else "",
-        "legend": _legend(scorers),
+        "legend": legend(scorers),
         "blocks": blocks,
     }
 
 
 def _calibration_section(results: Mapping[str, Any], figures: Figures) -> dict[str, Any] | None:
     panels = [
-        (f"{who}, {condition}", _draw_reliability(curves))
+        (f"{who}, {condition}", draw_reliability(curves))
         for condition, data in results["figures"].items()
         for who, curves in sorted(data["reliability"].items(), key=lambda pair: pair[0] != ENSEMBLE)
     ]
@@ -245,9 +235,9 @@ def _robustness_section(results: Mapping[str, Any], figures: Figures) -> dict[st
     aucs, flips, changes = [], [], []
     for family in families:
         of_family = [row for row in rows if row["family"] == family]
-        aucs.append((_spoken(family), _draw_severity(of_family, floor)))
-        flips.append((_spoken(family), _draw_severity(of_family, 0.0, "flips")))
-        drawn = _draw_severity(of_family, 0.0, "score_change")
+        aucs.append((_spoken(family), draw_severity(of_family, floor)))
+        flips.append((_spoken(family), draw_severity(of_family, 0.0, "flips")))
+        drawn = draw_severity(of_family, 0.0, "score_change")
         changes.append((_spoken(family), drawn))
     blocks = [
         _severity_block("AUC", "severity", aucs, "", figures),
@@ -259,8 +249,7 @@ def _robustness_section(results: Mapping[str, Any], figures: Figures) -> dict[st
         "Every op alone, always applied, at strengths 0 to 1; the random mix of all ops; JPEG quality and noise sigma. "
         "The band is the ensemble's 95 % interval; the dotted line is chance."
     )
-    legend = _legend(scorers)
-    return {"title": "Robustness", "text": text, "legend": legend, "blocks": blocks}
+    return {"title": "Robustness", "text": text, "legend": legend(scorers), "blocks": blocks}
 
 
 def _severity_block(title: str, name: str, panels: Sequence[Panel], note: str, figures: Figures) -> dict[str, Any]:
@@ -326,7 +315,7 @@ def _sources_section(results: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _agreement_section(results: Mapping[str, Any], figures: Figures) -> dict[str, Any] | None:
     panels = [
-        (f"{condition}", _draw_matrix(**data["agreement"]))
+        (f"{condition}", draw_matrix(**data["agreement"]))
         for condition, data in results["figures"].items()
         if len(data["agreement"]["members"]) > 1
     ]
@@ -448,8 +437,8 @@ def _spread_section(
 ) -> dict[str, Any] | None:
     if not len(scored):
         return None
-    panels = [("score", _draw_histogram(histogram(scores)))]
-    panels += [(name, _draw_histogram(histogram(x))) for name, x in p.items()]
+    panels = [("score", draw_histogram(histogram(scores)))]
+    panels += [(name, draw_histogram(histogram(x))) for name, x in p.items()]
     drawn = figures.group("histograms", panels, SMALL)
     text = f"Shares of {len(scored):,} scored pictures."
     return {
@@ -471,8 +460,8 @@ def _disagreement_section(
         "rank_correlation": rank_correlation(list(p.values())),
     }
     panels = [
-        ("rank correlation", _draw_matrix(**agreement)),
-        ("highest minus lowest P(fake)", _draw_histogram(histogram(spread), "spread")),
+        ("rank correlation", draw_matrix(**agreement)),
+        ("highest minus lowest P(fake)", draw_histogram(histogram(spread), "spread")),
     ]
     widest = [scored[i] for i in np.argsort(-spread, kind="stable")]
     gallery = _gallery("", "", widest, list(p))
@@ -513,272 +502,6 @@ def _failures_section(failures: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
     shown = f", the first {SHOWN_FAILURES} of them below" if len(failures) > len(rows) else ""
     text = f"{len(failures):,} pictures got the neutral score{shown}."
     return {"title": "Failures", "text": text, "blocks": [{"table": table}]}
-
-
-# ------------------------------------------------------------------------------------------------ figures
-class Figures:
-    """Draws groups of panels: an inline SVG each, and all of a group in one PNG under `folder`."""
-
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-
-    def group(self, name: str, panels: Sequence[Panel], size: tuple[int, int]) -> list[dict[str, Any]]:
-        """`panels` as `{"svg": markup}` each, in their order; `NAME.png` beside the page."""
-        from markupsafe import Markup
-        from matplotlib.figure import Figure
-
-        width, height = size
-        found = []
-        for index, (title, draw) in enumerate(panels):
-            with _style(PLACEHOLDERS, f"{name}-{index}", large=size == LARGE):
-                figure = Figure(figsize=(width / 72, height / 72), dpi=72)
-                _draw_panel(figure.subplots(), title, draw, PLACEHOLDERS)
-                _fit(figure, size)
-                found.append({"svg": Markup(_inline_svg(figure, title))})
-        columns = min(len(panels), 2 if size == LARGE else 6)
-        rows = -(-len(panels) // columns)
-        with _style(LIGHT, name, large=size == LARGE):
-            whole = (columns * width / 72, rows * height / 72)
-            figure = Figure(figsize=whole, facecolor=LIGHT["surface"])
-            grid = figure.subplots(rows, columns, squeeze=False).ravel()
-            for axes, (title, draw) in zip(grid, panels):
-                _draw_panel(axes, title, draw, LIGHT)
-            for axes in grid[len(panels) :]:
-                axes.set_axis_off()
-            _fit(figure, (columns * width, rows * height), columns, rows)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(self.folder / f"{name}.png", dpi=200)
-        return found
-
-
-def axes_style(colours: Mapping[str, Any]) -> dict[str, Any]:
-    """Matplotlib settings that all figures share: a light grid, no frame, text in the page's colours."""
-    return {
-        "axes.labelcolor": colours["muted"],
-        "axes.edgecolor": colours["muted"],
-        "axes.linewidth": 0.6,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": colours["grid"],
-        "grid.linewidth": 0.7,
-        "xtick.color": colours["muted"],
-        "ytick.color": colours["muted"],
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "text.color": colours["fg"],
-        "lines.solid_capstyle": "round",
-        "axes.titlecolor": colours["fg"],
-        "axes.titlelocation": "left",
-        "font.family": "sans-serif",
-    }
-
-
-def _style(colours: Mapping[str, str], salt: str, *, large: bool) -> Any:
-    import matplotlib
-
-    small = 8.0 if large else 7.0
-    return matplotlib.rc_context(
-        {
-            **axes_style(colours),
-            "svg.fonttype": "none",
-            "svg.hashsalt": salt,
-            "font.size": small,
-            "axes.titlesize": small + 0.5,
-            "axes.titlepad": 5.0,
-            "axes.labelsize": small,
-            "axes.labelpad": 2.0,
-            "axes.facecolor": "none",
-            "xtick.labelsize": small - 0.5,
-            "ytick.labelsize": small - 0.5,
-            "figure.facecolor": "none",
-            "savefig.facecolor": "auto",
-        }
-    )
-
-
-def _fit(figure: Any, size: tuple[int, int], columns: int = 1, rows: int = 1) -> None:
-    """The same margins, in points, for every panel; faster than a layout engine and equal over a group."""
-    left, right, bottom, top = 32, 8, 27, 18
-    width, height = size[0] / columns, size[1] / rows
-    inner = width - left - right, height - bottom - top
-    figure.subplots_adjust(
-        left=left / size[0],
-        right=1 - right / size[0],
-        bottom=bottom / size[1],
-        top=1 - top / size[1],
-        wspace=(left + right) / inner[0],
-        hspace=(bottom + top) / inner[1],
-    )
-
-
-def _draw_panel(
-    axes: Any,
-    title: str,
-    draw: Callable[[Any, Mapping[str, str]], None],
-    colours: Mapping[str, str],
-) -> None:
-    axes.set_title(title, fontweight="bold")
-    draw(axes, colours)
-
-
-def _inline_svg(figure: Any, label: str) -> str:
-    """The figure as an `<svg>` element that takes colours and font from the page around it."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"font: (bold |700 )?([\d.]+)px [^;\"]*", _font, svg)
-    for name, value in PLACEHOLDERS.items():
-        svg = svg.replace(value, f"var(--{name})")
-    head, rest = svg.split(">", 1)
-    view = re.search(r'viewBox="[^"]*"', head)
-    words = label.replace("&", "and").replace('"', "").replace("<", "")
-    opening = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {view[0]} role="img" aria-label="{words}">'
-    return re.sub(r"\s*\n\s*", "\n", opening + rest)
-
-
-def _font(match: re.Match[str]) -> str:
-    weight = "font-weight: 600; " if match[1] else ""
-    return f"{weight}font-size: {match[2]}px"
-
-
-def _colour(who: str, colours: Mapping[str, str]) -> str:
-    """The leading scorer in the text's colour, members each in their own, the same on every page."""
-    if who in (ENSEMBLE, "scores"):
-        return colours["fg"]
-    return colours[f"s{MEMBERS.index(who) if who in MEMBERS else 0}"]
-
-
-def _legend(scorers: Sequence[str]) -> list[dict[str, str]]:
-    variables = {name: f"var(--{name})" for name in LIGHT}
-    ordered = sorted(scorers, key=lambda w: w != ENSEMBLE)
-    return [{"name": who, "colour": _colour(who, variables)} for who in ordered]
-
-
-def _unit_square(axes: Any, colours: Mapping[str, str]) -> None:
-    axes.plot([0, 1], [0, 1], color=colours["muted"], linewidth=0.7, linestyle=(0, (2, 2)))
-    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
-    axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-    axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
-
-
-def _draw_roc(curves: Mapping[str, Mapping[str, list[float]]]) -> Callable[..., None]:
-    def draw(axes: Any, colours: Mapping[str, str]) -> None:
-        _unit_square(axes, colours)
-        for who, curve in curves.items():
-            lead = who in (ENSEMBLE, "scores")
-            axes.plot(
-                curve["fpr"],
-                curve["tpr"],
-                color=_colour(who, colours),
-                linewidth=2.0 if lead else 1.2,
-                zorder=3 if lead else 2,
-            )
-        axes.set(xlabel="reals called fake", ylabel="fakes found")
-
-    return draw
-
-
-def _draw_histogram(shares: Mapping[str, list[float]], label: str = "P(fake)") -> Callable[..., None]:
-    """`real` and `fake` shares, or one `share` of everything."""
-
-    def draw(axes: Any, colours: Mapping[str, str]) -> None:
-        for name in ("real", "fake", "share"):
-            if name in shares:
-                colour = colours["accent" if name == "share" else name]
-                axes.stairs(shares[name], shares["edges"], fill=True, color=colour, alpha=0.3)
-                axes.stairs(shares[name], shares["edges"], color=colour, linewidth=1.1)
-        axes.set(xlim=(-0.03, 1.03), xlabel=label)
-        axes.set_ylim(bottom=0)
-        axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-        axes.locator_params(axis="y", nbins=4)
-
-    return draw
-
-
-def _draw_reliability(curves: Mapping[str, Any]) -> Callable[..., None]:
-    def draw(axes: Any, colours: Mapping[str, str]) -> None:
-        _unit_square(axes, colours)
-        for when, bins in curves.items():
-            rows = np.array(bins["counts"]) > 0
-            solid = when == "after"
-            axes.plot(
-                np.array(bins["mean_p"])[rows],
-                np.array(bins["share_fake"])[rows],
-                color=colours["accent" if solid else "muted"],
-                linewidth=1.5 if solid else 1.0,
-                linestyle="-" if solid else (0, (3, 2)),
-                marker="o",
-                markersize=2.8 if solid else 2.0,
-            )
-        axes.set(xlabel="P(fake)", ylabel="share of fakes")
-
-    return draw
-
-
-def _draw_severity(rows: Sequence[Mapping[str, Any]], floor: float, value: str = "auc") -> Callable[..., None]:
-    def draw(axes: Any, colours: Mapping[str, str]) -> None:
-        family = rows[0]["family"]
-        for who in dict.fromkeys(row["who"] for row in rows):
-            of_scorer = [row for row in rows if row["who"] == who]
-            x = [row["level"] for row in of_scorer]
-            lead, colour = who == ENSEMBLE, _colour(who, colours)
-            if lead and value == "auc":
-                low = [row["auc_low"] for row in of_scorer]
-                high = [row["auc_high"] for row in of_scorer]
-                axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
-            y = [row[value] for row in of_scorer]
-            width = 1.8 if lead else 1.0
-            axes.plot(x, y, color=colour, linewidth=width, zorder=3 if lead else 2)
-        if value == "auc":
-            axes.axhline(0.5, color=colours["muted"], linewidth=0.7, linestyle=(0, (1, 2)))
-        top = 1.0 if value == "auc" else max(0.5, *(row[value] for row in rows))
-        axes.set_ylim(floor, top)
-        if family == "jpeg_quality":
-            axes.invert_xaxis()
-        labels = {"jpeg_quality": "quality", "noise_sigma": "sigma of 255"}
-        axes.set_xlabel(labels.get(family, "strength"))
-        axes.locator_params(axis="y", nbins=5)
-        axes.locator_params(axis="x", nbins=4)
-
-    return draw
-
-
-def _draw_matrix(members: Sequence[str], rank_correlation: Sequence[Sequence[float | None]]) -> Callable[..., None]:
-    def draw(axes: Any, colours: Mapping[str, str]) -> None:
-        from matplotlib.patches import Rectangle
-
-        size = len(members)
-        for row in range(size):
-            for column in range(size):
-                value = rank_correlation[row][column]
-                shade = 0.0 if value is None else 0.6 * max(0.0, value)
-                corner = column - 0.48, row - 0.48
-                axes.add_patch(
-                    Rectangle(
-                        corner,
-                        0.96,
-                        0.96,
-                        color=colours["accent"],
-                        alpha=shade,
-                        linewidth=0,
-                    )
-                )
-                text = "–" if value is None else f"{value:.2f}"
-                axes.text(column, row, text, ha="center", va="center", color=colours["fg"])
-        axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
-        axes.set_xticks(range(size), members)
-        axes.set_yticks(range(size), members, rotation=90, va="center")
-        axes.grid(False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_visible(False)
-
-    return draw
 
 
 def _spoken(family: str) -> str:

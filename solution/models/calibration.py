@@ -104,11 +104,8 @@ def fit(
     labels: np.ndarray,
     *,
     kinds: Sequence[str] = KINDS,
-    seed: int = 0,
-    folds: int = 5,
     groups: np.ndarray | None = None,
     parts: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
-    fitted_on: str = "",
 ) -> Calibrator:
     """The calibrator with the lowest cross-validated log-loss, refitted on everything.
 
@@ -127,7 +124,7 @@ def fit(
         raise ValueError(f"kinds is {tuple(kinds)}; allowed: {', '.join(KINDS)}")
     ordered = [kind for kind in KINDS if kind in kinds]
     losses = {kind: np.empty(len(labels)) for kind in ordered}
-    for train, held in parts or split(labels, groups, folds=folds, seed=seed):
+    for train, held in parts or split(labels, groups):
         for kind in ordered:
             fitted = fit_kind(kind, logits[train], labels[train])
             losses[kind][held] = _losses(fitted.apply(logits[held]), labels[held])
@@ -140,14 +137,16 @@ def fit(
         fitted.kind,
         fitted.parameters,
         fitted.knots,
-        fitted_on=fitted_on or f"{len(np.unique(groups))} pictures",
+        fitted_on=f"{len(np.unique(groups))} pictures",
         n_real=int(np.sum(labels == 0)),
         n_fake=int(np.sum(labels == 1)),
         considered={kind: float(losses[kind].mean()) for kind in ordered},
     )
 
 
-def split(labels: np.ndarray, groups: np.ndarray, *, folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def split(
+    labels: np.ndarray, groups: np.ndarray, *, folds: int = 5, seed: int = 0
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """(train rows, held-out rows) per fold, stratified by label, a group never on both sides."""
     from sklearn.model_selection import StratifiedGroupKFold  # a second to import
 

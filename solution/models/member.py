@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from solution.config import MemberConfig
+from solution.models.adapters import adapter_state
 from solution.models.feature_losses import feature_losses
-from solution.models.towers import Tower, adapter_state, is_norm, tower_state
+from solution.models.keys import is_norm
+from solution.models.towers import Tower, tower_state
 from solution.records import Batch, MemberOutput
 
 # A loss's parts for the log: numbers, those on the device left there (reading one waits for it), or a word on what was

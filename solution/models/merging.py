@@ -7,26 +7,20 @@ here was measured on an AMD EPYC (Zen 5) core, compact towers at 168 px.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from solution.errors import DeviceError, UsageError
+from solution.errors import DeviceError, UsageError, WeightsError
+from solution.io import cores
+from solution.models.blocks import Block, EffortLinear, Rotation, Step, merge_heads, rotate
 from solution.models.member import Member
-from solution.models.towers import (
-    Block,
-    EffortLinear,
-    Rotation,
-    Tower,
-    TowerOutput,
-    WeightsError,
-    merge_heads,
-    rotate,
-)
+from solution.models.towers import Tower, TowerOutput
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -91,13 +85,6 @@ def set_threads() -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(max(1, cores() // local))
-
-
-def cores() -> int:
-    """Processor cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def towers_of(members: Iterable[Member]) -> list[Tower]:
@@ -275,7 +262,7 @@ class Packed(NamedTuple):
 
 
 def packed_block(
-    x: torch.Tensor, w: Packed, heads: int, eps: float, activation: str, rotation: Rotation | None = None
+    x: torch.Tensor, rotation: Rotation | None = None, *, w: Packed, heads: int, eps: float, activation: str
 ) -> torch.Tensor:
     """One pre-norm block on tokens x (B, N, D) in float32; products in the type of the matrices, the sum in float32.
 
@@ -372,28 +359,20 @@ class PackedTower(Tower):
         tokens = embeddings.cls_token.expand(1, count, -1)
         return embeddings.interpolate_pos_encoding(tokens, height, width).float()
 
-    def forward(
-        self,
-        images: torch.Tensor,
-        *,
-        adapter: str | None = None,
-        keep: tuple[int, ...] = (),
+    def steps(self, x: torch.Tensor, adapter: str | None) -> Iterator[Step]:
+        """As `Tower.steps`: `packed_block` with each block's tensors."""
+        run = self._runner(x)
+        for weights in self.packed.get(adapter, self.packed[None]):
+            yield functools.partial(run, w=weights, heads=self.heads, eps=self.eps, activation=self.activation)
+
+    def read(
+        self, x: torch.Tensor, last: torch.Tensor, grid: tuple[int, int], hidden: dict[int, torch.Tensor]
     ) -> TowerOutput:
-        """As `Tower.forward`."""
-        x, grid, rotations = self.place(images)
-        hidden: dict[int, torch.Tensor] = {}
-        last, run = x, self._runner(x)
-        weights = self.packed.get(adapter, self.packed[None])
-        for number, (block, rotation) in enumerate(zip(weights, rotations, strict=True), start=1):
-            last = x
-            x = run(x, block, self.heads, self.eps, self.activation, rotation)
-            if number in keep:
-                hidden[number] = x
-        # Who listens to the last block's modules (maps.look) hears what it was given.
+        """As `Tower.read`; who listens to the last block's modules (maps.look) hears what it was given."""
         (norm,) = self._last_norm
         for listener in norm._forward_pre_hooks.values():
             listener(norm, (last,))
-        return self.read(x, last, grid, hidden)
+        return super().read(x, last, grid, hidden)
 
 
 def pack(members: Iterable[Member]) -> list[PackedTower]:
@@ -515,5 +494,5 @@ def _activation(mlp: nn.Module) -> str:
         return "gelu_tanh"
     exact = {"GELU", "GELUActivation"} & kinds
     if not exact or any(getattr(m, "approximate", "none") != "none" for m in mlp.modules()):
-        raise WeightsError(f"an MLP of {sorted(kinds)}: fastpath knows no packed form")
+        raise WeightsError(f"an MLP of {sorted(kinds)}: merging knows no packed form")
     return "gelu"

@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from solution.config import ConfigError, MemberConfig, OptimConfig
+from solution.models.adapters import adapter_state
+from solution.models.keys import is_norm
 from solution.models.member import Member
-from solution.models.towers import Tower, adapter_state, is_norm, tower_parameters
+from solution.models.towers import Tower, tower_parameters
 
 
 # ------------------------------------------------------------------------------------------------ schedule

@@ -16,14 +16,10 @@ from torch import distributed, nn
 from torch.autograd.function import once_differentiable
 
 from solution.config import MemberConfig, require
+from solution.models.blocks import merge_heads, split_heads
 from solution.models.member import Member, Parts
 from solution.models.streams import as_two_class, two_class_logit
-from solution.models.towers import (
-    Tower,
-    merge_heads,
-    patch_attention,
-    split_heads,
-)
+from solution.models.towers import Tower, patch_attention
 from solution.records import Batch, MemberOutput
 
 # Below this the positives' share of a row, at worst e^(-2 / tau), nears float32's smallest numbers.

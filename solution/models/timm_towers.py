@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from solution.config import KINDS, STATISTICS, MemberConfig, TimmArch, TowerConfig, UsageError
-from solution.models.towers import Rotation, WeightsError
+from solution.errors import WeightsError
+from solution.models.blocks import Rotation
 
 # Where a part lives inside a block of timm; a name that the library gives up gets its successor here.
 _PARTS = {

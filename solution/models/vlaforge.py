@@ -18,15 +18,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from solution.config import MemberConfig, VlaforgeConfig
+from solution.models.blocks import Block, finish_block, split_heads
+from solution.models.keys import is_text
 from solution.models.member import Member, Parts
-from solution.models.towers import (
-    Block,
-    Tower,
-    finish_block,
-    is_text,
-    split_heads,
-    tower_state,
-)
+from solution.models.towers import Tower, tower_state
 from solution.records import Batch, MemberOutput
 
 PROMPTS = ("This is a real photo of id person.", "This is a fake photo of id person.")
@@ -95,7 +90,7 @@ def clip_pass(tower: Tower, images: torch.Tensor, keep: tuple[int, ...], branch:
             hidden[number] = x[:, 1:]
         if number == branch:
             kept = x
-    x = tower.final_norm(x)
+    x = tower.last_norm(x)
     return ClipPass(x[:, 0], x[:, 1:], start, hidden, keys, values, kept)
 
 
@@ -138,7 +133,7 @@ def adapted_pass(tower: Tower, seen: ClipPass, adapter: PatchAdapter, after: int
         given = (block, x, tower.heads)
         x, k, v = checkpoint(_block_with_keys, *given, use_reentrant=False) if slim else _block_with_keys(*given)
         keys, values = [*keys, k], [*values, v]
-    patches = tower.final_norm(x)[:, 1:]
+    patches = tower.last_norm(x)[:, 1:]
     return seen._replace(patch_tokens=patches, keys=keys, values=values, adapted=inner)
 
 
@@ -160,7 +155,7 @@ def run_copies(tower: Tower, seen: ClipPass, bias: torch.Tensor) -> torch.Tensor
     for block, keys, values in zip(tower.blocks(), seen.keys, seen.values):
         given = (block, x, keys, values, bias, tower.heads)
         x = checkpoint(_copy_block, *given, use_reentrant=False) if slim else _copy_block(*given)
-    return tower.final_norm(x)
+    return tower.last_norm(x)
 
 
 def _copy_block(

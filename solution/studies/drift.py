@@ -324,23 +324,20 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny)
 
 
-def cka(a: np.ndarray, b: np.ndarray) -> float:
-    """Linear centred kernel alignment of features (N, F) and (N, G) of the same pictures, any widths.
+def gram(features: np.ndarray) -> np.ndarray:
+    """(N, F) features -> (N, N) products of every two pictures, 0 on the diagonal."""
+    x = features.astype(np.float64)
+    products = x @ x.T
+    np.fill_diagonal(products, 0)
+    return products
+
+
+def cka(k: np.ndarray, m: np.ndarray) -> float:
+    """Linear centred kernel alignment of two members' features of the same pictures, from their `gram`s (N, N).
 
     1: equal up to rotation and scale. With the unbiased estimator of HSIC (Song et al. 2012, equation 5), so that
     unrelated features of few pictures come out at 0 and not near 1. nan below four pictures or without variation.
     """
-    return _aligned(_gram(a), _gram(b))
-
-
-def _gram(features: np.ndarray) -> np.ndarray:
-    x = features.astype(np.float64)
-    gram = x @ x.T
-    np.fill_diagonal(gram, 0)
-    return gram
-
-
-def _aligned(k: np.ndarray, m: np.ndarray) -> float:
     if len(k) < 4:
         return float("nan")
     spread = _hsic(k, k) * _hsic(m, m)
@@ -363,11 +360,11 @@ def likeness(features: Mapping[str, np.ndarray], seed: int) -> list[dict[str, An
         return []
     order = np.random.default_rng(seed).permutation(len(features[names[0]]))
     order = order[:CKA_PICTURES]
-    grams = {name: _gram(features[name][order]) for name in names}
+    grams = {name: gram(features[name][order]) for name in names}
 
     def table(keep: np.ndarray) -> dict[str, float]:
-        kept = {name: gram[np.ix_(keep, keep)] for name, gram in grams.items()}
-        pairs = {(a, b): _aligned(kept[a], kept[b]) for a, b in itertools.combinations(names, 2)}
+        kept = {name: products[np.ix_(keep, keep)] for name, products in grams.items()}
+        pairs = {(a, b): cka(kept[a], kept[b]) for a, b in itertools.combinations(names, 2)}
         found = {f"{a} & {b}": value for (a, b), value in pairs.items()}
         for name in names:
             found[name] = float(np.mean([v for p, v in pairs.items() if name in p]))

@@ -12,8 +12,8 @@ from typing import Any
 
 from solution.config import MEMBERS
 from solution.evaluation.explainer import ATTENTION, CAM
+from solution.evaluation.figures import axes_style
 from solution.evaluation.measure import ENSEMBLE
-from solution.evaluation.report import axes_style
 from solution.studies.drift import UNIFORM
 
 # The reports' colours, for light and for dark pages.

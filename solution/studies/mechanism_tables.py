@@ -6,8 +6,9 @@ Takes what `probes` measured (logits (N,) float64 by member and mechanism); give
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +16,12 @@ import numpy as np
 from scipy.stats import rankdata
 
 from solution.bundles.bundle import CLAIMS, Bundle
+from solution.errors import WeightsError
 from solution.evaluation import metrics
+from solution.evaluation.figures import axes_style
 from solution.evaluation.measure import ENSEMBLE, rank_correlation
-from solution.evaluation.report import axes_style
 from solution.models.calibration import sigmoid
 from solution.models.member import Member
-from solution.models.towers import WeightsError
 from solution.scoring.vote import combine
 from solution.studies.drift import Bootstrap, cosine
 from solution.studies.drift_figures import COLOURS
@@ -143,17 +144,17 @@ def _without_each(found: Measured, bundle: Bundle, draws: Draws) -> Iterator[tup
 
 def measurements(measured: Mapping[str, Measured], members: Mapping[str, Member], draws: Draws) -> Rows:
     """What members do as they are: queries that differ, maps that find the forgery, halves that are two."""
-    rows: dict[tuple[str, str], dict[str, Numbers]] = {}
+    rows: dict[tuple[str, str], tuple[Judge, dict[str, Numbers]]] = {}
     for condition, found in measured.items():
         for name, told in found.told.items():
-            quantities = dict(_quantities(found.labels, told, members[name].tower.width))
-            for quantity, values in quantities.items():
+            for quantity in quantities(found.labels, told, members[name].tower.width):
+                values = quantity.values
                 numbers = draws.mean(values) if values.ndim else _plain(values)
                 if numbers is not None:
-                    rows.setdefault((name, quantity), {})[condition] = numbers
+                    rows.setdefault((name, quantity.name), (quantity.judge, {}))[1][condition] = numbers
     return [
-        {"member": who, "mechanism": what, "word": measured_word(what, told)} | {"conditions": told}
-        for (who, what), told in rows.items()
+        {"member": who, "mechanism": what, "word": judge(list(told.values()))} | {"conditions": told}
+        for (who, what), (judge, told) in rows.items()
     ]
 
 
@@ -161,40 +162,54 @@ def _plain(value: np.ndarray) -> Numbers:
     return {"mean": float(value), "low": None, "high": None, "n": None}
 
 
-def _quantities(labels: np.ndarray, told: Mapping[str, np.ndarray], cut: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, (N,) or a lone number) of everything told; cut: where the joined features' second half starts."""
+# The same quantity under each condition -> its word.
+Judge = Callable[[Sequence[Numbers]], str]
+
+
+def differ(told: Sequence[Numbers]) -> str:
+    """Of a correlation between queries: `differ`, or `alike` under any condition."""
+    return "alike" if any(t["mean"] >= ALIKE for t in told) else "differ"
+
+
+def finds(told: Sequence[Numbers], chance: float = 0.5) -> str:
+    """Of an AUC of patches: `finds` where it lies above chance under any condition, else `blind`."""
+    return "finds" if any(t["low"] > chance for t in told) else "blind"
+
+
+def different(told: Sequence[Numbers]) -> str:
+    """Of a likeness of halves: `different`, or `same features` under any condition."""
+    return "same features" if any(t["mean"] >= SAME for t in told) else "different"
+
+
+class Quantity(NamedTuple):
+    """Something measured: its name in the tables, (N,) values or a lone number, and what gives its word."""
+
+    name: str
+    values: np.ndarray
+    judge: Judge = lambda told: ""
+
+
+def quantities(labels: np.ndarray, told: Mapping[str, np.ndarray], cut: int) -> Iterator[Quantity]:
+    """Everything that probes told of a member; cut: where the joined features' second half starts."""
     for name, values in told.items():
-        if name == "correlation":
+        kind, _, what = name.partition(": ")
+        if kind == "correlation":
             for label, word in enumerate(("reals", "fakes")):
                 part = np.where(labels == label, values, np.nan)
-                yield f"correlation between queries, {word}", part
-        elif name == "entropy":
-            yield "entropy of attention / ln P", values
-        elif name.startswith("inside: "):
-            what = name.removeprefix("inside: ")
-            yield f"{what} inside a fake", np.where(labels == 1, values, np.nan)
+                yield Quantity(f"correlation between queries, {word}", part, differ)
+        elif kind == "entropy":
+            yield Quantity("entropy of attention / ln P", values)
+        elif kind == "inside":
+            yield Quantity(f"{what} inside a fake", np.where(labels == 1, values, np.nan), finds)
             # Forgeries lie in the middle of faces, and so may a map that sees nothing.
             twins = values[labels == 1] - values[labels == 0]
-            yield f"{what} inside a fake, less its real twin", twins
-        elif name == "pooled":
+            yield Quantity(f"{what} inside a fake, less its real twin", twins, partial(finds, chance=0.0))
+        elif kind == "pooled":
             first, second = values[:, :cut], values[:, cut:]
             if first.shape == second.shape:
-                yield "cosine of the halves", cosine(first, second)
-            yield "second half from the first", predictability(first, second)
-            yield "first half from the second", predictability(second, first)
-
-
-def measured_word(quantity: str, conditions: Mapping[str, Numbers]) -> str:
-    """`differ` or `alike` (queries), `finds` or `blind` (maps), `different` or `same features` (halves); else ''."""
-    told = list(conditions.values())
-    if quantity.startswith("correlation"):
-        return "alike" if any(t["mean"] >= ALIKE for t in told) else "differ"
-    if "inside a fake" in quantity:
-        chance = 0.0 if quantity.endswith("twin") else 0.5
-        return "finds" if any(t["low"] > chance for t in told) else "blind"
-    if "half" in quantity or "halves" in quantity:
-        return "same features" if any(t["mean"] >= SAME for t in told) else "different"
-    return ""
+                yield Quantity("cosine of the halves", cosine(first, second), different)
+            yield Quantity("second half from the first", predictability(first, second), different)
+            yield Quantity("first half from the second", predictability(second, first), different)
 
 
 def predictability(x: np.ndarray, y: np.ndarray) -> np.ndarray:

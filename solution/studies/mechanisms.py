@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from solution.data.manifest import read_manifest
-from solution.errors import door, tell
+from solution.errors import door, tell, whole
 from solution.evaluation.conditions import degraded_conditions, limit_items
 from solution.evaluation.measure import CLEAN
 from solution.io import write_atomically
@@ -153,12 +153,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ entry
-def _count(text: str, least: int = 0) -> int:
-    if int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text}; at least {least}")
-    return int(text)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m solution.studies.mechanisms",
@@ -169,11 +163,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="manifest: CSV, JSON, or a folder")
     add("--out", type=Path, required=True, help="folder for table, JSON and figures")
     add("--split", default="val", help="comma-separated, results apart (default val)")
-    add("--limit", type=_count, default=200, help="pictures of each split; 0: all")
+    add("--limit", type=whole(), default=200, help="pictures of each split; 0: all")
     add("--seed", type=int, default=7, help="of the degradation and every draw")
     add("--device", default="auto")
-    add("--batch-size", type=lambda t: _count(t, 2), default=16)
-    add("--draws", type=lambda t: _count(t, 10), default=1000, help="of the bootstrap")
+    add("--batch-size", type=whole(2), default=16)
+    add("--draws", type=whole(10), default=1000, help="of the bootstrap")
     add("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
 

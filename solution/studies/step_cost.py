@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from solution.models.adapters import add_adapter
 from solution.models.qtfp import Qtfp
-from solution.models.towers import add_adapter, build_tower, count_parameters
+from solution.models.towers import build_tower, count_parameters
 from solution.presets import preset
 from solution.records import Batch
 

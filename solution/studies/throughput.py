@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from solution.data.drawn import drawn_face
+
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
@@ -323,31 +325,6 @@ def _draw_files(folder: Path, count: int, side: int):
     return find_inputs(folder)
 
 
-def drawn_face(side: int, seed: int) -> np.ndarray:
-    """(side, side, 3) uint8: a drawn face on a noisy ground."""
-    import cv2
-
-    rng = np.random.default_rng(seed)
-    unit = side / 256
-    picture = np.full((side, side, 3), rng.integers(60, 120, 3), np.uint8)
-
-    def blob(x, y, a, b, colour):
-        centre, axes = (int(x * unit), int(y * unit)), (int(a * unit), int(b * unit))
-        cv2.ellipse(picture, centre, axes, 0, 0, 360, colour, -1, cv2.LINE_AA)
-
-    skin = [int(v) for v in np.array([224, 172, 140]) + rng.integers(-20, 20, 3)]
-    blob(128, 110, 86, 108, (50, 35, 30))
-    blob(128, 132, 70, 92, skin)
-    for x in (100, 156):
-        blob(x, 116, 14, 8, (245, 245, 245))
-        blob(x, 116, 6, 7, (40, 30, 25))
-        blob(x, 99, 17, 4, (60, 40, 35))
-    blob(128, 148, 8, 14, [int(0.85 * v) for v in skin])
-    blob(128, 182, 24, 8, (160, 60, 70))
-    picture = cv2.GaussianBlur(picture, (0, 0), 1.2 * unit).astype(np.float32)
-    return np.clip(picture + rng.normal(0, 5, picture.shape), 0, 255).astype(np.uint8)
-
-
 def timed(call: Callable, device, *, least: float = 0.5, runs: int = 3) -> float:
     """Seconds a call takes: the best of several, as many as fill `least` seconds but `runs` at least."""
     import torch
@@ -379,7 +356,7 @@ def matrix_rate(device, dtype) -> float:
 
 def adapters_apart(member) -> bool:
     """Whether the tower still computes adapters beside its projections: none of them, or not all, are merged."""
-    from solution.models.towers import EffortLinear
+    from solution.models.blocks import EffortLinear
 
     parts = member.tower.modules()
     return any(hasattr(p, "lora_B") or isinstance(p, EffortLinear) for p in parts)

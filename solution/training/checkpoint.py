@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from solution.config import ConfigError
-from solution.models.towers import WeightsError
+from solution.errors import WeightsError
 
 
 @dataclass

@@ -21,10 +21,10 @@ from solution.config import ConfigError, MemberConfig, TowerConfig, to_dict
 from solution.data.images import stable_seed
 from solution.data.manifest import DropReport, Item, read_manifest, select
 from solution.data.training import locate_faces, tell_masks
-from solution.errors import tell
+from solution.errors import WeightsError, tell
 from solution.io import atomic_file
 from solution.models.member import Member
-from solution.models.towers import Tower, WeightsError, build_tower, count_parameters, load_state
+from solution.models.towers import Tower, build_tower, count_parameters, load_state
 from solution.records import FaceBox
 from solution.training.loop import Run, TrainingSet
 from solution.training.processes import Machine, commit, processor

@@ -12,7 +12,7 @@ from torch import nn
 
 from solution import doctor, weights
 from solution.bundles import bundle, hub, selftest
-from solution.bundles.bundle import collect, load_members, read_bundle, tower_weights, write_bundle
+from solution.bundles.bundle import About, collect, load_members, read_bundle, tower_weights, write_bundle
 from solution.bundles.members import (
     build_member,
     dump_tower,
@@ -23,9 +23,11 @@ from solution.bundles.members import (
 )
 from solution.bundles.store import open_bundle
 from solution.config import MEMBERS, AdapterConfig, ClipArch, Dinov2Arch, MemberConfig, TowerConfig, VoteConfig
-from solution.models import towers as backbones
+from solution.errors import WeightsError
+from solution.models import libraries
+from solution.models.blocks import block_of
 from solution.models.calibration import Calibrator
-from solution.models.towers import WeightsError, build_tower, tower_state
+from solution.models.towers import build_tower, tower_state
 from solution.presets import preset
 
 VOTE = VoteConfig(dict.fromkeys(MEMBERS, 1))
@@ -41,7 +43,7 @@ def made(tmp_path_factory):
         save_member(build_member(config, random_towers([config])), folder / name)
     calibrators = {"face": Calibrator("temperature", (2.0,), fitted_on="a test")}
     report = {"auc": 0.5}
-    made = write_bundle(folder, MEMBERS, VOTE, calibrators, report=report, data="none")
+    made = write_bundle(folder, MEMBERS, VOTE, calibrators, report=report, about=About(data="none"))
     return selftest.add_golden(made)
 
 
@@ -77,7 +79,7 @@ def test_a_bundle_comes_back_as_it_was(made):
     assert opened.vote == VOTE
     assert opened.calibrators["face"].parameters == (2.0,)
     assert opened.calibrators["global"].kind == "identity"
-    assert (opened.report, opened.data) == ({"auc": 0.5}, "none")
+    assert (opened.report, opened.about.data) == ({"auc": 0.5}, "none")
     assert opened.hash == hub.sha256(made.folder / "ensemble.json")
     assert set(opened.files) >= {"golden.json", "towers/tiny-global.safetensors"}
     assert selftest.run_selftest(opened).worst == dict.fromkeys(MEMBERS, 0.0)
@@ -411,12 +413,12 @@ class OldSwiGLU(nn.Module):
 
 
 def with_old_names(build):
-    """`backbones._dinov2` under another library release: the modules carry transformers 4's names."""
+    """`libraries._dinov2` under another library release: the modules carry transformers 4's names."""
 
     def renamed(arch):
         model = build(arch)
         for layer in model.encoder.layer:
-            q, k, v, o = (backbones._find(layer, role)[1] for role in "qkvo")
+            q, k, v, o = (getattr(block_of(layer), role) for role in "qkvo")
             old = nn.Module()
             old.attention, old.output = nn.Module(), nn.Module()
             old.attention.query, old.attention.key, old.attention.value = q, k, v
@@ -445,7 +447,7 @@ def test_a_bundle_outlives_a_renamed_library(tmp_path, monkeypatch, adapter, swi
     save_member(member, tmp_path / "face", dtype=torch.float32)
     dump_tower(member.tower, tmp_path / f"towers/{tower.name}.safetensors", dtype=torch.float32)
     made = selftest.add_golden(write_bundle(tmp_path, ["face"], VoteConfig({"face": 1}), {}))
-    monkeypatch.setattr(backbones, "_dinov2", with_old_names(backbones._dinov2))
+    monkeypatch.setattr(libraries, "_dinov2", with_old_names(libraries._dinov2))
     names = [n for n, _ in load_members(made)["face"].named_parameters()]
     assert any("attention.attention.query" in name for name in names)
     assert not any("q_proj" in name for name in names)

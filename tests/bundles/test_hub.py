@@ -24,7 +24,8 @@ from solution.bundles.bundle import load_members
 from solution.bundles.ntire26 import FILES, import_ntire26
 from solution.bundles.store import open_bundle
 from solution.config import AdapterConfig, MemberConfig, TowerConfig
-from solution.models.towers import WeightsError, build_tower
+from solution.errors import WeightsError
+from solution.models.towers import build_tower
 from solution.presets import preset
 
 ROOT = Path(__file__).resolve().parents[2]

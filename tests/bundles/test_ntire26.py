@@ -20,7 +20,7 @@ from solution import weights
 from solution.bundles import selftest, store
 from solution.bundles.bundle import load_members, read_bundle
 from solution.bundles.ntire26 import FILES, import_ntire26
-from solution.models.towers import WeightsError
+from solution.errors import WeightsError
 
 ROOT = Path(__file__).resolve().parents[2]
 # Miniature twins of the three published files, made with the authors' model classes and random weights, and what those

@@ -14,7 +14,7 @@ from tiny import make_bundle
 from solution import weights
 from solution.bundles.space import write_space
 from solution.config import VoteConfig
-from solution.models.towers import WeightsError
+from solution.errors import WeightsError
 
 
 @pytest.fixture(scope="module")

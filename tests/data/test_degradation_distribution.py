@@ -13,10 +13,10 @@ import pytest
 import reference_degradation as reference
 from scipy import stats
 
-from solution.benchmark import photo_like
 from solution.config import OPS, DegradationConfig
 from solution.data import degradation_ops as ops
 from solution.data.degradation import degrade, sample_recipe
+from solution.data.drawn import photo_like
 
 LEAST = 1e-4
 COUNT = 3000

@@ -397,7 +397,7 @@ def test_the_command_refuses_in_a_line(tmp_path, kit, capsys):
     assert evaluate.main(f"--data {path} --weights w {out} --pool x".split()) == 2
 
     def missing(*_, **__):
-        from solution.models.towers import WeightsError
+        from solution.errors import WeightsError
 
         raise WeightsError("w: no bundle there")
 

@@ -32,9 +32,9 @@ DISTORTIONS = {
 @pytest.mark.parametrize("kind", calibration.KINDS)
 def test_the_simplest_kind_that_fits_is_chosen_and_calibrates(kind):
     logits, labels = distorted(0, DISTORTIONS[kind])
-    fitted = calibration.fit(logits, labels, fitted_on="a drawing of 4,000")
+    fitted = calibration.fit(logits, labels)
     assert fitted.kind == kind
-    assert fitted.fitted_on == "a drawing of 4,000"
+    assert fitted.fitted_on == "4000 pictures"
     assert (fitted.n_real, fitted.n_fake) == (np.sum(labels == 0), labels.sum())
     assert set(fitted.considered) == set(calibration.KINDS)
     fresh, fresh_labels = distorted(1, DISTORTIONS[kind])

@@ -24,13 +24,8 @@ from solution.config import (
 )
 from solution.evaluation import metrics
 from solution.models import qtfp
-from solution.models.towers import (
-    adapter_state,
-    add_adapter,
-    build_tower,
-    load_state,
-    patch_attention,
-)
+from solution.models.adapters import adapter_state, add_adapter
+from solution.models.towers import build_tower, load_state, patch_attention
 from solution.presets import preset
 from solution.records import Batch
 from solution.studies import planted_world, qtfp_tokens, step_cost

@@ -22,18 +22,16 @@ from solution.config import (
     override,
     to_dict,
 )
-from solution.errors import UsageError
+from solution.errors import UsageError, WeightsError
 from solution.models import merging, timm_towers
+from solution.models.adapters import add_adapter
+from solution.models.keys import is_norm, to_stable
 from solution.models.towers import (
-    WeightsError,
-    add_adapter,
     build_tower,
     count_parameters,
     empty_tower,
-    is_norm,
     load_state,
     patch_attention,
-    to_stable,
     tower_parameters,
     tower_state,
 )

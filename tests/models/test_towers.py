@@ -3,41 +3,31 @@
 import re
 from dataclasses import replace
 
+import open_clip
 import pytest
 import torch
-from open_clip import CLIP
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from tiny import CLIP
 from transformers import Dinov2Config, Dinov2Model
 
-from solution.config import AdapterConfig, ClipArch, Dinov2Arch, TowerConfig
-from solution.models import towers as backbones
+from solution.config import DINOV2_IN_CLIP, AdapterConfig, Dinov2Arch, TowerConfig
+from solution.errors import WeightsError
+from solution.models import blocks, keys
+from solution.models.adapters import adapter_state, add_adapter
+from solution.models.keys import to_stable
 from solution.models.towers import (
-    WeightsError,
-    adapter_state,
-    add_adapter,
     build_tower,
     count_parameters,
     dinov2_as_clip,
     empty_tower,
     load_state,
     patch_attention,
-    to_stable,
     tower_state,
 )
 from solution.presets import preset
 
 DINO = Dinov2Arch(width=48, layers=3, heads=4, swiglu=True, image_side=70)
 PLAIN = replace(DINO, swiglu=False)
-CLIP_ARCH = ClipArch(
-    width=64,
-    layers=2,
-    heads=4,
-    image_side=56,
-    embed_dim=32,
-    text_width=32,
-    text_layers=2,
-    text_heads=2,
-)
 
 
 def dino(arch=DINO, seed=0):
@@ -45,7 +35,7 @@ def dino(arch=DINO, seed=0):
     return build_tower(TowerConfig("d", "dinov2", arch)).eval()
 
 
-def clip(arch=CLIP_ARCH, seed=0):
+def clip(arch=CLIP, seed=0):
     torch.manual_seed(seed)
     return build_tower(TowerConfig("c", "clip", arch, statistics="clip")).eval()
 
@@ -87,14 +77,15 @@ def test_cls_attention_equals_the_eager_last_block():
 def test_clip_equals_open_clip():
     torch.manual_seed(0)
     vision = CLIPVisionCfg(
-        layers=2,
-        width=64,
-        head_width=16,
-        patch_size=14,
-        image_size=56,
+        layers=CLIP.layers,
+        width=CLIP.width,
+        head_width=CLIP.width // CLIP.heads,
+        patch_size=CLIP.patch,
+        image_size=CLIP.image_side,
         output_tokens=True,
     )
-    theirs = CLIP(32, vision, CLIPTextCfg(width=32, heads=2, layers=2), quick_gelu=True).eval()
+    text = CLIPTextCfg(width=CLIP.text_width, heads=CLIP.text_heads, layers=CLIP.text_layers)
+    theirs = open_clip.CLIP(CLIP.embed_dim, vision, text, quick_gelu=True).eval()
     tower, images = clip(seed=5), pictures()
     load_state(tower_state(tower), to_stable(theirs.state_dict(), "open_clip"), "twin")
     with torch.no_grad():
@@ -102,21 +93,12 @@ def test_clip_equals_open_clip():
         pooled, tokens = theirs.visual(tower.normalize(images))
     torch.testing.assert_close(ours.patch_tokens, tokens, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.cls_token @ tower.model.visual.proj, pooled, atol=1e-5, rtol=0)
-    assert ours.hidden[1].shape == (2, 17, 64)
+    assert ours.hidden[1].shape == (2, 17, CLIP.width)
 
 
 def test_dinov2_in_clips_layout_is_the_same_function():
     tower, images = dino(PLAIN), pictures()
-    arch = replace(
-        CLIP_ARCH,
-        width=48,
-        layers=3,
-        quick_gelu=False,
-        layer_scale=True,
-        pre_norm=False,
-        norm_eps=1e-6,
-        text_layers=0,
-    )
+    arch = replace(CLIP, width=48, text_layers=0, **DINOV2_IN_CLIP)
     twin = build_tower(TowerConfig("t", "clip", arch)).eval()
     load_state(tower_state(twin), dinov2_as_clip(tower_state(tower), arch), "twin")
     with torch.no_grad():
@@ -224,25 +206,25 @@ def test_old_and_new_library_names_become_the_same_keys():
 def test_a_renamed_library_tree_still_runs_and_saves(monkeypatch):
     tower, images = dino(), pictures()
     with torch.no_grad():
-        before, keys = tower(images).cls_token, set(tower_state(tower))
+        before, known = tower(images).cls_token, set(tower_state(tower))
     for layer in tower.layers:  # the library of tomorrow
-        path, query = backbones._find(layer, "q")
+        path, query = blocks._find(layer, "q")
         parent, _, name = path.rpartition(".")
         del layer.get_submodule(parent)._modules[name]
         layer.attention.to_query = query
-    with pytest.raises(WeightsError, match="_LAYER_ATTRIBUTES"):
+    with pytest.raises(WeightsError, match="LAYER_ATTRIBUTES"):
         tower(images)
-    table = backbones._LAYER_ATTRIBUTES
+    table = blocks.LAYER_ATTRIBUTES
     monkeypatch.setitem(table, "q", (*table["q"], "attention.to_query"))
-    rows = backbones.KEY_TABLE["dinov2"]
+    rows = keys.KEY_TABLE["dinov2"]
     row = (
         r"encoder\.layer\.(\d+)\.attention\.to_query\.(weight|bias)",
         r"blocks.\1.attn.q.\2",
     )
-    monkeypatch.setitem(backbones.KEY_TABLE, "dinov2", (*rows, row))
+    monkeypatch.setitem(keys.KEY_TABLE, "dinov2", (*rows, row))
     with torch.no_grad():
         torch.testing.assert_close(tower(images).cls_token, before)
-    assert set(tower_state(tower)) == keys
+    assert set(tower_state(tower)) == known
 
 
 def test_strict_loading_names_the_key():

@@ -14,6 +14,7 @@ from tiny import VLAFORGE as SETTINGS
 from torch import nn
 
 from solution.config import (
+    DINOV2_IN_CLIP,
     AdapterConfig,
     ClipArch,
     MemberConfig,
@@ -98,7 +99,7 @@ def joint_mask(bias: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "arch",
-    [ARCH, replace(ARCH, layer_scale=True, pre_norm=False, quick_gelu=False)],
+    [ARCH, replace(ARCH, **DINOV2_IN_CLIP)],
     ids=["openai", "compact"],
 )
 def test_under_any_bias_clip_stays_open_clip_and_copies_match_the_joint_pass(arch):

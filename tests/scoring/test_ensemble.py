@@ -19,9 +19,9 @@ from solution.data.faces import FaceLocator, make_view
 from solution.data.images import Input, UnreadableInput, decode_image, find_inputs
 from solution.data.manifest import Item
 from solution.data.training import ValidationViews
+from solution.errors import WeightsError
 from solution.models import merging as fastpath
 from solution.models.calibration import Calibrator
-from solution.models.towers import WeightsError
 from solution.presets import preset
 from solution.scoring import ensemble as predict
 from solution.scoring.journal import Journal, Scored, journal_path, stamp

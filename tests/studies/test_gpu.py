@@ -12,9 +12,11 @@ from solution import benchmark
 from solution.bundles.members import build_member, random_towers
 from solution.config import ClipArch
 from solution.evaluation import maps
-from solution.models import merging as fastpath
+from solution.models import merging
 from solution.presets import preset
 from solution.studies import gpu as benchmark_gpu
+from solution.studies import gpu_pipeline
+from solution.studies.gpu_bench import STREAMS
 
 
 def numbers(value):
@@ -42,7 +44,7 @@ def test_the_rehearsal_measures_every_stage(tmp_path, capsys):
         assert all(0 <= n < float("inf") for n in found), name
         assert f"\n{name}: " in told
     for way in ("eager", "compiled"):
-        three = [1 / stages["float16"][way][n]["pictures_per_s"] for n in benchmark_gpu.STREAMS]
+        three = [1 / stages["float16"][way][n]["pictures_per_s"] for n in STREAMS]
         theirs = 1 / stages["straight"]["members"]["all"]["pictures_per_s"]
         ratio = stages["float16"][way]["times_the_straightforward_way"]
         assert ratio == pytest.approx(theirs / sum(three))
@@ -78,8 +80,8 @@ def test_an_unknown_stage_is_named(tmp_path, capsys):
 
 def test_a_rate_leaves_out_what_all_workers_begin_with(monkeypatch):
     now = iter([0.0, 10.0, 11.0, 12.0, 14.0])  # the start, then a part's end each
-    monkeypatch.setattr(benchmark_gpu.time, "perf_counter", lambda: next(now))
-    assert benchmark_gpu.steady_rate([5, 5, 6, 6], skip=2) == 12 / 3
+    monkeypatch.setattr(gpu_pipeline.time, "perf_counter", lambda: next(now))
+    assert gpu_pipeline.steady_rate([5, 5, 6, 6], skip=2) == 12 / 3
 
 
 # ------------------------------------------------------------------------------------------------ packed towers
@@ -132,14 +134,14 @@ def scores(configs, members):
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_packed_towers_score_as_unpacked_ones(swiglu, dtype):
     configs, members = lively(swiglu, quick_gelu=swiglu)
-    assert fastpath.merge_adapters(members, dtype)
+    assert merging.merge_adapters(members, dtype)
     if dtype != torch.float32:
-        fastpath.narrow(members.values(), dtype)
+        merging.narrow(members.values(), dtype)
     plain = scores(configs, members)
     weights = sum(p.numel() for m in members.values() for p in m.parameters())
     unpacked = copy.deepcopy(members)
-    packed = fastpath.pack(members.values())
-    assert packed and packed == fastpath.towers_of(members.values())
+    packed = merging.pack(members.values())
+    assert packed and packed == merging.towers_of(members.values())
     assert sum(p.numel() for m in members.values() for p in m.parameters()) == weights
     digits = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     for name, found in scores(configs, members).items():
@@ -157,8 +159,8 @@ def test_packed_towers_score_as_unpacked_ones(swiglu, dtype):
 
 def test_a_packed_matrix_is_held_once():
     _, members = lively(swiglu=True)
-    fastpath.merge_adapters(members, torch.float32)
-    (tower,) = fastpath.pack([members["global"], members["face"]])
+    merging.merge_adapters(members, torch.float32)
+    (tower,) = merging.pack([members["global"], members["face"]])
     for block, weights in zip(tower.blocks(), tower.packed["face"], strict=True):
         tower.use("face")
         parts = [block.q, block.k, block.v]
@@ -171,15 +173,15 @@ def test_a_packed_matrix_is_held_once():
 def test_a_tower_with_adapters_apart_stays_as_it_is():
     _, members = lively(swiglu=False)
     towers = [m.tower for m in members.values()]
-    packed = fastpath.pack([members["global"]])
+    packed = merging.pack([members["global"]])
     assert packed == [] and members["global"].tower is towers[0]
 
 
 def test_a_compiled_packed_tower_scores_the_same_and_takes_few_shapes():
     configs, members = lively(swiglu=True)
-    fastpath.merge_adapters(members, torch.float32)
+    merging.merge_adapters(members, torch.float32)
     plain = scores(configs, members)
-    towers = fastpath.pack(members.values())
+    towers = merging.pack(members.values())
     for tower in towers:
         # Traced, not generated.
         tower.compile(dynamic=False, backend="eager", fullgraph=True)
@@ -192,14 +194,14 @@ def test_a_compiled_packed_tower_scores_the_same_and_takes_few_shapes():
         for count in range(1, 9):
             part = members["face"](images[:count]).logit
             torch.testing.assert_close(part, whole[:count], atol=1e-5, rtol=1e-5)
-    assert all(len(t._shapes) <= fastpath.MOST_SHAPES for t in towers)
+    assert all(len(t._shapes) <= merging.MOST_SHAPES for t in towers)
 
 
 def test_maps_see_a_packed_tower():
     configs, members = lively(swiglu=False)
-    fastpath.merge_adapters(members, torch.float32)
+    merging.merge_adapters(members, torch.float32)
     unpacked = copy.deepcopy(members)
-    fastpath.pack(members.values())
+    merging.pack(members.values())
     side = configs["qtfp"].view.side
     images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
     with torch.inference_mode():

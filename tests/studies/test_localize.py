@@ -14,6 +14,7 @@ from tiny import CLIP, VLAFORGE, make_faces
 from solution.bundles.bundle import load_members, write_bundle
 from solution.bundles.members import build_member, dump_tower, fill_tower, save_member
 from solution.config import (
+    DINOV2_IN_CLIP,
     AdapterConfig,
     DegradationConfig,
     Dinov2Arch,
@@ -37,15 +38,7 @@ def manifest(tmp_path):
 
 
 def config(source: str = "image") -> MemberConfig:
-    arch = replace(
-        CLIP,
-        quick_gelu=False,
-        layer_scale=True,
-        pre_norm=False,
-        norm_eps=1e-6,
-        context=11,
-        vocab=12,
-    )
+    arch = replace(CLIP, context=11, vocab=12, **DINOV2_IN_CLIP)
     settings = replace(VLAFORGE, train_text=True)
     return MemberConfig(
         "vlaforge",

@@ -16,10 +16,11 @@ from solution.bundles.members import build_member, dump_tower, random_towers, sa
 from solution.config import VoteConfig
 from solution.data.faces import FaceLocator
 from solution.data.manifest import Item, read_manifest
+from solution.errors import WeightsError
 from solution.evaluation.conditions import degraded_conditions
 from solution.evaluation.measure import CLEAN, EvaluationError
 from solution.models.calibration import Calibrator
-from solution.models.towers import WeightsError, tower_state
+from solution.models.towers import tower_state
 from solution.presets import preset
 from solution.scoring import ensemble as predict
 from solution.studies import mechanism_tables, mechanisms, probes
@@ -252,12 +253,11 @@ def test_halves_that_are_one_are_told_from_halves_that_are_two():
     labels = np.arange(100) % 2
     for second, word in ((turned, "same features"), (foreign, "different")):
         told = {"pooled": np.concatenate([x, second], axis=1)}
-        found = dict(mechanism_tables._quantities(labels, told, 40))
+        found = {q.name: q for q in mechanism_tables.quantities(labels, told, 40)}
         assert ("cosine of the halves" in found) == (second is turned)
         for name in ("second half from the first", "first half from the second"):
-            numbers = {"clean": {"mean": float(found[name])}}
             # Independent of x, yet of higher rank: neither tells of the other.
-            assert mechanism_tables.measured_word(name, numbers) == word
+            assert found[name].judge([{"mean": float(found[name].values)}]) == word
 
 
 # ------------------------------------------------------------------------------------------------ words
@@ -300,8 +300,11 @@ def test_another_mixture_keeps_the_values_of_the_built_one():
 
 
 def test_words_of_measurements():
+    told = {"correlation": np.zeros(2), "entropy": np.zeros(2), "inside: w": np.zeros(2)}
+    found = {q.name: q for q in mechanism_tables.quantities(np.arange(2), told, 0)}
+
     def word(quantity, **numbers):
-        return mechanism_tables.measured_word(quantity, {"clean": numbers})
+        return found[quantity].judge([numbers])
 
     assert word("correlation between queries, fakes", mean=0.95) == "alike"
     assert word("correlation between queries, fakes", mean=0.3) == "differ"
@@ -380,7 +383,7 @@ def bundle(tmp_path_factory):
         save_member(member, folder / name)
     semantic = random_towers([preset("tiny", "semantic")])["tiny-semantic"]
     dump_tower(semantic, folder / "towers" / "tiny-semantic.safetensors")
-    calibrators = {"reads": Calibrator("platt", (20.0, 0.0))}
+    calibrators = {"reads": Calibrator("platt", (4.0, 0.0))}
     vote = VoteConfig({name: 1 for name in ("first", "crops", "reads")} | {"two": 0})
     vote = replace(vote, weights=vote.weights | {"asks": 0}, mean="probability")
     return write_bundle(folder, list(kinds), vote, calibrators)

@@ -14,6 +14,7 @@ from solution import benchmark
 from solution.bundles.bundle import load_members
 from solution.bundles.members import build_member, random_towers
 from solution.config import MEMBERS, AdapterConfig, ViewConfig, VoteConfig
+from solution.data.drawn import drawn_face
 from solution.data.faces import FaceLocator
 from solution.models.calibration import Calibrator
 from solution.models.flops import member_flops
@@ -125,7 +126,7 @@ def test_a_member_on_the_meta_device_is_filled_where_it_should_be():
 
 def test_drawn_faces_are_found():
     locator = FaceLocator(preset("compact", "face").face)
-    found = [bool(locator.locate(throughput.drawn_face(256, seed))) for seed in range(8)]
+    found = [bool(locator.locate(drawn_face(256, seed))) for seed in range(8)]
     assert sum(found) >= 6  # else the benchmark would time the retries
 
 

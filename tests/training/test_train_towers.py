@@ -16,7 +16,9 @@ from solution.bundles.members import build_member, fill_tower, read_config, save
 from solution.config import AdapterConfig, VoteConfig, override
 from solution.data.images import find_inputs
 from solution.data.manifest import read_manifest
-from solution.models.towers import WeightsError, build_tower, is_norm
+from solution.errors import WeightsError
+from solution.models.keys import is_norm
+from solution.models.towers import build_tower
 from solution.presets import preset
 from solution.scoring.ensemble import load_ensemble, score_pictures
 from solution.training.loop import Run, TrainingSet
