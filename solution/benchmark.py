@@ -17,7 +17,7 @@ import numpy as np
 from solution.config import DegradationConfig
 from solution.data import degradation
 from solution.data.drawn import photo_like
-from solution.errors import door
+from solution.errors import UsageError, door
 from solution.studies.gpu import add_gpu
 from solution.studies.throughput import add_inference, add_parity
 
@@ -27,9 +27,12 @@ def picture_of(path: Path | None, side: int) -> np.ndarray:
     """The picture at `path` as a (side, side) square, or a photo-like one without a path."""
     if path is None:
         return photo_like(side)
-    from solution.data.images import decode_image, resize_image
+    from solution.data.images import UnreadableInput, decode_image, resize_image
 
-    image = decode_image(path)
+    try:
+        image = decode_image(path)
+    except UnreadableInput as error:
+        raise UsageError(f"--image {error}") from None
     edge = min(image.shape[:2])
     return resize_image(np.ascontiguousarray(image[:edge, :edge]), side, side)
 

@@ -11,6 +11,7 @@ import codecs
 import os
 import re
 import stat
+import unicodedata
 import warnings
 import zlib
 from collections import Counter
@@ -289,7 +290,7 @@ def _read_list(source: Path) -> tuple[list[str], list[str]]:
         text = content.decode("utf-8-sig", errors="surrogateescape")
     lines = []
     for number, line in enumerate(text.split("\0" if "\0" in text else "\n"), start=1):
-        line = _as_file(source.parent, line.strip("\n") if "\0" in text else line.rstrip("\r"))
+        line = as_file(source.parent, line.strip("\n") if "\0" in text else line.rstrip("\r"))
         if line.strip() and not line.startswith("#"):
             lines.append((number, line))
     lines, notes = _without_labels(source, lines)
@@ -315,7 +316,7 @@ def _without_labels(source: Path, lines: list[tuple[int, str]]) -> tuple[list[tu
         word, _, rest = line.strip().partition(" ")
         if not label and rest and label_of(word) is not None and os.path.exists(folder / rest.strip()):
             path, label = rest.strip(), word  # as Celeb-DF writes it
-        path = _as_file(folder, path)
+        path = as_file(folder, path)
         # A line that names a file is its name, whatever it ends in.
         if not label or os.path.exists(folder / line):
             plain.append((number, line))
@@ -341,14 +342,17 @@ def _without_labels(source: Path, lines: list[tuple[int, str]]) -> tuple[list[tu
     return cut, [note]
 
 
-def _as_file(folder: Path, line: str) -> str:
-    """A line of a list, without its trailing blanks and quotes and with `/` for a backslash where only so it is a file."""
-    plain = line.rstrip()
+def as_file(folder: Path, line: str) -> str:
+    """A path as a list writes it, or where only so it is a file in `folder`: without the blanks and quotes around it, with
+    `/` for a backslash, or with its accents composed otherwise (macOS takes letters apart).
+    """
+    plain = line.strip()
     if plain[:1] == plain[-1:] and plain[:1] in ("'", '"') and len(plain) > 2:
         plain = plain[1:-1]
-    if plain == line and "\\" not in line or os.path.exists(folder / line):
+    if (plain == line and "\\" not in line and line.isascii()) or os.path.lexists(folder / line):
         return line
-    for changed in (plain, plain.replace("\\", "/")):
+    slashes = plain.replace("\\", "/")
+    for changed in (plain, slashes, *(unicodedata.normalize(form, slashes) for form in ("NFC", "NFD"))):
         if os.path.exists(folder / changed):
             return changed
     return line

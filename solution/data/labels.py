@@ -94,11 +94,16 @@ def column_of(header: Iterable[str | None], names: Iterable[str]) -> str | None:
 
 
 def split_of(word: str) -> str:
-    """`train`, `val` or `test` for their usual spellings, any other word as it stands, "" for none."""
+    """`train`, `val`, `test` or `unseen` for their usual spellings, any other word as it stands, "" for none."""
     text = word.strip()
-    return _SPLITS.get(text.lower(), text)
+    return "unseen" if text.lower() == "unseen" else _SPLITS.get(_bare(text), text)
 
 
 def is_split(word: str) -> bool:
     """Whether a word is a usual spelling of a split."""
-    return word.strip().lower() in _SPLITS
+    return _bare(word) in _SPLITS
+
+
+def _bare(split: str) -> str:
+    """A split's word without `set` or `split` behind it: `train` of `Train_Set`."""
+    return re.sub(r"[\s_-]*(set|split)$", "", split.strip().lower())

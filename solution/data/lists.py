@@ -36,13 +36,16 @@ def read_text(source: Path) -> str:
     content = source.read_bytes()
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return content.decode("utf-16" if utf16 else "utf-8-sig")
+        text = content.decode("utf-16" if utf16 else "utf-8-sig").lstrip("\ufeff")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ManifestError(
             f"{source}, line {line}: byte 0x{content[error.start]:02x} is not {'UTF-16' if utf16 else 'UTF-8'}; save the "
             "file as UTF-8 (Excel: CSV UTF-8)"
         ) from None
+    if "\0" in text:
+        raise ManifestError(f"{source}: no text (NUL bytes), or UTF-16 without its mark, or UTF-32; save it as UTF-8")
+    return text
 
 
 def read_json(source: Path) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from solution.config import ConfigError, SamplingConfig
-from solution.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_hidden, is_output, printable, stable_seed
+from solution.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, as_file, is_hidden, is_output, printable, stable_seed
 from solution.data.labels import (
     EXPECTED,
     LABEL_COLUMNS,
@@ -357,15 +357,6 @@ def _clips(rows: Sequence[Item]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------ layouts
-def _present(folder: Path, name: str) -> Path:
-    """The path of `name` in `folder`; a backslash is a slash where only that file is there."""
-    path = folder / name
-    if "\\" in name and not path.exists():
-        other = folder / name.replace("\\", "/")
-        return other if other.exists() else path
-    return path
-
-
 def _csv_rows(source: Path, report: DropReport) -> Iterator[Item]:
     rows = read_table(source)
     if not rows:
@@ -390,17 +381,18 @@ def _csv_rows(source: Path, report: DropReport) -> Iterator[Item]:
                 f"{source}, line {number}: no {'label' if row['path'].strip() else 'path'} in it, found {list(row.values())}; "
                 "expected a path and after it its label"
             )
-        if not os.path.lexists(source.parent / row["path"]):
-            row["path"] = row["path"].strip()
+        file = as_file(source.parent, row["path"])
+        if file == row["path"].strip():
+            row["path"] = file
         label = _label(row["label"], f"{source}, line {number}")
         parts = PurePosixPath(row["path"].replace("\\", "/")).parts
         if "__MACOSX" in parts or parts and parts[-1].startswith("._"):
             report.add(row["path"], HIDDEN)
             continue
         if extra["mask"] not in ("", "whole"):
-            extra["mask"] = str(_present(source.parent, extra["mask"]))
+            extra["mask"] = str(source.parent / as_file(source.parent, extra["mask"]))
         extra["split"] = split_of(extra["split"])
-        yield Item(row["path"], _present(source.parent, row["path"]), label, **extra)
+        yield Item(row["path"], source.parent / file, label, **extra)
 
 
 def _label(word: object, where: str) -> int:

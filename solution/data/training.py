@@ -259,13 +259,15 @@ def tell_masks(items: Sequence[Item], sampling: SamplingConfig, *, workers: int 
     whole = [item for item in fakes if item.mask == "whole" or item.generator in sampling.fully_generated]
     named = {item.name for item in whole}
     masked = [item for item in fakes if item.mask and item.name not in named]
-    known, black, unreadable = len(whole), [], []
+    known, black, unreadable, inverted = len(whole), [], [], []
     paths = [Path(item.mask) for item in masked]
     looks = look_at(paths, _says_something, workers=min(workers, len(paths)), start=quiet_worker)
     for item, (some, reason) in zip(masked, looks):
         if reason and sampling.on_unreadable == "fail":
             raise UnreadableInput(item.mask, reason)
         known += bool(some)
+        if some == _FRAME:
+            inverted.append(item.name)
         if reason:
             unreadable.append(item.name)
         elif not some:
@@ -275,11 +277,23 @@ def tell_masks(items: Sequence[Item], sampling: SamplingConfig, *, workers: int 
         text += f"; {len(black)} are black, nothing forged, and count as not known (e.g. of {black[0]})"
     if unreadable:
         text += f"; {len(unreadable)} cannot be read, and their pictures are dropped (e.g. of {unreadable[0]})"
+    if 2 * len(inverted) > len(masked):
+        text += (
+            f"; {len(inverted)} call the whole border forged and something within not, as inverted ones do: 255 or white is "
+            f"forged, 0 or black is not (e.g. of {inverted[0]})"
+        )
     return text
 
 
-def _says_something(mask: Path) -> bool:
-    return bool(decode_mask(mask).any())
+_NOTHING, _SOMETHING, _FRAME = range(3)
+
+
+def _says_something(mask: Path) -> int:
+    """Whether a mask marks nothing, something, or its whole border and not all within."""
+    marked = decode_mask(mask)
+    forged = marked > 0.5
+    border = np.concatenate([forged[0], forged[-1], forged[:, 0], forged[:, -1]])
+    return _FRAME if border.all() and not forged.all() else _SOMETHING if marked.any() else _NOTHING
 
 
 # ------------------------------------------------------------------------------------------------ loaders

@@ -251,11 +251,13 @@ def main(argv: list[str] | None = None) -> int:
     name, study = args.study, STUDIES.get(args.study)
     if args.leave_out:
         name, study = f"leave-out-{args.member}", leave_out_study(args.member, args.leave_out.split(","), args.steps)
-        if "--data" not in given:
+        if "--data" not in given[:-1]:
             parser.error("--leave-out: give --data MANIFEST after --, also with --table")
     variants = args.variants.split(",") if args.variants else list(study.variants)
     if unknown := set(variants) - set(study.variants):
         parser.error(f"--variants {', '.join(sorted(unknown))}: {name} has {', '.join(study.variants)}")
+    if not all(seed.isdecimal() for seed in args.seeds.split(",")):
+        parser.error(f"--seeds {args.seeds}: expected whole numbers, such as 0,1,2")
     folder = args.out / name
     for seed in [] if args.table else [int(s) for s in args.seeds.split(",")]:
         for variant in variants:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from solution.data.drawn import drawn_face
+from solution.errors import KitError, UsageError
 
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 
@@ -51,11 +52,7 @@ def add_inference(stages: argparse._SubParsersAction) -> None:
 def run_inference(args: argparse.Namespace) -> int:
     """Time our way and the authors' way, each in a process of its own so that its peak memory is its own."""
     if not (args.weights or args.random_weights):
-        print(
-            "error: name a bundle with --weights, or say --random-weights",
-            file=sys.stderr,
-        )
-        return 2
+        raise UsageError("name a bundle with --weights, or say --random-weights")
     if args.way:
         found = (_ours if args.way == "ours" else _authors)(args)
         print("RESULT " + json.dumps(found))
@@ -88,7 +85,7 @@ def _apart(args: argparse.Namespace, way: str) -> dict:
             else:
                 print(line, end="", flush=True)
     if child.returncode or result is None:
-        raise SystemExit(f"error: the {way} part ended with code {child.returncode}")
+        raise KitError(f"the part `{way}` ended with code {child.returncode}; see above")
     return result
 
 

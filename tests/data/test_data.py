@@ -139,6 +139,16 @@ def test_masks_of_every_usual_kind_are_scaled_and_others_refused_by_name(tmp_pat
         decode_mask(path)
 
 
+def test_masks_that_look_inverted_are_said_at_the_start(tmp_path):
+    square = np.zeros((8, 8), np.uint8)
+    square[2:6, 2:6] = 255
+    for name, mask in (("right", square), ("inverted", 255 - square), ("whole", np.full((8, 8), 255, np.uint8))):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), mask)
+        items = [Item(f"{n}.png", tmp_path / f"{n}.png", 1, mask=str(tmp_path / f"{name}.png")) for n in range(3)]
+        told = tell_masks(items, SamplingConfig())
+        assert told.startswith("masks: 3 of 3 fakes") and ("as inverted ones do" in told) == (name == "inverted")
+
+
 def test_black_and_unreadable_masks_of_fakes_are_said_at_the_start(tmp_path):
     (tmp_path / "text.png").write_text("no mask")
     masks = ["", "whole", str(grey(tmp_path / "one.png", 0, 1)), str(grey(tmp_path / "black.png", 0, 0))]

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import unicodedata
 import zlib
 from collections import Counter
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from solution.data.images import find_inputs
 from solution.data.labels import label_of, split_of
 from solution.data.manifest import HIDDEN, OUTPUT, DropReport, ManifestError, manifest_splits, read_manifest
 
@@ -72,6 +74,8 @@ def test_labels_by_a_table_and_nothing_guessed(words, label):
 
 
 def test_usual_spellings_of_splits():
+    words = ("Train_Set", "trainset", "training set", "VAL-SET", "test split", "Unseen", "holdout", "set")
+    assert [split_of(word) for word in words] == ["train", "train", "train", "val", "test", "unseen", "holdout", "set"]
     assert {split_of(w) for w in ("Train", "training", " TRAIN ")} == {"train"}
     assert {split_of(w) for w in ("valid", "Validation", "dev", "val")} == {"val"}
     assert split_of("testing") == "test" and split_of("unseen") == "unseen" and split_of("") == ""
@@ -446,3 +450,22 @@ def test_columns_by_their_usual_names_and_the_others_told(tmp_path):
     items, report = read_manifest(tmp_path / "t.csv")
     assert [(i.split, i.group, i.video, i.source) for i in items] == [("train", "x", "1", "s"), ("val", "y", "2", "s")]
     assert report.notes == ["columns that are not read: 'quality'"]
+
+
+def test_names_whose_accents_macos_takes_apart(tmp_path):
+    apart, whole = unicodedata.normalize("NFD", "ü.png"), unicodedata.normalize("NFC", "ü.png")
+    pictures(tmp_path, apart, "b.png")
+    items, _ = read_manifest(table(tmp_path, [whole, 0], ["b.png", 1], header="path,label"))
+    assert [(item.name, item.path.name) for item in items] == [(whole, apart), ("b.png", "b.png")]
+    (tmp_path / "list.txt").write_text(f"{whole}\nb.png\n")
+    assert all(item.path.is_file() for item in find_inputs(tmp_path / "list.txt"))
+
+
+def test_text_with_nul_bytes_is_refused_and_a_second_mark_is_none(tmp_path):
+    pictures(tmp_path, "a.png")
+    for encoding in ("utf-16-le", "utf-32"):
+        (tmp_path / "t.csv").write_bytes("path,label\na.png,0\n".encode(encoding))
+        with pytest.raises(ManifestError, match="save it as UTF-8"):
+            read_manifest(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_bytes("\ufeff\ufeffpath,label\na.png,0\n".encode())
+    assert len(read_manifest(tmp_path / "t.csv")[0]) == 1
