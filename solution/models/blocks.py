@@ -108,16 +108,22 @@ def rotate(x: torch.Tensor, by: Rotation) -> torch.Tensor:
     return torch.cat([x[..., :prefix, :], turned.to(x.dtype)], dim=-2)
 
 
-# Tokens (B, N, D) and their rotary positions -> the same tokens after a block.
-Step = Callable[[torch.Tensor, Rotation | None], torch.Tensor]
+# Tokens (B, N, D) and their rotary positions -> the same tokens after a block, or only `first` of them (see `run_block`).
+Step = Callable[..., torch.Tensor]
 
 
-def run_block(block: Block, x: torch.Tensor, rotation: Rotation | None = None, *, heads: int) -> torch.Tensor:
-    """One pre-norm block on tokens x (B, N, D) with fused attention; the same shape. rotation: of rotary positions."""
+def run_block(
+    block: Block, x: torch.Tensor, rotation: Rotation | None = None, *, heads: int, first: int | None = None
+) -> torch.Tensor:
+    """One pre-norm block on tokens x (B, N, D) with fused attention; the same shape. rotation: of rotary positions.
+
+    first: compute these first tokens alone, which have no place to be turned by; (B, first, D).
+    """
     h = block.norm1(x)
-    q, k, v = (split_heads(project(h), heads) for project in (block.q, block.k, block.v))  # (B, heads, N, d)
-    q, k = placed(q, block.q_norm, rotation), placed(k, block.k_norm, rotation)
-    return finish_block(block, x, F.scaled_dot_product_attention(q, k, v))
+    q = split_heads(block.q(h[:, :first]), heads)  # (B, heads, N, d)
+    k, v = (split_heads(project(h), heads) for project in (block.k, block.v))
+    q, k = placed(q, block.q_norm, rotation if first is None else None), placed(k, block.k_norm, rotation)
+    return finish_block(block, x[:, :first], F.scaled_dot_product_attention(q, k, v))
 
 
 def placed(x: torch.Tensor, norm: nn.Module | None, rotation: Rotation | None) -> torch.Tensor:

@@ -37,20 +37,21 @@ def member_flops(config: MemberConfig, *, adapters: bool = True) -> int:
 
 def _stream(config: MemberConfig, beside: int) -> int:
     """Products of a tower and a linear head of two classes on its class token."""
-    return _own_tower(config, beside) + 2 * config.tower.arch.width
+    return _own_tower(config, beside, patches=False) + 2 * config.tower.arch.width
 
 
 def _fusion(config: MemberConfig, beside: int) -> int:
     """Products of two towers and the layers on their joined features."""
-    second = _tower(config.clip, _tokens(config.clip, config.view.side))
+    tokens = _tokens(config.clip, config.view.side)
+    second = _tower(config.clip, tokens) - _unread(config.clip, tokens)
     joined = config.tower.arch.width + config.clip.arch.width
-    return _own_tower(config, beside) + second + _layers(joined, config.stream.fusion_hidden, 2)
+    return _own_tower(config, beside, patches=False) + second + _layers(joined, config.stream.fusion_hidden, 2)
 
 
 def _qtfp(config: MemberConfig, beside: int) -> int:
-    """Products of a tower and of the queries over its patches; a stream where the class token is pooled."""
+    """Products of a tower and of the queries over its patches, or of a linear head on its class token."""
     if config.qtfp.pool != "queries":
-        return _stream(config, beside)
+        return _own_tower(config, beside) + 2 * config.tower.arch.width
     return _own_tower(config, beside) + _queries(config, _patches(config))
 
 
@@ -68,8 +69,15 @@ def _patches(config: MemberConfig) -> int:
     return _tokens(config.tower, config.view.side) - config.tower.arch.prefix
 
 
-def _own_tower(config: MemberConfig, beside: int) -> int:
-    return _tower(config.tower, _tokens(config.tower, config.view.side), beside)
+def _own_tower(config: MemberConfig, beside: int, *, patches: bool = True) -> int:
+    """patches: whether the member reads their tokens."""
+    tokens = _tokens(config.tower, config.view.side)
+    whole = _tower(config.tower, tokens, beside)
+    if patches:
+        return whole
+    projections = config.adapter.projections
+    share = sum(name in "qo" for name in projections) / len(projections) if beside else 0
+    return whole - _unread(config.tower, tokens, round(beside * share))
 
 
 def _head_of_layer(config: MemberConfig) -> int:
@@ -112,6 +120,15 @@ def _tower(tower: TowerConfig, tokens: int, beside: int = 0) -> int:
     patches = (tokens - arch.prefix) * 3 * arch.patch**2 * arch.width
     block = _block(tokens, arch.width, _mlp_products(arch)) + tokens * beside
     return patches + arch.layers * block + _attention_pool(arch, tokens)
+
+
+def _unread(tower: TowerConfig, tokens: int, beside: int = 0) -> int:
+    """What the last block leaves out where nobody reads the patches' tokens (`Tower.forward`): all but keys and values."""
+    arch = tower.arch
+    if getattr(arch, "pool", "token") != "token":
+        return 0
+    each = 2 * arch.width**2 + _mlp_products(arch) + 2 * tokens * arch.width
+    return (tokens - arch.prefix) * (each + beside)
 
 
 def _attention_pool(arch: Dinov2Arch | ClipArch | TimmArch, tokens: int) -> int:

@@ -262,19 +262,34 @@ class Packed(NamedTuple):
 
 
 def packed_block(
-    x: torch.Tensor, rotation: Rotation | None = None, *, w: Packed, heads: int, eps: float, activation: str
+    x: torch.Tensor,
+    rotation: Rotation | None = None,
+    *,
+    w: Packed,
+    heads: int,
+    eps: float,
+    activation: str,
+    first: int | None = None,
 ) -> torch.Tensor:
     """One pre-norm block on tokens x (B, N, D) in float32; products in the type of the matrices, the sum in float32.
 
-    activation: `gelu`, `gelu_tanh`, `quick_gelu`, or `silu` for a gated MLP. A function of tensors alone, so that compiling it once
-    serves every block of a shape.
+    activation: `gelu`, `gelu_tanh`, `quick_gelu`, or `silu` for a gated MLP. first: compute these
+    first tokens alone, as `run_block` does. A function of tensors alone, so that compiling it once serves every block of a
+    shape, and once more the last one where it computes the first tokens alone.
     """
     dtype, width = w.qkv.dtype, x.shape[-1:]
     h = F.layer_norm(x, width, w.norm1, w.norm1_bias, eps).to(dtype)
-    q, k, v = F.linear(h, w.qkv, w.qkv_bias).unflatten(-1, (3, heads, -1)).unbind(dim=2)  # (B, N, heads, d)
+    if first is None:
+        q, k, v = F.linear(h, w.qkv, w.qkv_bias).unflatten(-1, (3, heads, -1)).unbind(dim=2)  # (B, N, heads, d)
+    else:
+        of_q, of_kv = w.qkv.tensor_split(width)
+        bias_q, bias_kv = (None, None) if w.qkv_bias is None else w.qkv_bias.tensor_split(width)
+        q = F.linear(h[:, :first], of_q, bias_q).unflatten(-1, (heads, -1))
+        k, v = F.linear(h, of_kv, bias_kv).unflatten(-1, (2, heads, -1)).unbind(dim=2)
+        x = x[:, :first]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if rotation is not None:
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k = rotate(q, rotation) if first is None else q, rotate(k, rotation)
     attended = merge_heads(F.scaled_dot_product_attention(q, k, v))
     if w.o_norm is not None:
         attended = F.layer_norm(attended.float(), w.o_norm.shape, w.o_norm, w.o_norm_bias, eps).to(dtype)

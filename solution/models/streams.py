@@ -52,7 +52,7 @@ class Stream(Member):
         self.head = nn.Linear(tower.width, 2)
 
     def forward(self, images: torch.Tensor) -> MemberOutput:
-        pooled = self.tower(images, adapter=self.adapter).cls_token  # (B, D)
+        pooled = self.tower(images, adapter=self.adapter, patches=False).cls_token  # (B, D)
         if self.config.stream.normalize:
             pooled = F.normalize(pooled, dim=1)
         return MemberOutput(two_class_logit(self.head(pooled)), pooled)
@@ -86,8 +86,8 @@ class Fusion(Stream):
         return self
 
     def forward(self, images: torch.Tensor) -> MemberOutput:
-        texture = self.tower(images, adapter=self.adapter).cls_token  # (B, D)
+        texture = self.tower(images, adapter=self.adapter, patches=False).cls_token  # (B, D)
         with torch.no_grad():
-            semantics = self.clip(images).cls_token  # (B, D_clip), post-LayerNorm, before the projection
+            semantics = self.clip(images, patches=False).cls_token  # (B, D_clip), post-LayerNorm, before the projection
         pooled = torch.cat([texture, semantics.to(texture.dtype)], dim=1)  # (B, D + D_clip)
         return MemberOutput(two_class_logit(self.head(pooled)), pooled)

@@ -161,17 +161,21 @@ class Tower(nn.Module):
         *,
         adapter: str | None = None,
         keep: tuple[int, ...] = (),
+        patches: bool = True,
     ) -> TowerOutput:
         """Tokens of `images` (B, 3, H, W) with the named adapter (None: the plain tower).
 
-        keep: 1-based numbers of the blocks whose output is returned in `hidden`.
+        keep: 1-based numbers of the blocks whose output is returned in `hidden`. patches: False where nobody reads the
+        patches' tokens. The last block then computes the class token and registers alone, a tower of twelve blocks saves
+        a fourteenth, and `patch_tokens` is empty wherever the picture is read off the class token.
         """
         x, grid, rotations = self.place(images)
         hidden: dict[int, torch.Tensor] = {}
-        last = x
+        last, count = x, len(rotations)
+        alone = not patches and count not in keep and getattr(self.config.arch, "pool", "token") == "token"
         for number, (step, rotation) in enumerate(zip(self.steps(x, adapter), rotations, strict=True), start=1):
             last = x
-            x = step(x, rotation)
+            x = step(x, rotation, first=self.prefix) if alone and number == count else step(x, rotation)
             if number in keep:
                 hidden[number] = x
         return self.read(x, last, grid, hidden)

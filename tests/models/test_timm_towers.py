@@ -101,6 +101,8 @@ def test_a_picture_scores_alike_alone_and_in_a_batch(family):
     with torch.no_grad():
         alone = torch.cat([tower(image[None]).cls_token for image in images])
         torch.testing.assert_close(alone, tower(images).cls_token, atol=1e-5, rtol=1e-5)
+        unread = tower(images, patches=False).cls_token  # the last block without its patches
+        torch.testing.assert_close(unread, tower(images).cls_token, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["lora", "effort"])

@@ -12,7 +12,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from solution.config import DINOV2_IN_CLIP, AdapterConfig, Dinov2Arch, TowerConfig
 from solution.errors import WeightsError
-from solution.models import blocks, keys
+from solution.models import blocks, keys, merging
 from solution.models.adapters import adapter_state, add_adapter
 from solution.models.keys import to_stable
 from solution.models.towers import (
@@ -263,3 +263,25 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
         tower(pictures()).cls_token.square().sum().backward()
         grads.append(tower.model.embeddings.cls_token.grad.clone())
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("make", [dino, clip], ids=["dinov2", "clip"])
+def test_who_reads_the_class_token_alone_gets_the_same_one(make):
+    tower = make()
+    images = pictures(tower.config.arch.image_side)
+    with torch.no_grad():
+        whole, alone = tower(images), tower(images, patches=False)
+        (packed,) = merging.pack([Holder(tower)])
+        fast = packed(images, patches=False)
+    torch.testing.assert_close(alone.cls_token, whole.cls_token, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fast.cls_token, whole.cls_token, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alone.last_input, whole.last_input, atol=0, rtol=0)
+    assert alone.patch_tokens.shape[1] == fast.patch_tokens.shape[1] == 0
+
+
+class Holder(torch.nn.Module):
+    """As much of a member as `pack` asks for."""
+
+    def __init__(self, tower):
+        super().__init__()
+        self.tower = tower

@@ -32,8 +32,10 @@ def test_flops_of_a_stream_by_hand():
     matrices = 4 * (width * width + 2 * rank * width) + 2 * 4 * width * width
     block = tokens * matrices + 2 * tokens * tokens * width
     patches = 144 * 3 * 14 * 14 * width
-    assert member_flops(config) == 2 * (12 * block + patches + 2 * width)
-    merged = 12 * tokens * 4 * 2 * rank * width
+    # The last block makes keys and values of the patches, and no more.
+    unread = 144 * (2 * (width * width + 2 * rank * width) + 2 * 4 * width * width + 2 * tokens * width)
+    assert member_flops(config) == 2 * (12 * block - unread + patches + 2 * width)
+    merged = (12 * tokens * 4 - 144 * 2) * 2 * rank * width
     assert member_flops(config, adapters=False) == member_flops(config) - 2 * merged
 
 
