@@ -62,7 +62,7 @@ member() { # NAME: what it starts from, by preset
       ;;
     giant/fusion) train fusion "$OUT" --start-from "$OUT/global" ;;
     compact/fusion)
-      train fusion "$OUT" --tower "s14-global=$towers/s14-global.safetensors" \
+      train fusion "$OUT" --tower "s14-face=$towers/s14-face.safetensors" \
         --tower "s14-semantic=$towers/s14-semantic.safetensors"
       ;;
     compact/vlaforge) train vlaforge "$OUT" --tower "s14-semantic=$towers/s14-semantic.safetensors" ;;
@@ -71,7 +71,7 @@ member() { # NAME: what it starts from, by preset
       train "$1" "$OUT" --tower "s14-$1=$TOWER"
       ;;
     tiny/fusion)
-      train fusion "$OUT" --tower "tiny-global=$towers/tiny-global.safetensors" \
+      train fusion "$OUT" --tower "tiny-face=$towers/tiny-face.safetensors" \
         --tower "tiny-semantic=$towers/tiny-semantic.safetensors"
       ;;
     tiny/vlaforge) train vlaforge "$OUT" --tower "tiny-semantic=$towers/tiny-semantic.safetensors" ;;

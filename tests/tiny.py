@@ -110,9 +110,9 @@ def pack_member(folder: Path, config: MemberConfig) -> Bundle:
 
 
 def bundle_config(name: str) -> MemberConfig:
-    """The tiny preset's member; `face` and `qtfp` put LoRA on the tower of `global`, so that a tower is shared."""
+    """The tiny preset's member; `face`, `qtfp` and `fusion` put LoRA on the tower of `global`, so that a tower is shared."""
     config = preset("tiny", name)
-    if name in ("face", "qtfp"):
+    if name in ("face", "qtfp", "fusion"):
         lora = AdapterConfig("lora", rank=16, alpha=32.0, dropout=0.05)
         config = replace(config, tower=preset("tiny", "global").tower, adapter=lora)
     return config

@@ -87,7 +87,7 @@ def test_a_bundle_comes_back_as_it_was(made):
 
 def test_members_share_their_towers_and_load_alone(made):
     members = load_members(made)
-    assert members["fusion"].tower is members["global"].tower
+    assert members["fusion"].tower is members["face"].tower
     alone = load_members(made, ["qtfp"])
     assert logits(alone)["qtfp"] == logits(members)["qtfp"]
     assert not any(member.training for member in members.values())
@@ -312,13 +312,13 @@ def test_a_tower_starts_from_a_folder_or_a_file(tmp_path, swiglu):
 
 def test_a_fusion_of_one_tower_with_itself_is_refused(copy):
     twin = copy / "towers/tiny-semantic.safetensors"
-    shutil.copyfile(copy / "towers/tiny-global.safetensors", twin)
+    shutil.copyfile(copy / "towers/tiny-face.safetensors", twin)
     rehash(copy)
-    with pytest.raises(WeightsError, match="both halves of fusion are the tower 'tiny-global'"):
+    with pytest.raises(WeightsError, match="both halves of fusion are the tower 'tiny-face'"):
         read_bundle(copy)
     path = copy / "fusion/config.json"
     record = json.loads(path.read_text())
-    record["member"]["clip"]["source"] = "bundle:tiny-global"
+    record["member"]["clip"]["source"] = "bundle:tiny-face"
     path.write_text(json.dumps(record))
     rehash(copy)
     with pytest.raises(WeightsError, match="the same features twice"):
