@@ -275,7 +275,7 @@ def packed_block(
 
     activation: `gelu`, `gelu_tanh`, `quick_gelu`, or `silu` for a gated MLP. first: compute these
     first tokens alone, as `run_block` does. A function of tensors alone, so that compiling it once serves every block of a
-    shape, and once more the last one where it computes the first tokens alone.
+    shape.
     """
     dtype, width = w.qkv.dtype, x.shape[-1:]
     h = F.layer_norm(x, width, w.norm1, w.norm1_bias, eps).to(dtype)
@@ -311,6 +311,15 @@ def packed_block(
 def _add(x: torch.Tensor, scale: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
     # One kernel instead of three, and y is widened on the way.
     return x + y if scale is None else torch.addcmul(x, scale, y)
+
+
+def _first_of(step: Step) -> Step:
+    """`step`, which computes all tokens, where the first ones are asked for."""
+
+    def cut(x: torch.Tensor, rotation: Rotation | None = None, *, first: int | None = None) -> torch.Tensor:
+        return step(x, rotation)[:, :first]
+
+    return cut
 
 
 class PackedTower(Tower):
@@ -377,8 +386,10 @@ class PackedTower(Tower):
     def steps(self, x: torch.Tensor, adapter: str | None) -> Iterator[Step]:
         """As `Tower.steps`: `packed_block` with each block's tensors."""
         run = self._runner(x)
+        whole = run is not packed_block  # compiled: one graph a shape, so its last block computes every token
         for weights in self.packed.get(adapter, self.packed[None]):
-            yield functools.partial(run, w=weights, heads=self.heads, eps=self.eps, activation=self.activation)
+            step = functools.partial(run, w=weights, heads=self.heads, eps=self.eps, activation=self.activation)
+            yield _first_of(step) if whole else step
 
     def read(
         self, x: torch.Tensor, last: torch.Tensor, grid: tuple[int, int], hidden: dict[int, torch.Tensor]

@@ -439,16 +439,16 @@ def written(out):
 
 
 def test_ctrl_c_leaves_130_and_the_same_command_goes_on(tiny, pictures, reference, tmp_path, monkeypatch, capsys):
-    out, real = tmp_path / "preds.csv", predict.Ensemble.finish
+    out, real = tmp_path / "preds.csv", predict.Ensemble.launch
     calls = []
 
-    def finish(self, *given):
+    def launch(self, *given):
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
         return real(self, *given)
 
-    monkeypatch.setattr(predict.Ensemble, "finish", finish)
+    monkeypatch.setattr(predict.Ensemble, "launch", launch)
     assert run(tiny, pictures, out, "--batch-size", 4) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["preds.journal.jsonl"]
@@ -493,13 +493,13 @@ def _quietly(tiny, pictures, out):
     torch.set_num_threads(1)  # OpenMP's pool does not survive a fork
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1), os.dup2(null, 2)
-    finish = predict.Ensemble.finish
+    launch = predict.Ensemble.launch
 
     def slowly(self, *given):
         time.sleep(0.05)
-        return finish(self, *given)
+        return launch(self, *given)
 
-    predict.Ensemble.finish = slowly
+    predict.Ensemble.launch = slowly
     os._exit(run(tiny, pictures, out, "--batch-size", 4))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from solution.bundles.bundle import Bundle
+from solution.bundles.bundle import About, Bundle
 from solution.config import VoteConfig
 from solution.scoring.verdict import NOBODY_LOOKED, meaning, threshold_record, verdict_of
 
@@ -17,7 +17,7 @@ REPORT = {"at_threshold": RATES, "fitted_on": "90 pictures", "protocol": "5 fold
 
 
 def bundle(report):
-    return Bundle(None, "x", {}, VOTE, {}, "", {}, {}, report, "", "", (), ())
+    return Bundle(None, "x", {}, VOTE, {}, "", {}, {}, report, About())
 
 
 @pytest.mark.parametrize(
