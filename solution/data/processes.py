@@ -63,7 +63,7 @@ class Apart:
         self.begin()
         try:
             self._pipe.send_bytes(pickle.dumps(args))
-            done, result = pickle.loads(self._pipe.recv_bytes())
+            done, result = self._pipe.recv()
         except (EOFError, ConnectionError):
             self.process.join()
             self.close()
@@ -112,7 +112,7 @@ def _serve(pipe: Any, other: Any, seconds: int, start: Callable[[], None] | None
         start()
     while True:
         try:
-            args = pickle.loads(pipe.recv_bytes())
+            args = pipe.recv()
         except EOFError:
             return
         set_alarm(seconds)
