@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 class Settings:
     """How a bundle is fitted. seeds: each draws the degraded validation pictures anew. limit: at most so many pictures
     of each split, drawn in proportion from each source and label (smoke runs); 0: all. int8: pack the towers' matrices
-    (`bundle.collect`). device: as `merging.pick_device` takes it. workers: processes that read pictures."""
+    (`bundle.collect`). device: as `merging.pick_device` takes it. workers: processes that read pictures. false_alarms,
+    worst_false_alarms: the share of real pictures that the threshold calls fake at most, as a mean over real sources and
+    of the worst one."""
 
     seeds: tuple[int, ...] = (7,)
     limit: int = 0
@@ -40,6 +42,8 @@ class Settings:
     device: str = "auto"
     workers: int = 1
     progress: bool = True
+    false_alarms: float = 0.05
+    worst_false_alarms: float = 0.10
 
 
 def assemble(
@@ -66,7 +70,7 @@ def assemble(
     from solution.bundles.selftest import add_golden
     from solution.config import VoteConfig
     from solution.evaluation.conditions import degraded_conditions
-    from solution.evaluation.fit import Known, fit_ensemble
+    from solution.evaluation.fit import FitOptions, Known, fit_ensemble
     from solution.evaluation.measure import CLEAN
     from solution.io import write_atomically
     from solution.models.calibration import Calibrator
@@ -83,7 +87,8 @@ def assemble(
     splits = Counter(item.split for item in items)
     counts = ", ".join(f"{count} of {split}" for split, count in splits.items())
     what = f"{counts} of {data.name}, clean and degraded (global_p=1, seeds {list(settings.seeds)})"
-    calibrators, vote, comparison = fit_ensemble(logits[0], logits[1:], Known.of(items), fitted_on=what)
+    options = FitOptions(false_alarm=settings.false_alarms, worst_false_alarm=settings.worst_false_alarms)
+    calibrators, vote, comparison = fit_ensemble(logits[0], logits[1:], Known.of(items), options, fitted_on=what)
     comparison["fitted_on"] = what
     about = about or About()
     about = replace(about, data=about.data or f"fitted on {what}")
@@ -150,6 +155,17 @@ def validation_items(members: Path, names: list[str], data: Path, settings: Sett
     return items
 
 
+def share_of_pictures(text: str) -> float:
+    """A number above 0 and below 1."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a share of pictures between 0 and 1, such as 0.05")
+    return share
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m solution.assemble", description=__doc__.splitlines()[0])
     parser.add_argument("--members", type=Path, required=True, help="folder of trained members")
@@ -166,6 +182,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--licence", default="other", help="identifier from the Hub's list of licences")
     parser.add_argument("--limit", type=int, default=0, help="at most so many pictures of each split")
+    alarms = (
+        (
+            "--false-alarms",
+            0.05,
+            "the share of real pictures called fake at the threshold, at most, as a mean over sources",
+        ),
+        (
+            "--worst-false-alarms",
+            0.10,
+            "the same of the worst source; a source that nothing was fitted on may exceed it",
+        ),
+    )
+    for name, share, text in alarms:
+        parser.add_argument(name, type=share_of_pictures, default=share, help=f"{text} (default {share})")
     parser.add_argument("--base-model", action="append", default=[], help="for the model card")
     parser.add_argument("--data-terms", help="for the model card: what it was trained on, and what that allows")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -186,6 +216,8 @@ def main(argv: list[str] | None = None) -> int:
         device=args.device,
         workers=args.workers,
         progress=not args.quiet,
+        false_alarms=args.false_alarms,
+        worst_false_alarms=args.worst_false_alarms,
     )
     about = About(licence=args.licence, data=args.data_terms or "", base_model=tuple(args.base_model))
     comparison = assemble(args.members, names, args.data, args.out, settings=settings, about=about)

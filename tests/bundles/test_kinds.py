@@ -31,8 +31,10 @@ def test_two_of_one_kind_train_assemble_and_score(tmp_path, capsys):
     twin = words("--set", "name=second-look", "--set", "tower.name=tiny-second", "--set", "train.seed=1")
     assert train.main(["--member", "global", *common, *twin]) == 0
     made = words("--members", runs, "--names", "global,second-look", "--data", data, "--out", bundle)
-    assert assemble.main([*made, "--device", "cpu", "--workers", "0", "--quiet"]) == 0
+    alarms = ["--false-alarms", "0.2", "--worst-false-alarms", "0.4"]
+    assert assemble.main([*made, *alarms, "--device", "cpu", "--workers", "0", "--quiet"]) == 0
     opened = open_bundle(str(bundle))
+    assert (opened.vote.false_alarm, opened.vote.worst_false_alarm) == (0.2, 0.4)
     assert {name: c.kind for name, c in opened.configs.items()} == {"global": "global", "second-look": "global"}
     assert {"towers/tiny-global.safetensors", "towers/tiny-second.safetensors"} < set(opened.files)
     pictures, out = make_pictures(tmp_path / "in", 3), tmp_path / "preds.csv"

@@ -39,6 +39,12 @@ TABLE = [
     ("solution.train", "--member nobody --data {manifest} --out {out}", 2, "nobody"),
     ("solution.train", "--member global --data {manifest} --out {out} --set optim.l=1", 2, "optim.l"),
     ("solution.assemble", "--members {gone} --names global --data {manifest} --out {out}", 3, "gone"),
+    (
+        "solution.assemble",
+        "--members {gone} --names global --data {manifest} --out {out} --worst-false-alarms 10",
+        2,
+        "'10'; expected a share of pictures between 0 and 1",
+    ),
     ("solution.evaluate", "--data {gone} --weights {bundle} --out {out}", 2, "no such manifest"),
     ("solution.evaluate", "--preds {gone}.csv --labels {labels} --out {out}", 2, "No such file"),
     ("solution.evaluate", "--out {out}", 2, "give either --data"),
