@@ -218,9 +218,12 @@ def three_passes(member):
 
 def _two_passes(member, images):
     """The tokens of a first pass and the class token of a second; `start` holds all tokens before the first block."""
+    import torch.nn.functional as F
+
     from solution.models.vlaforge import ClipPass
 
-    images = member.at_side_of_clip(images)
+    side = member.tower.config.arch.image_side
+    images = F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
     first = member.tower(images, keep=member.config.vlaforge.fusion_layers)
     second = member.tower(images)
     hidden = {number: tokens[:, 1:] for number, tokens in first.hidden.items()}

@@ -38,10 +38,6 @@ class Member(nn.Module):
         """The name of this member's adapter on its tower; None when the tower is frozen or trained whole."""
         return self.config.name if self.config.adapter.kind in ("lora", "effort") else None
 
-    def towers(self) -> list[Tower]:
-        """Its towers: the one, and for fusion the second."""
-        return [part for part in self.children() if isinstance(part, Tower)]
-
     def forward(self, images: torch.Tensor) -> MemberOutput:
         """Score pictures (B, 3, H, W) of this member's view."""
         raise NotImplementedError

@@ -89,7 +89,12 @@ def set_threads() -> None:
 
 def towers_of(members: Iterable[Member]) -> list[Tower]:
     """Every tower of these members, once."""
-    return list({id(tower): tower for member in members for tower in member.towers()}.values())
+    found: dict[int, Tower] = {}
+    for member in members:
+        for part in member.children():
+            if isinstance(part, Tower):
+                found[id(part)] = part
+    return list(found.values())
 
 
 # ------------------------------------------------------------------------------------------------ merging

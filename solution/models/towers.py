@@ -35,7 +35,6 @@ from solution.models.blocks import (
 )
 from solution.models.keys import stable_name, to_stable
 from solution.models.libraries import LIBRARIES
-from solution.models.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,6 @@ class Tower(nn.Module):
         self.library = LIBRARIES[config.kind]
         self.model = model
         self.checkpointing = False
-        self.passes: Passes | None = None  # shared with other members' towers, while they score
         self._active: str | None = None
         mean, std = STATISTICS[config.statistics]
         # Built outside any meta-device context: buffers are no weights and no file fills them.
@@ -171,9 +169,6 @@ class Tower(nn.Module):
         patches' tokens. The last block then computes the class token and registers alone, a tower of twelve blocks saves
         a fourteenth, and `patch_tokens` is empty wherever the picture is read off the class token.
         """
-        shared = None if adapter or keep else self.passes
-        if shared and (known := shared.find(images, patches=patches)):
-            return known
         x, grid, rotations = self.place(images)
         hidden: dict[int, torch.Tensor] = {}
         last, count = x, len(rotations)
@@ -183,10 +178,7 @@ class Tower(nn.Module):
             x = step(x, rotation, first=self.prefix) if alone and number == count else step(x, rotation)
             if number in keep:
                 hidden[number] = x
-        output = self.read(x, last, grid, hidden)
-        if shared:
-            shared.keep(images, output, patches=patches)
-        return output
+        return self.read(x, last, grid, hidden)
 
     def steps(self, x: torch.Tensor, adapter: str | None) -> Iterator[Step]:
         """What each block does to tokens like x (B, P + N, D) under an adapter, in order."""

@@ -80,10 +80,9 @@ def clip_pass(tower: Tower, images: torch.Tensor, keep: tuple[int, ...], branch:
     branch: the block (1-based) after which all tokens are kept; 0: none.
     """
     tower.use(None)
-    x, grid = tower.embed(images)
+    x, _ = tower.embed(images)
     start, hidden, keys, values, kept = x[:, :1], {}, [], [], None
     for number, block in enumerate(tower.blocks(), start=1):
-        last = x
         x, k, v = _block_with_keys(block, x, tower.heads)
         keys.append(k)
         values.append(v)
@@ -91,10 +90,8 @@ def clip_pass(tower: Tower, images: torch.Tensor, keep: tuple[int, ...], branch:
             hidden[number] = x[:, 1:]
         if number == branch:
             kept = x
-    seen = tower.read(x, last, grid, {})
-    if tower.passes:
-        tower.passes.keep(images, seen, patches=True)
-    return ClipPass(seen.cls_token, seen.patch_tokens, start, hidden, keys, values, kept)
+    x = tower.last_norm(x)
+    return ClipPass(x[:, 0], x[:, 1:], start, hidden, keys, values, kept)
 
 
 def _block_with_keys(block: Block, x: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -468,6 +465,8 @@ class Vlaforge(Member):
             raise ValueError(
                 f"vlaforge takes {settings.input_side}x{settings.input_side} px, found {tuple(images.shape[-2:])}"
             )
+        if images.dtype == torch.uint8:
+            images = images.to(self.tower.mean.dtype) / 255
         seen = self.look(images)
         perceived, maps, bias = self.perceive(images, seen)
         features, global_logits = self.global_score(seen, bias)
@@ -490,7 +489,7 @@ class Vlaforge(Member):
         )
 
     def perceive(self, images: torch.Tensor, seen: ClipPass) -> tuple[PerceiverOutput, torch.Tensor, torch.Tensor]:
-        """The ForgePerceiver on pictures (B, 3, S, S), uint8 or float in [0, 1], and what CLIP saw of them.
+        """The ForgePerceiver on pictures (B, 3, S, S) in [0, 1] and what CLIP saw of them.
 
         Returns its tokens, the localisation maps (B, Q, h, w) and the attention biases (B, heads, Q, N).
         """
@@ -522,21 +521,13 @@ class Vlaforge(Member):
     def _as_map(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, self.grid)  # (..., N) -> (..., h, w)
 
-    def at_side_of_clip(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, S, S), uint8 or float in [0, 1], at the side that CLIP takes; the very tensor where it has it."""
-        side = self.tower.config.arch.image_side
-        if images.shape[-2:] == (side, side):
-            return images
-        if images.dtype == torch.uint8:
-            images = images.to(self.tower.mean.dtype) / 255
-        return F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
-
     def look(self, images: torch.Tensor) -> ClipPass:
-        """The one plain pass of CLIP, on pictures (B, 3, S, S), uint8 or float in [0, 1], brought to its side.
+        """The one plain pass of CLIP, on pictures (B, 3, S, S) in [0, 1] brought to its side.
 
         With a patch adapter, the blocks after it run a second time.
         """
-        settings, small = self.config.vlaforge, self.at_side_of_clip(images)
+        settings, side = self.config.vlaforge, self.tower.config.arch.image_side
+        small = F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
         if self.adapter_of_patches is None:
             return clip_pass(self.tower, small, settings.fusion_layers)
         after = settings.adapter_after

@@ -51,7 +51,6 @@ from solution.errors import KitError
 from solution.models import merging as fastpath
 from solution.models.calibration import Calibrator
 from solution.models.member import Member
-from solution.models.passes import one_pass_each
 from solution.records import FaceBox
 from solution.scoring.files import SidecarRow, Track
 from solution.scoring.journal import Scored, stamp
@@ -188,14 +187,12 @@ class Ensemble:
         if self.compiled and count < self.limit:  # one shape, compiled once
             spare = self.limit - count
             views = [torch.cat([v, v[-1:].expand(spare, -1, -1, -1)]) for v in views]
-        rows = {}
-        with torch.inference_mode(), one_pass_each(() if self.compiled else self.members.values()):
-            for name, member in reversed(
-                self.members.items()
-            ):  # vlaforge and qtfp read a pass whole, fusion a part of it
+        with torch.inference_mode():
+            rows = []
+            for name, member in self.members.items():
                 member.tower.use(member.adapter)
-                rows[name] = member.judge(views[self.view_of[name]]).float()[:count]
-            return torch.stack([rows[name] for name in self.members])
+                rows.append(member.judge(views[self.view_of[name]]).float()[:count])
+            return torch.stack(rows)
 
     def finish(self, launched: torch.Tensor, views: Sequence[torch.Tensor]) -> np.ndarray:
         """`launch`'s result on the host, (members, n) float64, doubtful levels looked at again in float32.

@@ -15,7 +15,6 @@ from solution.errors import WeightsError
 from solution.models import blocks, keys, merging
 from solution.models.adapters import adapter_state, add_adapter
 from solution.models.keys import to_stable
-from solution.models.member import Member
 from solution.models.towers import (
     build_tower,
     count_parameters,
@@ -282,8 +281,6 @@ def test_who_reads_the_class_token_alone_gets_the_same_one(make):
 
 class Holder(torch.nn.Module):
     """As much of a member as `pack` asks for."""
-
-    towers = Member.towers
 
     def __init__(self, tower):
         super().__init__()
