@@ -15,6 +15,7 @@ from torch import nn
 from solution.errors import WeightsError
 
 ROLES = ("q", "k", "v", "o")
+MOST_KEYS = 1024  # of plain attention, which holds a score for every query and key
 # Where a role lives inside a library's layer. transformers 5 renamed the DINOv2 tree, so each role lists every name it
 # has had; a new library name is one more entry here and nothing else.
 LAYER_ATTRIBUTES = {
@@ -123,7 +124,23 @@ def run_block(
     q = split_heads(block.q(h[:, :first]), heads)  # (B, heads, N, d)
     k, v = (split_heads(project(h), heads) for project in (block.k, block.v))
     q, k = placed(q, block.q_norm, rotation if first is None else None), placed(k, block.k_norm, rotation)
-    return finish_block(block, x[:, :first], F.scaled_dot_product_attention(q, k, v))
+    return finish_block(block, x[:, :first], attend(q, k, v))
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v: (B, heads, N, d) with keys and values (B, heads, M, d) -> (B, heads, N, d).
+
+    torch's fused attention, but for scoring in bfloat16 on a CPU: there two plain products and a softmax are faster.
+    """
+    scoring = q.dtype == torch.bfloat16 and q.device.type == "cpu" and not torch.is_grad_enabled()
+    if not scoring or k.shape[-2] > MOST_KEYS:
+        return F.scaled_dot_product_attention(q, k, v)
+    # Scores are held in 8 bits. What all keys have in common raises every score of a query alike, which softmax does not
+    # see: without it scores are small, and so is their rounding (with it, logits departed from float32 twice as far).
+    k = k - k.mean(dim=-2, keepdim=True)
+    queries, keys, values = (x.flatten(0, 1) for x in (q * q.shape[-1] ** -0.5, k, v))
+    weights = torch.bmm(queries, keys.transpose(1, 2)).softmax(dim=-1)
+    return torch.bmm(weights, values).unflatten(0, q.shape[:2])
 
 
 def placed(x: torch.Tensor, norm: nn.Module | None, rotation: Rotation | None) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from solution.config import MemberConfig, VlaforgeConfig
-from solution.models.blocks import Block, finish_block, split_heads
+from solution.models.blocks import Block, attend, finish_block, split_heads
 from solution.models.keys import is_text
 from solution.models.member import Member, Parts
 from solution.models.towers import Tower, tower_state
@@ -98,7 +98,7 @@ def _block_with_keys(block: Block, x: torch.Tensor, heads: int) -> tuple[torch.T
     """One block on x (B, 1 + N, D): its output, and the patches' keys and values (B, heads, N, d)."""
     h = block.norm1(x)
     q, k, v = (split_heads(project(h), heads) for project in (block.q, block.k, block.v))  # (B, heads, 1 + N, d)
-    x = finish_block(block, x, F.scaled_dot_product_attention(q, k, v))
+    x = finish_block(block, x, attend(q, k, v))
     return x, k[:, :, 1:], v[:, :, 1:]
 
 
