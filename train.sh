@@ -65,7 +65,7 @@ member() { # NAME: what it starts from, by preset
       train fusion "$OUT" --tower "s14-face=$towers/s14-face.safetensors" \
         --tower "s14-semantic=$towers/s14-semantic.safetensors"
       ;;
-    compact/vlaforge) train vlaforge "$OUT" --tower "s14-semantic=$towers/s14-semantic.safetensors" ;;
+    compact/vlaforge) train vlaforge "$OUT" --tower "s14-face=$towers/s14-face.safetensors" ;;
     compact/*)
       : "${TOWER:?train.sh: set TOWER to the folder of DINOv2-S/14 (as facebook/dinov2-small on the Hub)}"
       train "$1" "$OUT" --tower "s14-$1=$TOWER"
@@ -74,7 +74,7 @@ member() { # NAME: what it starts from, by preset
       train fusion "$OUT" --tower "tiny-face=$towers/tiny-face.safetensors" \
         --tower "tiny-semantic=$towers/tiny-semantic.safetensors"
       ;;
-    tiny/vlaforge) train vlaforge "$OUT" --tower "tiny-semantic=$towers/tiny-semantic.safetensors" ;;
+    tiny/vlaforge) train vlaforge "$OUT" --tower "tiny-face=$towers/tiny-face.safetensors" ;;
     tiny/*) train "$1" "$OUT" --random-towers ;;
     *) train "$1" "$OUT" ;;
   esac
@@ -104,8 +104,8 @@ for name in $MEMBERS; do
     *) first+=("$name") ;;
   esac
 done
-# The tower of general semantics, which two members of the small presets look through.
-if [[ $PRESET != giant && ${#second[@]} -gt 0 ]]; then first=(semantic ${first[@]+"${first[@]}"}); fi
+# The tower of general semantics, which fusion looks through in the small presets.
+if [[ $PRESET != giant && " ${second[*]-} " == *" fusion "* ]]; then first=(semantic ${first[@]+"${first[@]}"}); fi
 stage ${first[@]+"${first[@]}"}
 stage ${second[@]+"${second[@]}"}
 if [[ ${BUNDLE:-1} == 0 ]]; then exit 0; fi

@@ -110,8 +110,13 @@ def pack_member(folder: Path, config: MemberConfig) -> Bundle:
 
 
 def bundle_config(name: str) -> MemberConfig:
-    """The tiny preset's member; `face`, `qtfp` and `fusion` put LoRA on the tower of `global`, so that a tower is shared."""
+    """The tiny preset's member; `face`, `qtfp` and `fusion` put LoRA on the tower of `global`, so that a tower is shared.
+
+    `face` having none of its own, `vlaforge` looks through the semantic one.
+    """
     config = preset("tiny", name)
+    if name == "vlaforge":
+        config = replace(config, tower=replace(config.tower, source="bundle:tiny-semantic"))
     if name in ("face", "qtfp", "fusion"):
         lora = AdapterConfig("lora", rank=16, alpha=32.0, dropout=0.05)
         config = replace(config, tower=preset("tiny", "global").tower, adapter=lora)

@@ -369,7 +369,7 @@ def test_a_clip_image_tower_leaves_the_text_behind(tmp_path):
 
 def test_a_derived_clip_reads_the_tower_it_is_derived_from(made):
     config = made.configs["vlaforge"].tower
-    assert config.source == "bundle:tiny-semantic"
+    assert config.source == "bundle:tiny-face"
     file = made.folder / "towers/tiny-global.safetensors"
     state = tower_weights(config, str(file))
     assert set(state) == set(load_file(file))
