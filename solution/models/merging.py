@@ -1,5 +1,5 @@
-"""Members made fast for scoring: adapters merged into their towers, the towers' blocks in half precision and, on a GPU,
-computed from packed weights, compiled on demand.
+"""Members made fast for scoring: adapters merged into their towers, the towers' blocks in half precision and computed
+from packed weights, compiled on demand.
 
 Takes loaded members in float32 and changes them in place; they take and return what they did before. What is measured
 here was measured on an AMD EPYC (Zen 5) core, compact towers at 168 px.
@@ -18,7 +18,7 @@ from torch import nn
 
 from solution.errors import DeviceError, UsageError, WeightsError
 from solution.io import cores
-from solution.models.blocks import Block, EffortLinear, Rotation, Step, merge_heads, rotate
+from solution.models.blocks import Block, EffortLinear, Rotation, Step, attend, merge_heads, rotate
 from solution.models.member import Member
 from solution.models.towers import Tower, TowerOutput
 
@@ -290,7 +290,7 @@ def packed_block(
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if rotation is not None:
         q, k = rotate(q, rotation) if first is None else q, rotate(k, rotation)
-    attended = merge_heads(F.scaled_dot_product_attention(q, k, v))
+    attended = merge_heads(attend(q, k, v))
     if w.o_norm is not None:
         attended = F.layer_norm(attended.float(), w.o_norm.shape, w.o_norm, w.o_norm_bias, eps).to(dtype)
     x = _add(x, w.scale1, F.linear(attended, w.o, w.o_bias))

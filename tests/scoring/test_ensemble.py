@@ -220,6 +220,15 @@ def test_a_second_look_keeps_the_levels_of_float32(bundle, exact, pictures):
     assert 0 < sum(looked.looks.values()) < expected.size
 
 
+def test_members_share_one_margin_but_one_that_overflows_is_always_looked_at(bundle, monkeypatch):
+    told = {"global": 0.03, "face": 0.0, "fusion": 0.04, "qtfp": float("inf"), "vlaforge": 0.0}
+    monkeypatch.setattr(predict, "_measure_noise", lambda _: told)
+    margins = predict.load_ensemble(bundle, "cpu", precision="bfloat16").margins
+    assert margins.pop("qtfp") == predict.EVERY_LOOK
+    assert set(margins) == {"global", "face", "fusion", "vlaforge"}
+    assert list(margins.values()) == pytest.approx([predict.DOUBT * 0.025] * 4)
+
+
 def test_no_second_look_where_votes_have_no_levels(bundle):
     smooth = replace(bundle, vote=replace(bundle.vote, mean="probability"))
     ensemble = predict.load_ensemble(smooth, "cpu", precision="bfloat16")
