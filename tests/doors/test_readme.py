@@ -213,8 +213,28 @@ def test_what_localises_runs(place, tmp_path):
         assert len(list(out.glob("*.png"))) == 1
 
 
+def test_what_leaves_a_generator_out_runs(place, tmp_path, monkeypatch, capsys):
+    with (place / "data/manifest.csv").open(newline="") as file:
+        pictures = list(csv.DictReader(file))
+    manifest = place / "data/generators.csv"
+    with manifest.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "label", "split", "generator"])
+        rows.writerows(
+            [p["path"], p["label"], p["split"], "ab"[i // 2 % 2] * int(p["label"])] for i, p in enumerate(pictures)
+        )
+    monkeypatch.setattr(ablate, "run_to_its_end", lambda c: train.main(c[3:]))
+    (words,) = [w for w in commands_of("studies.ablate") if "--leave-out" in w]
+    made = substituted(words, place, tmp_path)
+    for option, value in (("--leave-out", "a"), ("--steps", "2"), ("--data", str(manifest))):
+        made[made.index(option) + 1] = value
+    small = ["--quiet", "--set", "train.batch=4"]
+    assert run("studies.ablate", [*made, *small]) == 0
+    assert "| a: without a | 0 |" in capsys.readouterr().out
+
+
 def test_what_ablates_runs(place, tmp_path, monkeypatch, capsys):
-    for number, words in enumerate(commands_of("studies.ablate")):
+    for number, words in enumerate(w for w in commands_of("studies.ablate") if "--study" in w):
         name = words[words.index("--study") + 1]
         study = ablate.STUDIES[name]
         tower = preset("tiny", study.member).tower.name
