@@ -104,8 +104,11 @@ for name in $MEMBERS; do
     *) first+=("$name") ;;
   esac
 done
-# The tower of general semantics, which fusion looks through in the small presets.
-if [[ $PRESET != giant && " ${second[*]-} " == *" fusion "* ]]; then first=(semantic ${first[@]+"${first[@]}"}); fi
+# What fusion and vlaforge look through in the small presets: the tower of face, and for fusion that of general semantics.
+if [[ $PRESET != giant && ${#second[@]} -gt 0 ]]; then
+  if [[ " ${first[*]-} " != *" face "* ]]; then first=(face ${first[@]+"${first[@]}"}); fi
+  if [[ " ${second[*]} " == *" fusion "* ]]; then first=(semantic "${first[@]}"); fi
+fi
 stage ${first[@]+"${first[@]}"}
 stage ${second[@]+"${second[@]}"}
 if [[ ${BUNDLE:-1} == 0 ]]; then exit 0; fi

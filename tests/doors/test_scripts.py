@@ -81,6 +81,23 @@ def test_train_sh_asks_for_what_training_takes(preset, tmp_path):
     assert last[1] == "solution.studies.mechanisms" and mechanisms.parse(last[2:]).limit == 200
 
 
+@pytest.mark.parametrize(
+    ("members", "trained"),
+    [
+        ("vlaforge", ["face", "vlaforge"]),
+        ("fusion", ["semantic", "face", "fusion"]),
+        ("face vlaforge", ["face", "vlaforge"]),
+        ("qtfp", ["qtfp"]),
+    ],
+)
+def test_what_a_member_looks_through_is_trained_before_it(members, trained, tmp_path):
+    commands = asked_for(
+        PRESET="compact", MEMBERS=members, DATA="x", TOWER=str(tmp_path), OUT=str(tmp_path), BUNDLE="1"
+    )
+    found = [words[words.index("--member") + 1] for words in commands if "--member" in words]
+    assert found == trained
+
+
 def scores_with_every_member(out, folder):
     """A submission of the smoke data's validation pictures with the bundle, checked."""
     members = json.loads((out / "bundle/ensemble.json").read_text())["members"]
