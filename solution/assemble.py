@@ -182,20 +182,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--licence", default="other", help="identifier from the Hub's list of licences")
     parser.add_argument("--limit", type=int, default=0, help="at most so many pictures of each split")
-    alarms = (
-        (
-            "--false-alarms",
-            0.05,
-            "the share of real pictures called fake at the threshold, at most, as a mean over sources",
-        ),
-        (
-            "--worst-false-alarms",
-            0.10,
-            "the same of the worst source; a source that nothing was fitted on may exceed it",
-        ),
+    parser.add_argument(
+        "--false-alarms",
+        type=share_of_pictures,
+        default=Settings.false_alarms,
+        help="share of real pictures called fake at the threshold, at most, as a mean over sources (default %(default)s)",
     )
-    for name, share, text in alarms:
-        parser.add_argument(name, type=share_of_pictures, default=share, help=f"{text} (default {share})")
+    parser.add_argument(
+        "--worst-false-alarms",
+        type=share_of_pictures,
+        default=Settings.worst_false_alarms,
+        help="the same of the worst source; one that nothing was fitted on may exceed it (default %(default)s)",
+    )
     parser.add_argument("--base-model", action="append", default=[], help="for the model card")
     parser.add_argument("--data-terms", help="for the model card: what it was trained on, and what that allows")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
