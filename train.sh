@@ -53,9 +53,22 @@ train() { # NAME FOLDER [arguments]
     --set "train.seed=${SEED:-0}" "$@" ${EXTRA:-} ${!extra:-}
 }
 
+start_tower() {
+  : "${TOWER:?train.sh: set TOWER to the folder of DINOv2-S/14 (as facebook/dinov2-small on the Hub)}"
+}
+
 member() { # NAME: what it starts from, by preset
   local towers=$OUT/towers
   case $PRESET/$1 in
+    compact/tight) # the tower of face, fusion and vlaforge: trained whole, then cut to its first blocks
+      start_tower
+      train tight "$OUT" --tower "s14-tight=$TOWER"
+      "$python" -m solution.weights cut "$towers/s14-tight.safetensors" --blocks 10 --out "$towers/s14-face.safetensors"
+      ;;
+    tiny/tight)
+      train tight "$OUT" --random-towers
+      "$python" -m solution.weights cut "$towers/tiny-tight.safetensors" --blocks 2 --out "$towers/tiny-face.safetensors"
+      ;;
     giant/global | giant/face) # a first run, and a second from its weights at a fifth of the rate, as published
       train "$1" "$OUT/first"
       train "$1" "$OUT" --start-from "$OUT/first/$1" --set optim.lr=1e-6
@@ -65,16 +78,16 @@ member() { # NAME: what it starts from, by preset
       train fusion "$OUT" --tower "s14-face=$towers/s14-face.safetensors" \
         --tower "s14-semantic=$towers/s14-semantic.safetensors"
       ;;
-    compact/vlaforge) train vlaforge "$OUT" --tower "s14-face=$towers/s14-face.safetensors" ;;
+    compact/face | compact/vlaforge) train "$1" "$OUT" --tower "s14-face=$towers/s14-face.safetensors" ;;
     compact/*)
-      : "${TOWER:?train.sh: set TOWER to the folder of DINOv2-S/14 (as facebook/dinov2-small on the Hub)}"
+      start_tower
       train "$1" "$OUT" --tower "s14-$1=$TOWER"
       ;;
     tiny/fusion)
       train fusion "$OUT" --tower "tiny-face=$towers/tiny-face.safetensors" \
         --tower "tiny-semantic=$towers/tiny-semantic.safetensors"
       ;;
-    tiny/vlaforge) train vlaforge "$OUT" --tower "tiny-face=$towers/tiny-face.safetensors" ;;
+    tiny/face | tiny/vlaforge) train "$1" "$OUT" --tower "tiny-face=$towers/tiny-face.safetensors" ;;
     tiny/*) train "$1" "$OUT" --random-towers ;;
     *) train "$1" "$OUT" ;;
   esac
@@ -100,13 +113,13 @@ stage() { # NAME...: at most JOBS at once; one that fails fails all
 first=() second=()
 for name in $MEMBERS; do
   case $PRESET/$name in
-    */fusion | compact/vlaforge | tiny/vlaforge) second+=("$name") ;;
+    */fusion | compact/face | compact/vlaforge | tiny/face | tiny/vlaforge) second+=("$name") ;;
     *) first+=("$name") ;;
   esac
 done
-# What fusion and vlaforge look through in the small presets: the tower of face, and for fusion that of general semantics.
+# What members look through in the small presets: the tower that tight trains, and for fusion that of general semantics.
 if [[ $PRESET != giant && ${#second[@]} -gt 0 ]]; then
-  if [[ " ${first[*]-} " != *" face "* ]]; then first=(face ${first[@]+"${first[@]}"}); fi
+  first=(tight ${first[@]+"${first[@]}"})
   if [[ " ${second[*]} " == *" fusion "* ]]; then first=(semantic "${first[@]}"); fi
 fi
 stage ${first[@]+"${first[@]}"}

@@ -358,6 +358,7 @@ class StreamConfig:
     fusion_hidden: int = 512
     fusion_dropout: float = 0.2
     normalize: bool = False  # global, face: the head reads features at length one (GenD)
+    spread: bool = False  # it reads each feature's standard deviation over the patches beside the class token (ours)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,16 @@ COMPACT_SIDE = 168  # px: 12 x 12 patches
 FACE_SIDE = 196  # px: 14 x 14 patches of a tight crop
 # px: 8 x 8 patches. The tower of `face` at this side says other things than at COMPACT_SIDE (rank correlation .75).
 SMALL_SIDE = 112
+# Of twelve. Of a tower trained whole, the last blocks know the generators that it was trained on, and what stands before
+# them tells more of others (weights/RESULTS.md, "Where a tower is cut").
+CUT_BLOCKS = 10
 SMALLEST_FACE = 0.002  # of the picture, in `compact`: 43 px in a frame of 1280 x 720
+# A head on a frozen tower: the shorter it is trained, the better it finds generators that it was not trained on.
+HEAD_ALONE = {
+    "optim": OptimConfig(lr=1e-3, head_lr=1e-3, weight_decay=0.05, decoupled=True, warmup_steps=20, final_lr=0.0),
+    "train": TrainConfig(epochs=1, batch=32, max_steps=150, accumulate=1, average=0.98),
+    "stream": StreamConfig(focal_gamma=0.0, spread=True),
+}
 # What makes whole faces in the data that `compact` was trained on: their forgery mask is the face.
 COMPACT_GENERATED = (
     "stylegan1",
@@ -129,17 +138,17 @@ COMPACT_GENERATED = (
 )
 
 
-def _compact_tower(name: str) -> TowerConfig:
-    """A DINOv2 ViT-S/14 that the bundle brings, trained by the member it is named after."""
-    arch = Dinov2Arch(width=384, layers=12, heads=6, mlp_ratio=4, swiglu=False)
+def _compact_tower(name: str, *, blocks: int = 12) -> TowerConfig:
+    """A DINOv2 ViT-S/14, or its first blocks, that the bundle brings, trained by the member it is named after."""
+    arch = Dinov2Arch(width=384, layers=blocks, heads=6, mlp_ratio=4, swiglu=False)
     return TowerConfig(f"s14-{name}", "dinov2", arch, source="bundle")
 
 
-def _compact_clip(of: str, side: int, *, text: bool) -> TowerConfig:
+def _compact_clip(of: str, side: int, *, text: bool, blocks: int = 12) -> TowerConfig:
     """The tower `s14-OF` in open_clip's layout at `side` px; the text tower, where there is one, is small and learned."""
     arch = ClipArch(
         width=384,
-        layers=12,
+        layers=blocks,
         heads=6,
         patch=14,
         image_side=side,
@@ -156,8 +165,9 @@ def _compact_clip(of: str, side: int, *, text: bool) -> TowerConfig:
 
 
 def _compact(member: str) -> MemberConfig:
-    """Five members: `global`, `face` and `qtfp` on towers of their own, `fusion` and `vlaforge` on `face`'s, seen from
-    further away and smaller; and `semantic`, which trains the second tower of `fusion`.
+    """Five members: `global` and `qtfp` on towers of their own; `face`, `fusion` and `vlaforge` on one, seen close, from
+    further away and small. `tight` trains that one, which is cut to its first blocks (`weights cut`) before the three
+    are trained on it; `semantic` trains the second tower of `fusion`.
     """
     side = COMPACT_SIDE
     optim = OptimConfig(
@@ -179,31 +189,31 @@ def _compact(member: str) -> MemberConfig:
         # The training pictures are faces with their surroundings: a frame with a small face is cut down to that framing.
         "face": FaceConfig(margin=1.4, min_area=SMALLEST_FACE, max_area=0.25),
     }
-    whole, full = ViewConfig("face", side, side), AdapterConfig("full")
-    lora = AdapterConfig("lora", rank=16, alpha=32.0, dropout=0.05)
+    whole, full, frozen = ViewConfig("face", side, side), AdapterConfig("full"), AdapterConfig("none")
+    cut = _compact_tower("face", blocks=CUT_BLOCKS)
     decayed = replace(optim, layer_decay=0.75)
     if member == "global":
         shared["optim"] = decayed
         return MemberConfig("global", whole, _compact_tower("global"), full, **shared)
-    if member == "face":
+    if member in ("tight", "face"):
         shared |= {
-            "optim": decayed,
             "face": FaceConfig(margin=1.15, min_area=SMALLEST_FACE),
             "augment": replace(augment, self_blend_p=0.6, crop_p=0.0),
         }
         view = ViewConfig("face", FACE_SIDE, FACE_SIDE)
-        return MemberConfig("face", view, _compact_tower("face"), full, **shared)
+        if member == "face":
+            return MemberConfig("face", view, cut, frozen, **shared | HEAD_ALONE)
+        return MemberConfig("tight", view, _compact_tower("tight"), full, kind="face", **shared | {"optim": decayed})
     if member == "semantic":
         norm = AdapterConfig("norm")
         shared["optim"] = replace(optim, lr=1e-3)
         return MemberConfig("semantic", whole, _compact_tower("semantic"), norm, kind="global", **shared)
     if member == "fusion":
-        shared["train"] = replace(train, epochs=6, head_epochs=3, head_lr=1e-3, head_warmup_steps=50)
-        # On the tower of `face`, not of `global`: on that, the trained member said what `global` says (rank correlation .95).
+        # On the tower of `face`, not of `global`: on that, the trained member said what `global` says (rank correlation
+        # .95). Its second phase, LoRA, lost on unseen generators.
         shared["augment"] = replace(augment, self_blend_p=0.5)
-        return MemberConfig(
-            "fusion", whole, _compact_tower("face"), lora, clip=_compact_clip("semantic", side, text=False), **shared
-        )
+        second = _compact_clip("semantic", side, text=False)
+        return MemberConfig("fusion", whole, cut, frozen, clip=second, **shared | HEAD_ALONE)
     if member == "qtfp":
         shared["optim"] = replace(decayed, head_lr=5e-4)
         shared["qtfp"] = replace(QTFP_LIVE, readout="each", raal_warmup=500)
@@ -232,8 +242,9 @@ def _compact(member: str) -> MemberConfig:
         "augment": replace(augment, self_blend_p=0.4),
     }
     # On the tower of `face`: over the semantic one it found half as much (AUC .63 instead of .75 on unseen generators).
-    tower, small = _compact_clip("face", SMALL_SIDE, text=True), ViewConfig("face", SMALL_SIDE, SMALL_SIDE)
-    return MemberConfig("vlaforge", small, tower, AdapterConfig("none"), vlaforge=vlaforge, **shared)
+    tower = _compact_clip("face", SMALL_SIDE, text=True, blocks=CUT_BLOCKS)
+    small = ViewConfig("face", SMALL_SIDE, SMALL_SIDE)
+    return MemberConfig("vlaforge", small, tower, frozen, vlaforge=vlaforge, **shared)
 
 
 TINY_SIDE = 56  # px: 4 x 4 patches
@@ -241,7 +252,8 @@ TINY_SIDE = 56  # px: 4 x 4 patches
 
 def _small(tower: TowerConfig) -> TowerConfig:
     """A tower of `compact` with a few thousand weights, under a name of its own."""
-    size = {"width": 32, "layers": 2, "heads": 2, "image_side": TINY_SIDE}
+    layers = 2 if tower.arch.layers == CUT_BLOCKS else 3
+    size = {"width": 32, "layers": layers, "heads": 2, "image_side": TINY_SIDE}
     if tower.kind == "clip":
         size |= {"embed_dim": 16, "text_width": 16, "text_layers": min(1, tower.arch.text_layers), "text_heads": 2}
     name, source = (text.replace("s14-", "tiny-") for text in (tower.name, tower.source))
@@ -312,8 +324,8 @@ PRESETS = {
 }
 PRESET_MEMBERS = {
     "giant": MEMBERS,
-    "compact": (*MEMBERS, "semantic"),
-    "tiny": (*MEMBERS, "semantic", "layers", "topk"),
+    "compact": (*MEMBERS, "tight", "semantic"),
+    "tiny": (*MEMBERS, "tight", "semantic", "layers", "topk"),
     "ntire26": ("global", "face", "fusion"),
     "dinov3": ("dinov3",),
     "gend": ("gend",),

@@ -8,6 +8,7 @@
     python -m solution.weights push BUNDLE owner/name          with a model card made from the bundle
     python -m solution.weights push BUNDLE --space owner/name  the page of solution.app as a Space
     python -m solution.weights verify|show|golden BUNDLE
+    python -m solution.weights cut TOWER --blocks N --out FILE the first blocks of a tower that training wrote
 """
 
 from __future__ import annotations
@@ -64,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--evaluation", type=Path, help="evaluation.json, for the card")
     add.add_argument("--private", action="store_true")
     add.add_argument("--dry-run", action="store_true", help="print the card or the Space's files, upload nothing")
+    add = commands.add_parser("cut", help="the first blocks of a tower that training wrote, as a tower of its own")
+    add.add_argument("tower", type=Path, help="its .safetensors file")
+    add.add_argument("--blocks", type=int, required=True, help="how many of its blocks are kept")
+    add.add_argument("--out", type=Path, required=True, help="the new file, whose name is the new tower's")
     helps = {
         "verify": "check every file and the cached public towers against their SHA-256",
         "show": "a table of members, towers and hashes",
@@ -86,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "verify": _verify,
         "show": _show,
         "golden": _golden,
+        "cut": _cut,
     }[arguments.command](arguments)
     return 0
 
@@ -103,6 +109,13 @@ def _golden(arguments: argparse.Namespace) -> None:
     from solution.bundles.store import open_bundle
 
     print(add_golden(open_bundle(arguments.weights)).folder / GOLDEN)
+
+
+def _cut(arguments: argparse.Namespace) -> None:
+    from solution.bundles.members import cut_tower
+
+    tower = cut_tower(arguments.tower, arguments.out, arguments.blocks)
+    print(f"{arguments.out}: tower {tower.name}, {tower.arch.layers} blocks")
 
 
 def _import(arguments: argparse.Namespace) -> None:

@@ -145,6 +145,39 @@ def pack_tower(path: Path) -> float:
     return worst
 
 
+def cut_tower(path: Path, out: Path, blocks: int) -> TowerConfig:
+    """Write a tower's first `blocks` blocks and its last norm as `out`, a tower named as that file; what it is.
+
+    Of a tower trained whole, the last blocks know most of what it was trained on; what stands before them tells more of
+    what it was not (guillotine regularization, Bordes et al., TMLR 2023).
+
+    path: a file of `dump_tower`, packed or not, which says what tower it holds.
+
+    Raises:
+        WeightsError: it does not say so, or has no more blocks than that.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: no .safetensors file ({error})") from None
+    if "tower" not in meta:
+        raise WeightsError(f"{path}: does not say which tower it holds; expected a file that training wrote to towers/")
+    record = json.loads(meta["tower"])
+    record.pop("format")
+    config = from_dict(TowerConfig, record, str(path))
+    if not 0 < blocks < config.arch.layers:
+        raise WeightsError(
+            f"{path}: tower {config.name} has {config.arch.layers} blocks; cut it to 1 to {config.arch.layers - 1}"
+        )
+    gone = tuple(f"blocks.{number}." for number in range(blocks, config.arch.layers))
+    config = replace(config, name=out.stem, arch=replace(config.arch, layers=blocks))
+    state = {key: tensor for key, tensor in load_file(path).items() if not key.startswith(gone)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, save(state, {"tower": json.dumps({"format": FORMAT} | to_dict(config))}))
+    return config
+
+
 def unpack_rows(steps: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The float32 matrix (R, C) of int8 steps (R, C) and row scales (R,)."""
     return steps.float() * scale.float()[:, None]

@@ -36,16 +36,22 @@ def member_flops(config: MemberConfig, *, adapters: bool = True) -> int:
 
 
 def _stream(config: MemberConfig, beside: int) -> int:
-    """Products of a tower and a linear head of two classes on its class token."""
-    return _own_tower(config, beside, patches=False) + 2 * config.tower.arch.width
+    """Products of a tower and a linear head of two classes on what the stream pools."""
+    return _own_tower(config, beside, patches=config.stream.spread) + 2 * _pooled(config)
+
+
+def _pooled(config: MemberConfig) -> int:
+    """Features that a stream reads off its own tower."""
+    return config.tower.arch.width * (2 if config.stream.spread else 1)
 
 
 def _fusion(config: MemberConfig, beside: int) -> int:
     """Products of two towers and the layers on their joined features."""
     tokens = _tokens(config.clip, config.view.side)
     second = _tower(config.clip, tokens) - _unread(config.clip, tokens)
-    joined = config.tower.arch.width + config.clip.arch.width
-    return _own_tower(config, beside, patches=False) + second + _layers(joined, config.stream.fusion_hidden, 2)
+    joined = _pooled(config) + config.clip.arch.width
+    own = _own_tower(config, beside, patches=config.stream.spread)
+    return own + second + _layers(joined, config.stream.fusion_hidden, 2)
 
 
 def _qtfp(config: MemberConfig, beside: int) -> int:

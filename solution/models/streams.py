@@ -44,15 +44,30 @@ def as_two_class(logit: torch.Tensor) -> torch.Tensor:
 class Stream(Member):
     """`global` and `face`: DINOv2 with LoRA, pooled CLS after the final LayerNorm, Linear D -> 2.
 
-    With `stream.normalize` the head reads the CLS at length one.
+    With `stream.spread` the head reads each feature's standard deviation over the patches too, 2 D in all; with
+    `stream.normalize` it reads what it reads at length one.
     """
 
     def __init__(self, config: MemberConfig, tower: Tower):
         super().__init__(config, tower)
-        self.head = nn.Linear(tower.width, 2)
+        self.head = nn.Linear(self.pooled_width, 2)
+
+    @property
+    def pooled_width(self) -> int:
+        """Of what `pool` reads off the member's own tower."""
+        return self.tower.width * (2 if self.config.stream.spread else 1)
+
+    def pool(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, 3, H, W) to what the head reads of the member's own tower, (B, D) or (B, 2 D)."""
+        spread = self.config.stream.spread
+        tokens = self.tower(images, adapter=self.adapter, patches=spread)
+        if not spread:
+            return tokens.cls_token
+        deviation = tokens.patch_tokens.float().std(dim=1, correction=0)
+        return torch.cat([tokens.cls_token, deviation.to(tokens.cls_token.dtype)], dim=1)
 
     def forward(self, images: torch.Tensor) -> MemberOutput:
-        pooled = self.tower(images, adapter=self.adapter, patches=False).cls_token  # (B, D)
+        pooled = self.pool(images)
         if self.config.stream.normalize:
             pooled = F.normalize(pooled, dim=1)
         return MemberOutput(two_class_logit(self.head(pooled)), pooled)
@@ -68,13 +83,13 @@ class Stream(Member):
 
 
 class Fusion(Stream):
-    """`fusion`: the stream's pooled CLS joined to a frozen CLIP's pooled CLS, then a two-layer head."""
+    """`fusion`: what the stream pools joined to a frozen CLIP's pooled CLS, then a two-layer head."""
 
     def __init__(self, config: MemberConfig, tower: Tower, clip: Tower):
         super().__init__(config, tower)
         self.clip = clip.requires_grad_(False)
         self.head = nn.Sequential(
-            nn.Linear(tower.width + clip.width, config.stream.fusion_hidden),
+            nn.Linear(self.pooled_width + clip.width, config.stream.fusion_hidden),
             nn.GELU(),
             nn.Dropout(config.stream.fusion_dropout),
             nn.Linear(config.stream.fusion_hidden, 2),
@@ -86,7 +101,7 @@ class Fusion(Stream):
         return self
 
     def forward(self, images: torch.Tensor) -> MemberOutput:
-        texture = self.tower(images, adapter=self.adapter, patches=False).cls_token  # (B, D)
+        texture = self.pool(images)  # (B, D)
         with torch.no_grad():
             semantics = self.clip(images, patches=False).cls_token  # (B, D_clip), post-LayerNorm, before the projection
         pooled = torch.cat([texture, semantics.to(texture.dtype)], dim=1)  # (B, D + D_clip)

@@ -22,6 +22,7 @@ from solution.evaluation.figures import axes_style
 from solution.evaluation.measure import ENSEMBLE, rank_correlation
 from solution.models.calibration import sigmoid
 from solution.models.member import Member
+from solution.models.streams import Fusion
 from solution.scoring.vote import combine
 from solution.studies.drift import Bootstrap, cosine
 from solution.studies.drift_figures import COLOURS
@@ -147,7 +148,8 @@ def measurements(measured: Mapping[str, Measured], members: Mapping[str, Member]
     rows: dict[tuple[str, str], tuple[Judge, dict[str, Numbers]]] = {}
     for condition, found in measured.items():
         for name, told in found.told.items():
-            for quantity in quantities(found.labels, told, members[name].tower.width):
+            member = members[name]
+            for quantity in quantities(found.labels, told, member.pooled_width if isinstance(member, Fusion) else 0):
                 values = quantity.values
                 numbers = draws.mean(values) if values.ndim else _plain(values)
                 if numbers is not None:

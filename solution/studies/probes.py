@@ -107,7 +107,7 @@ def _probe_fusion(member: Fusion, given: Given) -> Probed:
 @torch.inference_mode()
 def halves_at_mean(member: Fusion, pooled: np.ndarray) -> dict[str, np.ndarray]:
     """Logits (N,) of joined features (N, D + D_clip), each half in turn the same for all: its mean."""
-    found, cut = {}, member.tower.width
+    found, cut = {}, member.pooled_width
     features = torch.from_numpy(pooled).to(member.head[0].weight)
     for name, half in zip(HALVES, (slice(0, cut), slice(cut, None))):
         changed = features.clone()

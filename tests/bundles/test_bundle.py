@@ -41,6 +41,8 @@ def made(tmp_path_factory):
     for name in (*MEMBERS, "semantic"):
         config = preset("tiny", name)
         save_member(build_member(config, random_towers([config])), folder / name)
+    cut = random_towers([preset("tiny", "face")])["tiny-face"]  # frozen: no member writes it
+    dump_tower(cut, folder / "towers/tiny-face.safetensors")
     calibrators = {"face": Calibrator("temperature", (2.0,), fitted_on="a test")}
     report = {"auc": 0.5}
     made = write_bundle(folder, MEMBERS, VOTE, calibrators, report=report, about=About(data="none"))
