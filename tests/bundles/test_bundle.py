@@ -353,6 +353,40 @@ def test_a_packed_tower_is_half_as_large_and_nearly_the_same(tmp_path):
         dict(tower_weights(config, str(path)))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_tower_that_is_cut_is_its_first_blocks_and_its_last_norm(packed, tmp_path, capsys):
+    config = small_tower(width=96, layers=3)
+    tower = build_tower(config).eval()
+    whole, part = tmp_path / "whole.safetensors", tmp_path / "towers/part.safetensors"
+    dump_tower(tower, whole, dtype=torch.float32)
+    if packed:
+        pack_tower(whole)
+        tower = fill_tower(config, tower_weights(config, str(whole))).eval()
+    assert weights.main(["cut", str(whole), "--blocks", "2", "--out", str(part)]) == 0
+    assert "tower part, 2 blocks" in capsys.readouterr().out
+    config = replace(config, name="part", arch=replace(config.arch, layers=2))
+    cut = fill_tower(config, tower_weights(config, str(part))).eval()
+    pictures = selftest.golden_pictures(28)
+    with torch.inference_mode():
+        expected = tower.last_norm(tower(pictures, keep=(2,)).hidden[2])
+        found = cut(pictures)
+    torch.testing.assert_close(found.cls_token, expected[:, 0])
+    torch.testing.assert_close(found.patch_tokens, expected[:, 1:])
+
+
+def test_a_tower_that_cannot_be_cut_is_named(tmp_path, capsys):
+    path, out = tmp_path / "own.safetensors", tmp_path / "part.safetensors"
+    dump_tower(build_tower(small_tower(layers=2)), path)
+    for blocks in (0, 2):
+        assert weights.main(["cut", str(path), "--blocks", str(blocks), "--out", str(out)]) == 3
+        assert "has 2 blocks; cut it to 1 to 1" in capsys.readouterr().err
+    save_file(load_file(path), tmp_path / "hub.safetensors")
+    for name, words in {"hub": "does not say which tower", "none": "no .safetensors file"}.items():
+        assert weights.main(["cut", str(tmp_path / f"{name}.safetensors"), "--blocks", "1", "--out", str(out)]) == 3
+        assert words in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_clip_image_tower_leaves_the_text_behind(tmp_path):
     arch = ClipArch(width=16, layers=1, heads=2, embed_dim=8, image_side=28)
     arch = replace(arch, text_width=8, text_layers=1, text_heads=1, vocab=20, context=5)

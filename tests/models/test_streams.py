@@ -1,6 +1,7 @@
 """The three streams: sizes, losses by hand, gradients where they belong, batches of one."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,8 +81,21 @@ def test_fusion_keeps_clip_still():
     assert not member.clip.training and member.tower.training
     assert not any(p.requires_grad for p in member.clip.parameters())
     data = batch(member)
-    width = member.tower.width + member.clip.width
+    width = 2 * member.tower.width + member.clip.width  # class token and spread, and CLIP's class token
     assert member(data.images).features.shape == (4, width)
+
+
+def test_a_stream_reads_the_patches_spread_beside_the_class_token():
+    member = make_member("face").eval()
+    images = batch(member).images
+    with torch.no_grad():
+        tokens = member.tower(images)
+        features = member(images).features
+    deviation = tokens.patch_tokens.numpy().std(axis=1)
+    torch.testing.assert_close(features[:, member.tower.width :], torch.from_numpy(deviation))
+    torch.testing.assert_close(features[:, : member.tower.width], tokens.cls_token)
+    plain = replace(member.config, stream=replace(member.config.stream, spread=False))
+    assert build_member(plain, random_towers([plain])).pooled_width == member.tower.width
 
 
 def test_giant_fusion_head_has_the_published_shape():
