@@ -252,7 +252,7 @@ TINY_SIDE = 56  # px: 4 x 4 patches
 
 def _small(tower: TowerConfig) -> TowerConfig:
     """A tower of `compact` with a few thousand weights, under a name of its own."""
-    layers = 2 if tower.arch.layers == CUT_BLOCKS else 3
+    layers = 3 if tower.name == "s14-tight" else 2  # it is cut to two
     size = {"width": 32, "layers": layers, "heads": 2, "image_side": TINY_SIDE}
     if tower.kind == "clip":
         size |= {"embed_dim": 16, "text_width": 16, "text_layers": min(1, tower.arch.text_layers), "text_heads": 2}

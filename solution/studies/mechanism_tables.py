@@ -192,7 +192,7 @@ class Quantity(NamedTuple):
 
 
 def quantities(labels: np.ndarray, told: Mapping[str, np.ndarray], cut: int) -> Iterator[Quantity]:
-    """Everything that probes told of a member; cut: where the joined features' second half starts."""
+    """Everything that probes told of a member; cut: where a fusion's second half starts, else 0."""
     for name, values in told.items():
         kind, _, what = name.partition(": ")
         if kind == "correlation":
@@ -206,7 +206,7 @@ def quantities(labels: np.ndarray, told: Mapping[str, np.ndarray], cut: int) -> 
             # Forgeries lie in the middle of faces, and so may a map that sees nothing.
             twins = values[labels == 1] - values[labels == 0]
             yield Quantity(f"{what} inside a fake, less its real twin", twins, partial(finds, chance=0.0))
-        elif kind == "pooled":
+        elif kind == "pooled" and cut:
             first, second = values[:, :cut], values[:, cut:]
             if first.shape == second.shape:
                 yield Quantity("cosine of the halves", cosine(first, second), different)

@@ -97,21 +97,27 @@ def _probe(member: Member, given: Given) -> Probed:
     return Probed({BUILT: member(given.images).logit}, {})
 
 
-@_probe.register(Fusion)
-def _probe_fusion(member: Fusion, given: Given) -> Probed:
-    """Its halves are replaced by their means once all pictures were seen (`halves_at_mean`)."""
+@_probe.register(Stream)
+def _probe_stream(member: Stream, given: Given) -> Probed:
+    """Parts of what its head reads are replaced by their means once all pictures were seen (`parts_at_mean`)."""
     output = member(given.images)
     return Probed({BUILT: output.logit}, {"pooled": output.features})
 
 
 @torch.inference_mode()
-def halves_at_mean(member: Fusion, pooled: np.ndarray) -> dict[str, np.ndarray]:
-    """Logits (N,) of joined features (N, D + D_clip), each half in turn the same for all: its mean."""
-    found, cut = {}, member.pooled_width
-    features = torch.from_numpy(pooled).to(member.head[0].weight)
-    for name, half in zip(HALVES, (slice(0, cut), slice(cut, None))):
+def parts_at_mean(member: Stream, pooled: np.ndarray) -> dict[str, np.ndarray]:
+    """Logits (N,) of pooled features (N, F), each part in turn the same for all: its mean.
+
+    Parts: the halves of a fusion, and the spread of the patches where the head reads that.
+    """
+    cut = member.pooled_width
+    parts = dict(zip(HALVES, (slice(0, cut), slice(cut, None)))) if isinstance(member, Fusion) else {}
+    if member.config.stream.spread:
+        parts["spread"] = slice(member.tower.width, cut)
+    found, features = {}, torch.from_numpy(pooled).to(next(member.head.parameters()))
+    for name, part in parts.items():
         changed = features.clone()
-        changed[:, half] = features[:, half].mean(dim=0)
+        changed[:, part] = features[:, part].mean(dim=0)
         found[f"{name} at its mean"] = _numpy(two_class_logit(member.head(changed)))
     return found
 
@@ -275,9 +281,9 @@ def at_means(member: Member, told: Mapping[str, np.ndarray]) -> dict[str, np.nda
     return {}
 
 
-@at_means.register(Fusion)
-def _fusion_at_means(member: Fusion, told: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return halves_at_mean(member, told["pooled"])
+@at_means.register(Stream)
+def _stream_at_means(member: Stream, told: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return parts_at_mean(member, told["pooled"])
 
 
 @at_means.register(Vlaforge)

@@ -208,7 +208,7 @@ def test_patches_inside_a_fake_are_ranked_by_hand():
 # ------------------------------------------------------------------------------------------------ streams
 @torch.inference_mode()
 def test_an_adapter_is_switched_off_and_on_again():
-    member = tiny("fusion")
+    member = tiny("fusion", adapter={"kind": "lora"}, stream={"spread": False})
     batch = given(member)
     before = member(batch.images).logit
     logits = probed(member, batch).logits
@@ -222,15 +222,31 @@ def test_an_adapter_is_switched_off_and_on_again():
 
 def test_a_half_that_the_head_ignores_is_dead():
     member = tiny("fusion")
-    cut = member.tower.width
+    cut = member.pooled_width
     with torch.no_grad():
         member.head[0].weight[:, cut:] = 0
         member.head[0].weight[:, :cut].mul_(10)
     logits, told = probed(member)
-    found = probes.halves_at_mean(member, told["pooled"].double().numpy())
+    found = probes.parts_at_mean(member, told["pooled"].double().numpy())
     built = logits[BUILT].numpy()
     assert np.allclose(found["second half at its mean"], built, atol=1e-6)
     assert np.abs(found["first half at its mean"] - built).max() > 1e-3
+
+
+def test_a_spread_that_the_head_ignores_is_dead():
+    member = tiny("face")
+    width = member.tower.width
+    with torch.no_grad():
+        member.head.weight[:, width:] = 0
+    logits, told = probed(member)
+    (name, found), *others = probes.parts_at_mean(member, told["pooled"].double().numpy()).items()
+    assert name == "spread at its mean" and not others
+    assert np.allclose(found, logits[BUILT].numpy(), atol=1e-6)
+    with torch.no_grad():
+        member.head.weight[:, width:].normal_()
+    logits, told = probed(member)
+    found = probes.parts_at_mean(member, told["pooled"].double().numpy())[name]
+    assert np.abs(found - logits[BUILT].numpy()).max() > 1e-3
 
 
 def test_only_pictures_that_were_cut_are_looked_at_uncut():
@@ -381,8 +397,9 @@ def bundle(tmp_path_factory):
         else:
             member = tiny(kind, name=name)
         save_member(member, folder / name)
-    semantic = random_towers([preset("tiny", "semantic")])["tiny-semantic"]
-    dump_tower(semantic, folder / "towers" / "tiny-semantic.safetensors")
+    for name in ("semantic", "face"):  # which no member of the bundle writes
+        (tower,) = random_towers([preset("tiny", name)]).values()
+        dump_tower(tower, folder / "towers" / f"tiny-{name}.safetensors")
     calibrators = {"reads": Calibrator("platt", (4.0, 0.0))}
     vote = VoteConfig({name: 1 for name in ("first", "crops", "reads")} | {"two": 0})
     vote = replace(vote, weights=vote.weights | {"asks": 0}, mean="probability")
