@@ -212,7 +212,7 @@ def _compact(member: str) -> MemberConfig:
         # On the tower of `face`, not of `global`: on that, the trained member said what `global` says (rank correlation
         # .95). Its second phase, LoRA, lost on unseen generators.
         shared["augment"] = replace(augment, self_blend_p=0.5)
-        second = _compact_clip("semantic", side, text=False)
+        second = _compact_clip("semantic", SMALL_SIDE, text=False)
         return MemberConfig("fusion", whole, cut, frozen, clip=second, **shared | HEAD_ALONE)
     if member == "qtfp":
         shared["optim"] = replace(decayed, head_lr=5e-4)

@@ -47,7 +47,8 @@ def _pooled(config: MemberConfig) -> int:
 
 def _fusion(config: MemberConfig, beside: int) -> int:
     """Products of two towers and the layers on their joined features."""
-    tokens = _tokens(config.clip, config.view.side)
+    arch = config.clip.arch
+    tokens = _tokens(config.clip, arch.image_side if isinstance(arch, ClipArch) else config.view.side)
     second = _tower(config.clip, tokens) - _unread(config.clip, tokens)
     joined = _pooled(config) + config.clip.arch.width
     own = _own_tower(config, beside, patches=config.stream.spread)

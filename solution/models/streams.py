@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from solution.config import MemberConfig
+from solution.config import ClipArch, MemberConfig
 from solution.models.member import Member, Parts
 from solution.models.towers import Tower
 from solution.records import Batch, MemberOutput
@@ -83,7 +83,10 @@ class Stream(Member):
 
 
 class Fusion(Stream):
-    """`fusion`: what the stream pools joined to a frozen CLIP's pooled CLS, then a two-layer head."""
+    """`fusion`: what the stream pools joined to a frozen CLIP's pooled CLS, then a two-layer head.
+
+    A CLIP sees the member's view at the one side that it takes.
+    """
 
     def __init__(self, config: MemberConfig, tower: Tower, clip: Tower):
         super().__init__(config, tower)
@@ -100,9 +103,20 @@ class Fusion(Stream):
         self.clip.eval()  # frozen
         return self
 
+    def for_clip(self, images: torch.Tensor) -> torch.Tensor:
+        """The view (B, 3, S, S) at the side of a CLIP, in [0, 1]; as it is for a tower that takes any side."""
+        arch = self.clip.config.arch
+        if not isinstance(arch, ClipArch) or images.shape[-1] == arch.image_side:
+            return images
+        if images.dtype == torch.uint8:
+            images = images.to(self.clip.mean.dtype) / 255
+        side = (arch.image_side, arch.image_side)
+        return F.interpolate(images, side, mode="bilinear", align_corners=False, antialias=True)
+
     def forward(self, images: torch.Tensor) -> MemberOutput:
         texture = self.pool(images)  # (B, D)
         with torch.no_grad():
-            semantics = self.clip(images, patches=False).cls_token  # (B, D_clip), post-LayerNorm, before the projection
+            # (B, D_clip), post-LayerNorm, before the projection
+            semantics = self.clip(self.for_clip(images), patches=False).cls_token
         pooled = torch.cat([texture, semantics.to(texture.dtype)], dim=1)  # (B, D + D_clip)
         return MemberOutput(two_class_logit(self.head(pooled)), pooled)

@@ -85,6 +85,19 @@ def test_fusion_keeps_clip_still():
     assert member(data.images).features.shape == (4, width)
 
 
+def test_the_clip_of_a_fusion_sees_the_view_at_its_own_side():
+    config = preset("tiny", "fusion")
+    arch = replace(config.clip.arch, image_side=28)
+    config = replace(config, clip=replace(config.clip, arch=arch))
+    member = build_member(config, random_towers([config])).eval()
+    images = batch(member).images
+    small = torch.nn.functional.interpolate(images / 255, (28, 28), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        features = member(images).features
+        torch.testing.assert_close(features[:, member.pooled_width :], member.clip(small).cls_token)
+        torch.testing.assert_close(member(images / 255).features, features)
+
+
 def test_a_stream_reads_the_patches_spread_beside_the_class_token():
     member = make_member("face").eval()
     images = batch(member).images
