@@ -73,7 +73,7 @@ def test_train_sh_asks_for_what_training_takes(preset, tmp_path):
     names = []
     for _, module, *words in trainings:
         if module == "solution.weights":
-            assert words[0] == "cut"
+            assert words[0] == "cut" and words[2:4] == ["--blocks", str(presets.CUT_BLOCKS)]
             continue
         assert module == "solution.train"
         args = train.parse(words)
