@@ -119,7 +119,7 @@ for name in $MEMBERS; do
 done
 # What members look through in the small presets: the tower that tight trains, and for fusion that of general semantics.
 if [[ $PRESET != giant && ${#second[@]} -gt 0 ]]; then
-  first=(tight ${first[@]+"${first[@]}"})
+  if [[ " ${first[*]-} " != *" tight "* ]]; then first=(tight ${first[@]+"${first[@]}"}); fi
   if [[ " ${second[*]} " == *" fusion "* ]]; then first=(semantic "${first[@]}"); fi
 fi
 stage ${first[@]+"${first[@]}"}

@@ -164,7 +164,8 @@ def cut_tower(path: Path, out: Path, blocks: int) -> TowerConfig:
     if "tower" not in meta:
         raise WeightsError(f"{path}: does not say which tower it holds; expected a file that training wrote to towers/")
     record = json.loads(meta["tower"])
-    record.pop("format")
+    if (found := record.pop("format", None)) != FORMAT:
+        raise WeightsError(f"{path}: format {found!r}, expected {FORMAT}; use a matching release")
     config = from_dict(TowerConfig, record, str(path))
     if not 0 < blocks < config.arch.layers:
         raise WeightsError(

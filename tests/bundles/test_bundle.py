@@ -381,7 +381,9 @@ def test_a_tower_that_cannot_be_cut_is_named(tmp_path, capsys):
         assert weights.main(["cut", str(path), "--blocks", str(blocks), "--out", str(out)]) == 3
         assert "has 2 blocks; cut it to 1 to 1" in capsys.readouterr().err
     save_file(load_file(path), tmp_path / "hub.safetensors")
-    for name, words in {"hub": "does not say which tower", "none": "no .safetensors file"}.items():
+    save_file(load_file(path), tmp_path / "newer.safetensors", {"tower": '{"format": 99}'})
+    expected = {"hub": "does not say which tower", "none": "no .safetensors file", "newer": "format 99, expected 1"}
+    for name, words in expected.items():
         assert weights.main(["cut", str(tmp_path / f"{name}.safetensors"), "--blocks", "1", "--out", str(out)]) == 3
         assert words in capsys.readouterr().err
     assert not out.exists()
