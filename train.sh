@@ -53,43 +53,32 @@ train() { # NAME FOLDER [arguments]
     --set "train.seed=${SEED:-0}" "$@" ${EXTRA:-} ${!extra:-}
 }
 
-start_tower() {
-  : "${TOWER:?train.sh: set TOWER to the folder of DINOv2-S/14 (as facebook/dinov2-small on the Hub)}"
+cut_tower() { # NAME OTHER BLOCKS: the first blocks of tower NAME, as OTHER
+  "$python" -m solution.weights cut "$OUT/towers/$1.safetensors" --blocks "$3" --out "$OUT/towers/$2.safetensors"
 }
 
 member() { # NAME: what it starts from, by preset
-  local towers=$OUT/towers
+  local of=s14 towers=$OUT/towers
+  if [[ $PRESET == tiny ]]; then of=tiny; fi
+  local face="$of-face=$towers/$of-face.safetensors" semantic="$of-semantic=$towers/$of-semantic.safetensors"
   case $PRESET/$1 in
-    compact/tight) # the tower of face, fusion and vlaforge: trained whole, then cut to its first blocks
-      start_tower
-      train tight "$OUT" --tower "s14-tight=$TOWER"
-      "$python" -m solution.weights cut "$towers/s14-tight.safetensors" --blocks 10 --out "$towers/s14-face.safetensors"
-      ;;
-    tiny/tight)
-      train tight "$OUT" --random-towers
-      "$python" -m solution.weights cut "$towers/tiny-tight.safetensors" --blocks 2 --out "$towers/tiny-face.safetensors"
-      ;;
     giant/global | giant/face) # a first run, and a second from its weights at a fifth of the rate, as published
       train "$1" "$OUT/first"
       train "$1" "$OUT" --start-from "$OUT/first/$1" --set optim.lr=1e-6
       ;;
     giant/fusion) train fusion "$OUT" --start-from "$OUT/global" ;;
-    compact/fusion)
-      train fusion "$OUT" --tower "s14-face=$towers/s14-face.safetensors" \
-        --tower "s14-semantic=$towers/s14-semantic.safetensors"
-      ;;
-    compact/face | compact/vlaforge) train "$1" "$OUT" --tower "s14-face=$towers/s14-face.safetensors" ;;
+    compact/fusion | tiny/fusion) train fusion "$OUT" --tower "$face" --tower "$semantic" ;;
+    compact/face | compact/vlaforge | tiny/face | tiny/vlaforge) train "$1" "$OUT" --tower "$face" ;;
     compact/*)
-      start_tower
+      : "${TOWER:?train.sh: set TOWER to the folder of DINOv2-S/14 (as facebook/dinov2-small on the Hub)}"
       train "$1" "$OUT" --tower "s14-$1=$TOWER"
       ;;
-    tiny/fusion)
-      train fusion "$OUT" --tower "tiny-face=$towers/tiny-face.safetensors" \
-        --tower "tiny-semantic=$towers/tiny-semantic.safetensors"
-      ;;
-    tiny/face | tiny/vlaforge) train "$1" "$OUT" --tower "tiny-face=$towers/tiny-face.safetensors" ;;
     tiny/*) train "$1" "$OUT" --random-towers ;;
     *) train "$1" "$OUT" ;;
+  esac
+  case $PRESET/$1 in # the tower of face, fusion and vlaforge: trained whole, then cut
+    compact/tight) cut_tower s14-tight s14-face 10 ;;
+    tiny/tight) cut_tower tiny-tight tiny-face 2 ;;
   esac
 }
 

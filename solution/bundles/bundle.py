@@ -27,6 +27,7 @@ from solution.bundles import hub
 from solution.bundles.members import (
     FORMAT,
     SCALE,
+    check_format,
     fill_tower,
     load_member,
     pack_tower,
@@ -318,9 +319,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_bytes())
     except ValueError as error:
         raise WeightsError(f"{path}: no JSON ({error}); fetch it again") from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = record.get("format") if isinstance(record, dict) else record
-        raise WeightsError(f"{path}: format {found!r}, expected {FORMAT}; use a matching release")
+    check_format(record, path)
     missing = [name for name in _FIELDS if name not in record]
     extra = sorted(set(record) - set(_FIELDS))
     if missing or extra:

@@ -112,8 +112,12 @@ def fill_tower(
 def dump_tower(tower: Tower, path: Path, *, dtype: torch.dtype = torch.float16) -> None:
     """Write a tower's own weights, adapters aside, as `path` (safetensors, stable keys), whole or not at all."""
     state = {k: t.detach().to(dtype).cpu().contiguous() for k, t in tower_state(tower).items()}
+    _write_tower(path, tower.config, state)
+
+
+def _write_tower(path: Path, config: TowerConfig, state: dict[str, torch.Tensor]) -> None:
     # One entry: safetensors writes several in an order that changes from run to run, and bundles are hashed.
-    meta = {"tower": json.dumps({"format": FORMAT} | to_dict(tower.config))}
+    meta = {"tower": json.dumps({"format": FORMAT} | to_dict(config))}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save(state, meta))
 
@@ -164,8 +168,8 @@ def cut_tower(path: Path, out: Path, blocks: int) -> TowerConfig:
     if "tower" not in meta:
         raise WeightsError(f"{path}: does not say which tower it holds; expected a file that training wrote to towers/")
     record = json.loads(meta["tower"])
-    if (found := record.pop("format", None)) != FORMAT:
-        raise WeightsError(f"{path}: format {found!r}, expected {FORMAT}; use a matching release")
+    check_format(record, path)
+    del record["format"]
     config = from_dict(TowerConfig, record, str(path))
     if not 0 < blocks < config.arch.layers:
         raise WeightsError(
@@ -174,8 +178,7 @@ def cut_tower(path: Path, out: Path, blocks: int) -> TowerConfig:
     gone = tuple(f"blocks.{number}." for number in range(blocks, config.arch.layers))
     config = replace(config, name=out.stem, arch=replace(config.arch, layers=blocks))
     state = {key: tensor for key, tensor in load_file(path).items() if not key.startswith(gone)}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, save(state, {"tower": json.dumps({"format": FORMAT} | to_dict(config))}))
+    _write_tower(out, config, state)
     return config
 
 
@@ -225,6 +228,13 @@ def _pack(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return packed if packed.isfinite().all() else tensor  # beyond float16's range
 
 
+def check_format(record: Any, path: Path) -> None:
+    """Raise `WeightsError` unless `record`, read from `path`, is a dict of this release's format."""
+    found = record.get("format") if isinstance(record, dict) else record
+    if not isinstance(record, dict) or found != FORMAT:
+        raise WeightsError(f"{path}: format {found!r}, expected {FORMAT}; use a matching release")
+
+
 def read_config(folder: Path) -> MemberConfig:
     """The `MemberConfig` saved in a member's folder.
 
@@ -238,8 +248,7 @@ def read_config(folder: Path) -> MemberConfig:
         record = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise WeightsError(f"{path}: no JSON ({error}); fetch the bundle again") from None
-    if record.get("format") != FORMAT:
-        raise WeightsError(f"{path}: format {record.get('format')!r}, expected {FORMAT}; use a matching release")
+    check_format(record, path)
     return from_dict(MemberConfig, record["member"], str(path))
 
 

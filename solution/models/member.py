@@ -6,7 +6,6 @@ Takes pictures (B, 3, H, W), uint8 or float in [0, 1]; returns `MemberOutput` wi
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from solution.config import MemberConfig
@@ -60,13 +59,9 @@ class Member(nn.Module):
         options = self.config.inference
         if options.looks == 1:
             return self(images).logit
-        if images.dtype == torch.uint8:
-            images = images.to(self.tower.mean.dtype) / 255
-        logits = []
+        images, logits = self.tower.unit(images), []
         for side in options.sides or (images.shape[-1],):
-            seen = images
-            if side != images.shape[-1]:
-                seen = F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
+            seen = self.tower.at_side(images, side)
             logits += [self(view).logit for view in ((seen, seen.flip(-1)) if options.mirrored else (seen,))]
         return torch.stack(logits).mean(dim=0)
 

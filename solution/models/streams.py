@@ -104,14 +104,9 @@ class Fusion(Stream):
         return self
 
     def for_clip(self, images: torch.Tensor) -> torch.Tensor:
-        """The view (B, 3, S, S) at the side of a CLIP, in [0, 1]; as it is for a tower that takes any side."""
+        """The view (B, 3, S, S) at the side of a CLIP; as it is for a tower that takes any side."""
         arch = self.clip.config.arch
-        if not isinstance(arch, ClipArch) or images.shape[-1] == arch.image_side:
-            return images
-        if images.dtype == torch.uint8:
-            images = images.to(self.clip.mean.dtype) / 255
-        side = (arch.image_side, arch.image_side)
-        return F.interpolate(images, side, mode="bilinear", align_corners=False, antialias=True)
+        return self.clip.at_side(images, arch.image_side) if isinstance(arch, ClipArch) else images
 
     def forward(self, images: torch.Tensor) -> MemberOutput:
         texture = self.pool(images)  # (B, D)

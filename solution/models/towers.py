@@ -120,11 +120,20 @@ class Tower(nn.Module):
         }
 
     # -- forward
+    def unit(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) uint8, or float in [0, 1], to float in [0, 1]."""
+        return images.to(self.mean.dtype) / 255 if images.dtype == torch.uint8 else images
+
+    def at_side(self, images: torch.Tensor, side: int) -> torch.Tensor:
+        """Square pictures as `unit` makes them, resized to (B, 3, side, side) with anti-aliasing where they are not."""
+        images = self.unit(images)
+        if images.shape[-1] == side:
+            return images
+        return F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
+
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) uint8, or float in [0, 1], to the tower's normalised float input."""
-        if images.dtype == torch.uint8:
-            images = images.to(self.mean.dtype) / 255
-        return (images - self.mean) / self.std
+        return (self.unit(images) - self.mean) / self.std
 
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """Pictures (B, 3, H, W) to position-embedded tokens (B, P + N, D) and the patch grid (h, w)."""

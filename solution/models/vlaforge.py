@@ -465,8 +465,7 @@ class Vlaforge(Member):
             raise ValueError(
                 f"vlaforge takes {settings.input_side}x{settings.input_side} px, found {tuple(images.shape[-2:])}"
             )
-        if images.dtype == torch.uint8:
-            images = images.to(self.tower.mean.dtype) / 255
+        images = self.tower.unit(images)
         seen = self.look(images)
         perceived, maps, bias = self.perceive(images, seen)
         features, global_logits = self.global_score(seen, bias)

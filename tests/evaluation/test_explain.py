@@ -99,7 +99,8 @@ def spotter():
         adapter=AdapterConfig("full"),
         view=ViewConfig("image", 84, 84),
     )
-    member = train(config, 14, 200, 1e-3)
+    # After 200 steps at 1e-3 some members lean on something else, and which ones differs from processor to processor.
+    member = train(config, 14, 400, 5e-4)
     return member, *unseen(config, 14)
 
 
@@ -121,8 +122,7 @@ def test_score_cam_lies_on_the_planted_patch_with_all_channels_and_with_the_stro
     for count in (None, 16):
         found = cams(member, images, count=count)
         shares = [on_patch(cam, covered[i]) for i, cam in found.items()]
-        # Not the mean: what a trained member goes by on one picture or two differs from processor to processor.
-        assert np.median(shares) >= 0.8, (count, shares)
+        assert np.mean(shares) >= 0.8, (count, shares)
     area = covered[1::2].mean()
     assert area < 0.12  # of an even map
 
