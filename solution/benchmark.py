@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -222,13 +223,15 @@ def _two_passes(member, images):
 
     from solution.models.vlaforge import ClipPass
 
-    side = member.tower.config.arch.image_side
+    tower, settings = member.tower, member.config.vlaforge
+    side, last = tower.config.arch.image_side, settings.depth or tower.config.arch.layers
     images = F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
-    first = member.tower(images, keep=member.config.vlaforge.fusion_layers)
-    second = member.tower(images)
-    hidden = {number: tokens[:, 1:] for number, tokens in first.hidden.items()}
-    start, _ = member.tower.embed(images)
-    return ClipPass(second.cls_token, first.patch_tokens, start, hidden, [], [])
+    first = tower(images, keep=(*settings.fusion_layers, last)).hidden
+    second = tower(images, keep=(last,)).hidden
+    hidden = {number: first[number][:, 1:] for number in settings.fusion_layers}
+    start, _ = tower.embed(images)
+    classes, patches = tower.last_norm(second[last])[:, 0], tower.last_norm(first[last])[:, 1:]
+    return ClipPass(classes, patches, start, hidden, [], [])
 
 
 def _joint_pass(member, seen, bias):
@@ -246,7 +249,7 @@ def _joint_pass(member, seen, bias):
     mask[:, :, :queries, queries] = float("-inf")
     mask[:, :, :queries, queries + 1 :] = bias
     x = torch.cat([seen.start[:, :1].expand(-1, queries, -1), seen.start], dim=1)
-    for block in tower.blocks():
+    for block in islice(tower.blocks(), member.config.vlaforge.depth or None):
         h = block.norm1(x)
         q, k, v = (split_heads(p(h), heads) for p in (block.q, block.k, block.v))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -515,6 +515,8 @@ class VlaforgeConfig:
     copy_gain: how much the global head sees a copy's difference from the class token enlarged; 1 as published. A tower
         trained whole on this task has so steady a class token that a bias of spread 1 moves a copy by a ninth of
         what another picture does, and a trained head does not notice; `compact` enlarges it.
+    depth: blocks of CLIP that the picture and the copies of its class token pass; 0: all. Of a tower trained whole on
+        this task the last ones know the generators that it was trained on.
     adapter: the released code's change of CLIP's patches (preset `code`): after block `adapter_after` (1-based), through
         `adapter_width` channels, added back at `adapter_share`.
     """
@@ -544,6 +546,7 @@ class VlaforgeConfig:
     vla_norm: bool = True
     bias_scale: float = 2.0
     copy_gain: float = 1.0
+    depth: int = 0
     adapter: bool = False
     adapter_after: int = 11
     adapter_width: int = 192
@@ -597,6 +600,7 @@ class VlaforgeConfig:
             self.bias_scale > 0 and self.copy_gain > 0,
             "vlaforge.bias_scale and vlaforge.copy_gain must be positive",
         )
+        require(self.depth >= 0, f"vlaforge.depth is {self.depth}; it must be a number of blocks, or 0 for all of them")
         require(
             self.adapter_after > 0 and self.adapter_width > 0,
             "vlaforge.adapter_after and vlaforge.adapter_width must be positive",

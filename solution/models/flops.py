@@ -171,8 +171,11 @@ def _vlaforge(config: MemberConfig, beside: int) -> int:
     from solution.models.vlaforge import prompt_tokens
 
     own, arch = config.vlaforge, config.tower.arch
+    if own.depth:
+        arch = replace(arch, layers=own.depth)
+    read = replace(config.tower, arch=arch)
     queries, joint = own.queries, arch.embed_dim
-    tokens = _tokens(config.tower, arch.image_side)
+    tokens = _tokens(read, arch.image_side)
     patches = tokens - 1
     copies = arch.layers * _block(queries, arch.width, _mlp_products(arch), patches)
     again = 0
@@ -197,7 +200,7 @@ def _vlaforge(config: MemberConfig, beside: int) -> int:
     local = patches * queries**2 + 2 * queries
     return sum(
         (
-            _tower(config.tower, tokens),
+            _tower(read, tokens),
             again,
             copies,
             project,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -74,15 +75,15 @@ class ClipPass(NamedTuple):
 
 
 @torch.no_grad()
-def clip_pass(tower: Tower, images: torch.Tensor, keep: tuple[int, ...], branch: int = 0) -> ClipPass:
+def clip_pass(tower: Tower, images: torch.Tensor, keep: tuple[int, ...], branch: int = 0, depth: int = 0) -> ClipPass:
     """The plain tower on pictures (B, 3, side, side), with every block's keys and values and the patches in `keep`.
 
-    branch: the block (1-based) after which all tokens are kept; 0: none.
+    branch: the block (1-based) after which all tokens are kept; 0: none. depth: how many blocks; 0: all.
     """
     tower.use(None)
     x, _ = tower.embed(images)
     start, hidden, keys, values, kept = x[:, :1], {}, [], [], None
-    for number, block in enumerate(tower.blocks(), start=1):
+    for number, block in enumerate(islice(tower.blocks(), depth or None), start=1):
         x, k, v = _block_with_keys(block, x, tower.heads)
         keys.append(k)
         values.append(v)
@@ -129,7 +130,7 @@ def adapted_pass(tower: Tower, seen: ClipPass, adapter: PatchAdapter, after: int
     x = torch.cat([seen.branch[:, :1], patches], dim=1)
     keys, values = seen.keys[:after], seen.values[:after]
     slim = tower.checkpointing and torch.is_grad_enabled()
-    for block in list(tower.blocks())[after:]:
+    for block in islice(tower.blocks(), after, len(seen.keys)):
         given = (block, x, tower.heads)
         x, k, v = checkpoint(_block_with_keys, *given, use_reentrant=False) if slim else _block_with_keys(*given)
         keys, values = [*keys, k], [*values, v]
@@ -138,7 +139,7 @@ def adapted_pass(tower: Tower, seen: ClipPass, adapter: PatchAdapter, after: int
 
 
 def run_copies(tower: Tower, seen: ClipPass, bias: torch.Tensor) -> torch.Tensor:
-    """Copies of the class token through all blocks, each looking where its bias sends it.
+    """Copies of the class token through the blocks of the plain pass, each looking where its bias sends it.
 
     A copy attends to the patches, `bias` added to the scores of every block, and to itself with bias 0; not to other
     copies nor the class token. Nobody attends to the copies, so the patches' keys and values of the plain pass serve.
@@ -528,9 +529,9 @@ class Vlaforge(Member):
         settings, side = self.config.vlaforge, self.tower.config.arch.image_side
         small = F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
         if self.adapter_of_patches is None:
-            return clip_pass(self.tower, small, settings.fusion_layers)
+            return clip_pass(self.tower, small, settings.fusion_layers, depth=settings.depth)
         after = settings.adapter_after
-        seen = clip_pass(self.tower, small, settings.fusion_layers, branch=after)
+        seen = clip_pass(self.tower, small, settings.fusion_layers, after, settings.depth)
         return adapted_pass(self.tower, seen, self.adapter_of_patches, after)
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -643,19 +644,20 @@ def _check(config: MemberConfig, tower: Tower) -> None:
     sentences, _, known = prompt_tokens()
     length, words = len(sentences[0]), len(set(sum(sentences, ())))
     side, clip_side = s.input_side // s.patch, arch.image_side // arch.patch
-    layers_fit = all(1 <= n <= arch.layers for n in s.fusion_layers)
+    depth = s.depth or arch.layers
     vocab = words if s.train_text else known
     demands = [
         (config.adapter.kind == "none", "adapter.kind must be none: CLIP is frozen"),
         (arch.text_layers > 0, "tower.arch.text_layers is 0; it needs a text tower"),
-        (layers_fit, f"vlaforge.fusion_layers {s.fusion_layers}: 1..{arch.layers}"),
+        (depth <= arch.layers, f"vlaforge.depth is {s.depth}; the tower has {arch.layers} blocks"),
+        (all(1 <= n <= depth for n in s.fusion_layers), f"vlaforge.fusion_layers {s.fusion_layers}: 1..{depth}"),
         (
             side == clip_side,
             f"vlaforge.input_side / vlaforge.patch is {side}, CLIP's patch grid {clip_side}; they must agree",
         ),
         (
-            not s.adapter or s.adapter_after < arch.layers,
-            f"vlaforge.adapter_after is {s.adapter_after}; the tower has {arch.layers} blocks, and some must follow",
+            not s.adapter or s.adapter_after < depth,
+            f"vlaforge.adapter_after is {s.adapter_after}; the member reads {depth} blocks, and some must follow",
         ),
         (
             arch.context >= length,
