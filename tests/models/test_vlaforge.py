@@ -159,7 +159,9 @@ def test_clip_pass_agrees_with_the_tower_and_keeps_the_layers_asked_for():
 
 def test_what_stands_behind_the_depth_is_not_read():
     """A member of depth two scores as one on the tower's first two blocks, and no change of the third reaches it."""
-    short = tiny(arch=replace(ARCH, layers=2), settings=replace(SETTINGS, fusion_after=(1, 2), fusion_layers=(1, 2))).eval()
+    short = tiny(
+        arch=replace(ARCH, layers=2), settings=replace(SETTINGS, fusion_after=(1, 2), fusion_layers=(1, 2))
+    ).eval()
     member = tiny(settings=replace(SETTINGS, depth=2, fusion_after=(1, 2), fusion_layers=(1, 2))).eval()
     left = {k: v for k, v in member.state_dict().items() if "resblocks.2." not in k}
     short.load_state_dict(left)
