@@ -60,15 +60,22 @@ cut_tower() { # NAME OTHER BLOCKS: the first blocks of tower NAME, as OTHER
 member() { # NAME: what it starts from, by preset
   local of=s14 towers=$OUT/towers
   if [[ $PRESET == tiny ]]; then of=tiny; fi
-  local face="$of-face=$towers/$of-face.safetensors" semantic="$of-semantic=$towers/$of-semantic.safetensors"
+  local global="$of-global=$towers/$of-global.safetensors" face="$of-face=$towers/$of-face.safetensors"
+  local semantic="$of-semantic=$towers/$of-semantic.safetensors"
   case $PRESET/$1 in
     giant/global | giant/face) # a first run, and a second from its weights at a fifth of the rate, as published
       train "$1" "$OUT/first"
       train "$1" "$OUT" --start-from "$OUT/first/$1" --set optim.lr=1e-6
       ;;
     giant/fusion) train fusion "$OUT" --start-from "$OUT/global" ;;
+    compact/global | tiny/global) train global "$OUT" --tower "$global" ;;
     compact/fusion | tiny/fusion) train fusion "$OUT" --tower "$face" --tower "$semantic" ;;
-    compact/face | compact/vlaforge | tiny/face | tiny/vlaforge) train "$1" "$OUT" --tower "$face" ;;
+    compact/face | tiny/face) train face "$OUT" --tower "$face" ;;
+    compact/vlaforge | tiny/vlaforge) # a first run for its maps alone, which need more steps than its scores
+      train vlaforge "$OUT/first" --tower "$face" --set vlaforge.w_global=0 --set vlaforge.w_local=0 \
+        --set train.max_steps=500 --set train.validate_every=500
+      train vlaforge "$OUT" --tower "$face" --start-from "$OUT/first/vlaforge"
+      ;;
     compact/*)
       : "${TOWER:?train.sh: set TOWER to the folder of DINOv2-S/14 (as facebook/dinov2-small on the Hub)}"
       train "$1" "$OUT" --tower "s14-$1=$TOWER"
@@ -76,9 +83,11 @@ member() { # NAME: what it starts from, by preset
     tiny/*) train "$1" "$OUT" --random-towers ;;
     *) train "$1" "$OUT" ;;
   esac
-  case $PRESET/$1 in # the tower of face, fusion and vlaforge: trained whole, then cut
+  case $PRESET/$1 in # the towers of global and of face, fusion and vlaforge: trained whole, then cut
+    compact/wide) cut_tower s14-wide s14-global 11 ;;
     compact/tight) cut_tower s14-tight s14-face 10 ;;
-    tiny/tight) cut_tower tiny-tight tiny-face 2 ;;
+    tiny/wide) cut_tower tiny-wide tiny-global 2 ;;
+    tiny/tight) cut_tower tiny-tight tiny-face 3 ;;
   esac
 }
 
@@ -101,16 +110,18 @@ stage() { # NAME...: at most JOBS at once; one that fails fails all
 
 first=() second=()
 for name in $MEMBERS; do
-  case $PRESET/$name in
-    */fusion | compact/face | compact/vlaforge | tiny/face | tiny/vlaforge) second+=("$name") ;;
-    *) first+=("$name") ;;
+  before=$name
+  case $PRESET/$name in # whose towers it looks through
+    compact/global | tiny/global) before=wide ;;
+    compact/face | compact/vlaforge | tiny/face | tiny/vlaforge) before=tight ;;
+    compact/fusion | tiny/fusion) before="tight semantic" ;;
+    */fusion) before= ;;
   esac
+  for one in $before; do
+    if [[ " ${first[*]-} " != *" $one "* ]]; then first+=("$one"); fi
+  done
+  if [[ $before != "$name" ]]; then second+=("$name"); fi
 done
-# What members look through in the small presets: the tower that tight trains, and for fusion that of general semantics.
-if [[ $PRESET != giant && ${#second[@]} -gt 0 ]]; then
-  if [[ " ${first[*]-} " != *" tight "* ]]; then first=(tight ${first[@]+"${first[@]}"}); fi
-  if [[ " ${second[*]} " == *" fusion "* ]]; then first=(semantic "${first[@]}"); fi
-fi
 stage ${first[@]+"${first[@]}"}
 stage ${second[@]+"${second[@]}"}
 if [[ ${BUNDLE:-1} == 0 ]]; then exit 0; fi

@@ -116,9 +116,10 @@ COMPACT_SIDE = 168  # px: 12 x 12 patches
 FACE_SIDE = 196  # px: 14 x 14 patches of a tight crop
 # px: 8 x 8 patches. The tower of `face` at this side says other things than at COMPACT_SIDE (rank correlation .75).
 SMALL_SIDE = 112
-# Of twelve. Of a tower trained whole, the last blocks know the generators that it was trained on, and what stands before
-# them tells more of others (weights/RESULTS.md, "Where a tower is cut").
-CUT_BLOCKS = 10
+# Blocks left of twelve, by tower. Of a tower trained whole, the last ones know the generators that it was trained on, and
+# what stands before them tells more of others (weights/RESULTS.md, "Where a tower is cut").
+CUT_BLOCKS = {"global": 11, "face": 10}
+VLAFORGE_BLOCKS = 9  # of those ten, what `vlaforge` reads
 SMALLEST_FACE = 0.002  # of the picture, in `compact`: 43 px in a frame of 1280 x 720
 # A head on a frozen tower: the shorter it is trained, the better it finds generators that it was not trained on.
 HEAD_ALONE = {
@@ -166,8 +167,8 @@ def _compact_clip(of: str, side: int, *, text: bool, blocks: int = 12) -> TowerC
 
 def _compact(member: str) -> MemberConfig:
     """Five members: `global` and `qtfp` on towers of their own; `face`, `fusion` and `vlaforge` on one, seen close, from
-    further away and small. `tight` trains that one, which is cut to its first blocks (`weights cut`) before the three
-    are trained on it; `semantic` trains the second tower of `fusion`.
+    further away and small. `tight` trains that one and `wide` that of `global`; both are cut to their first blocks
+    (`weights cut`) before the members are trained on them; `semantic` trains the second tower of `fusion`.
     """
     side = COMPACT_SIDE
     optim = OptimConfig(
@@ -190,11 +191,12 @@ def _compact(member: str) -> MemberConfig:
         "face": FaceConfig(margin=1.4, min_area=SMALLEST_FACE, max_area=0.25),
     }
     whole, full, frozen = ViewConfig("face", side, side), AdapterConfig("full"), AdapterConfig("none")
-    cut = _compact_tower("face", blocks=CUT_BLOCKS)
+    cut = {name: _compact_tower(name, blocks=blocks) for name, blocks in CUT_BLOCKS.items()}
     decayed = replace(optim, layer_decay=0.75)
     if member == "global":
-        shared["optim"] = decayed
-        return MemberConfig("global", whole, _compact_tower("global"), full, **shared)
+        return MemberConfig("global", whole, cut["global"], frozen, **shared | HEAD_ALONE)
+    if member == "wide":
+        return MemberConfig("wide", whole, _compact_tower("wide"), full, kind="global", **shared | {"optim": decayed})
     if member in ("tight", "face"):
         shared |= {
             "face": FaceConfig(margin=1.15, min_area=SMALLEST_FACE),
@@ -202,7 +204,7 @@ def _compact(member: str) -> MemberConfig:
         }
         view = ViewConfig("face", FACE_SIDE, FACE_SIDE)
         if member == "face":
-            return MemberConfig("face", view, cut, frozen, **shared | HEAD_ALONE)
+            return MemberConfig("face", view, cut["face"], frozen, **shared | HEAD_ALONE)
         return MemberConfig("tight", view, _compact_tower("tight"), full, kind="face", **shared | {"optim": decayed})
     if member == "semantic":
         norm = AdapterConfig("norm")
@@ -213,7 +215,7 @@ def _compact(member: str) -> MemberConfig:
         # .95). Its second phase, LoRA, lost on unseen generators.
         shared["augment"] = replace(augment, self_blend_p=0.5)
         second = _compact_clip("semantic", SMALL_SIDE, text=False)
-        return MemberConfig("fusion", whole, cut, frozen, clip=second, **shared | HEAD_ALONE)
+        return MemberConfig("fusion", whole, cut["face"], frozen, clip=second, **shared | HEAD_ALONE)
     if member == "qtfp":
         shared["optim"] = replace(decayed, head_lr=5e-4)
         shared["qtfp"] = replace(QTFP_LIVE, readout="each", raal_warmup=500)
@@ -227,6 +229,7 @@ def _compact(member: str) -> MemberConfig:
         decoder_hidden=128,
         decoder_out=64,
         fusion_layers=(1, 4, 8),
+        depth=VLAFORGE_BLOCKS,
         train_text=True,
         vla_scale=10.0,
         bias_scale=8.0,
@@ -238,21 +241,23 @@ def _compact(member: str) -> MemberConfig:
     )
     shared |= {
         "optim": replace(optim, lr=4e-4, head_lr=4e-4),
-        "train": replace(train, epochs=3),
+        "train": replace(train, epochs=3, batch=32, max_steps=100, average=0.98),
         "augment": replace(augment, self_blend_p=0.4),
     }
     # On the tower of `face`: over the semantic one it found half as much (AUC .63 instead of .75 on unseen generators).
-    tower = _compact_clip("face", SMALL_SIDE, text=True, blocks=CUT_BLOCKS)
+    # Few steps, as for the others' heads; train.sh trains its maps before, for which they do not suffice.
+    tower = _compact_clip("face", SMALL_SIDE, text=True, blocks=CUT_BLOCKS["face"])
     small = ViewConfig("face", SMALL_SIDE, SMALL_SIDE)
     return MemberConfig("vlaforge", small, tower, frozen, vlaforge=vlaforge, **shared)
 
 
 TINY_SIDE = 56  # px: 4 x 4 patches
+TINY_BLOCKS = {"s14-wide": 3, "s14-tight": 4, "s14-face": 3}  # train.sh cuts the first to two, the second to three
 
 
 def _small(tower: TowerConfig) -> TowerConfig:
     """A tower of `compact` with a few thousand weights, under a name of its own."""
-    layers = 3 if tower.name == "s14-tight" else 2  # it is cut to two
+    layers = TINY_BLOCKS.get(tower.source.removeprefix("bundle:") if tower.kind == "clip" else tower.name, 2)
     size = {"width": 32, "layers": layers, "heads": 2, "image_side": TINY_SIDE}
     if tower.kind == "clip":
         size |= {"embed_dim": 16, "text_width": 16, "text_layers": min(1, tower.arch.text_layers), "text_heads": 2}
@@ -263,7 +268,7 @@ def _small(tower: TowerConfig) -> TowerConfig:
 def _tiny(member: str) -> MemberConfig:
     """`compact` with towers of a few thousand random weights: smoke runs and tests of the whole path; it detects nothing."""
     if member in ("layers", "topk"):
-        base, few = _tiny("global"), LayersConfig(last=2, hidden=8)
+        base, few = _tiny("wide"), LayersConfig(last=2, hidden=8)
         tower = replace(base.tower, name=f"tiny-{member}")
         return replace(base, name=member, kind=member, tower=tower, layers=few, topk=TopkConfig(share=0.25))
     config = _compact(member)
@@ -278,6 +283,7 @@ def _tiny(member: str) -> MemberConfig:
         decoder_out=8,
         fusion_after=(1,),
         fusion_layers=(1,),
+        depth=2,
         adapter_after=1,
         adapter_width=24,
     )
@@ -324,8 +330,8 @@ PRESETS = {
 }
 PRESET_MEMBERS = {
     "giant": MEMBERS,
-    "compact": (*MEMBERS, "tight", "semantic"),
-    "tiny": (*MEMBERS, "tight", "semantic", "layers", "topk"),
+    "compact": (*MEMBERS, "wide", "tight", "semantic"),
+    "tiny": (*MEMBERS, "wide", "tight", "semantic", "layers", "topk"),
     "ntire26": ("global", "face", "fusion"),
     "dinov3": ("dinov3",),
     "gend": ("gend",),

@@ -112,14 +112,20 @@ def pack_member(folder: Path, config: MemberConfig) -> Bundle:
 def bundle_config(name: str) -> MemberConfig:
     """The tiny preset's member; `face`, `qtfp` and `fusion` put LoRA on the tower of `global`, so that a tower is shared.
 
-    `face` having none of its own, `vlaforge` looks through the semantic one.
+    `global` brings its tower whole, as `wide` trains it. `face` having none of its own, `vlaforge` looks through the
+    semantic one.
     """
     config = preset("tiny", name)
+    if name == "global":
+        whole = preset("tiny", "wide")
+        return replace(whole, name=name, tower=replace(whole.tower, name="tiny-global"))
     if name == "vlaforge":
-        config = replace(config, tower=replace(config.tower, source="bundle:tiny-semantic"))
+        blocks = preset("tiny", "semantic").tower.arch.layers
+        tower = replace(config.tower, source="bundle:tiny-semantic", arch=replace(config.tower.arch, layers=blocks))
+        config = replace(config, tower=tower)
     if name in ("face", "qtfp", "fusion"):
         lora = AdapterConfig("lora", rank=16, alpha=32.0, dropout=0.05)
-        config = replace(config, tower=preset("tiny", "global").tower, adapter=lora)
+        config = replace(config, tower=bundle_config("global").tower, adapter=lora)
     return config
 
 

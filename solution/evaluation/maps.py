@@ -38,13 +38,12 @@ class Sight(NamedTuple):
 
 
 def look(member: Member, images: torch.Tensor) -> Sight:
-    """Score views (B, 3, S, S), uint8 or float in [0, 1], and keep what the tower's last block received.
+    """Score views (B, 3, S, S), uint8 or float in [0, 1], and keep what the last block that it reads received.
 
     Maps of several queries are averaged over them.
     """
-    *_, block = member.tower.blocks()
     caught: list[torch.Tensor] = []
-    handle = block.norm1.register_forward_pre_hook(lambda module, given: caught.append(given[0]))
+    handle = member.last_block.norm1.register_forward_pre_hook(lambda module, given: caught.append(given[0]))
     try:
         output = _forward(member, images)
     finally:
@@ -72,7 +71,7 @@ def attention_map(member: Member, sight: Sight) -> torch.Tensor:
 
     vlaforge's tower is a frozen CLIP: its attention is CLIP's, whatever the member learned.
     """
-    heads = member.tower.cls_attention(sight.last_input, adapter=member.adapter)
+    heads = member.tower.cls_attention(sight.last_input, adapter=member.adapter, block=member.last_block)
     return patch_attention(heads, member.tower.prefix).unflatten(-1, sight.grid)
 
 
@@ -83,8 +82,7 @@ def entropy(p: torch.Tensor) -> torch.Tensor:
 
 def channel_maps(member: Member, sight: Sight) -> torch.Tensor:
     """Score-CAM's activation maps: the patch tokens of the last block's first LayerNorm, (B, D, h, w) float32."""
-    *_, block = member.tower.blocks()
-    tokens = block.norm1(sight.last_input)[:, member.tower.prefix :].float()  # (B, N, D)
+    tokens = member.last_block.norm1(sight.last_input)[:, member.tower.prefix :].float()  # (B, N, D)
     return tokens.transpose(1, 2).unflatten(-1, sight.grid)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from solution.config import MemberConfig
 from solution.models.adapters import adapter_state
+from solution.models.blocks import Block
 from solution.models.feature_losses import feature_losses
 from solution.models.keys import is_norm
 from solution.models.towers import Tower, tower_state
@@ -36,6 +37,12 @@ class Member(nn.Module):
     def adapter(self) -> str | None:
         """The name of this member's adapter on its tower; None when the tower is frozen or trained whole."""
         return self.config.name if self.config.adapter.kind in ("lora", "effort") else None
+
+    @property
+    def last_block(self) -> Block:
+        """The last block of the tower that the member reads."""
+        *_, block = self.tower.blocks()
+        return block
 
     def forward(self, images: torch.Tensor) -> MemberOutput:
         """Score pictures (B, 3, H, W) of this member's view."""

@@ -197,8 +197,12 @@ class Tower(nn.Module):
             step = functools.partial(run_block, block, heads=self.heads)
             yield functools.partial(checkpoint, step, use_reentrant=False) if again else step
 
-    def cls_attention(self, last_input: torch.Tensor, *, adapter: str | None = None) -> torch.Tensor:
-        """The last block's CLS -> token attention per head: (B, P + N, D) -> (B, heads, P + N), rows summing to one.
+    def cls_attention(
+        self, last_input: torch.Tensor, *, adapter: str | None = None, block: Block | None = None
+    ) -> torch.Tensor:
+        """A block's CLS -> token attention per head: (B, P + N, D) -> (B, heads, P + N), rows summing to one.
+
+        block: the one that received `last_input`; None: the last.
 
         Computed from that block's query and key projections alone; the tower's own forward stays fused. Where positions
         are rotary, the patches are those of a square picture.
@@ -209,7 +213,8 @@ class Tower(nn.Module):
         if not self.prefix:
             raise UsageError(f"tower {self.config.name} has no class token, so nothing attends from it to the patches")
         self.use(adapter)
-        *_, block = self.blocks()
+        if block is None:
+            *_, block = self.blocks()
         h = block.norm1(last_input)
         q = split_heads(block.q(h[:, :1]), self.heads)  # (B, heads, 1, d)
         k = split_heads(block.k(h), self.heads)  # (B, heads, P + N, d)

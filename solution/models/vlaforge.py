@@ -453,6 +453,12 @@ class Vlaforge(Member):
         self.tower.eval()  # frozen; a learned text tower has nothing that differs
         return self
 
+    @property
+    def last_block(self) -> Block:
+        """The last of `vlaforge.depth` blocks."""
+        *_, block = islice(self.tower.blocks(), self.config.vlaforge.depth or None)
+        return block
+
     def trained_tower_keys(self) -> list[str]:
         """The text tower and the joint projection where they are learned, else none."""
         learned = self.config.vlaforge.train_text

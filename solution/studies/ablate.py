@@ -58,8 +58,8 @@ STUDIES = {
             "queries-flcl-raal": (),
         },
     ),
-    "recipe": Study(  # one change each to the recipe of `global`
-        "global",
+    "recipe": Study(  # one change each to the recipe of `global`'s tower
+        "wide",
         _short(150),
         {
             "preset": (),

@@ -41,8 +41,9 @@ def made(tmp_path_factory):
     for name in (*MEMBERS, "semantic"):
         config = preset("tiny", name)
         save_member(build_member(config, random_towers([config])), folder / name)
-    cut = random_towers([preset("tiny", "face")])["tiny-face"]  # frozen: no member writes it
-    dump_tower(cut, folder / "towers/tiny-face.safetensors")
+    for name in ("global", "face"):  # frozen: no member writes it
+        cut = random_towers([preset("tiny", name)])[f"tiny-{name}"]
+        dump_tower(cut, folder / f"towers/tiny-{name}.safetensors")
     calibrators = {"face": Calibrator("temperature", (2.0,), fitted_on="a test")}
     report = {"auc": 0.5}
     made = write_bundle(folder, MEMBERS, VOTE, calibrators, report=report, about=About(data="none"))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
-from tiny import pack_member
+from tiny import bundle_config, pack_member
 
 from solution import weights
 from solution.bundles import bundle, hub, ntire26, selftest, store
@@ -142,7 +142,7 @@ def packed(tmp_path_factory):
     """A bundle with a tower of its own and one with a public tower (tests/tower), and that tower's repository."""
     folder = tmp_path_factory.mktemp("packed")
     torch.manual_seed(0)
-    own = pack_member(folder / "own", preset("tiny", "global"))
+    own = pack_member(folder / "own", bundle_config("global"))
     config = preset("tiny", "face")
     arch = config.tower.arch
     tower = TowerConfig("public", "dinov2", arch, source="tests/tower", revision="main")

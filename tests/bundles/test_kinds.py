@@ -27,16 +27,16 @@ def test_two_of_one_kind_train_assemble_and_score(tmp_path, capsys):
     runs, bundle = tmp_path / "runs", tmp_path / "bundle"
     common = words("--preset", "tiny", "--random-towers", "--workers", 0, "--quiet", "--device", "cpu")
     common += words("--data", data, "--out", runs, "--set", "train.max_steps=1", "--set", "train.epochs=1")
-    assert train.main(["--member", "global", *common]) == 0
+    assert train.main(["--member", "wide", *common]) == 0
     twin = words("--set", "name=second-look", "--set", "tower.name=tiny-second", "--set", "train.seed=1")
-    assert train.main(["--member", "global", *common, *twin]) == 0
-    made = words("--members", runs, "--names", "global,second-look", "--data", data, "--out", bundle)
+    assert train.main(["--member", "wide", *common, *twin]) == 0
+    made = words("--members", runs, "--names", "wide,second-look", "--data", data, "--out", bundle)
     alarms = ["--false-alarms", "0.2", "--worst-false-alarms", "0.4"]
     assert assemble.main([*made, *alarms, "--device", "cpu", "--workers", "0", "--quiet"]) == 0
     opened = open_bundle(str(bundle))
     assert (opened.vote.false_alarm, opened.vote.worst_false_alarm) == (0.2, 0.4)
-    assert {name: c.kind for name, c in opened.configs.items()} == {"global": "global", "second-look": "global"}
-    assert {"towers/tiny-global.safetensors", "towers/tiny-second.safetensors"} < set(opened.files)
+    assert {name: c.kind for name, c in opened.configs.items()} == {"wide": "global", "second-look": "global"}
+    assert {"towers/tiny-wide.safetensors", "towers/tiny-second.safetensors"} < set(opened.files)
     pictures, out = make_pictures(tmp_path / "in", 3), tmp_path / "preds.csv"
     given = words("--weights", bundle, "--input", pictures, "--out", out, "--members", "all", "--device", "cpu")
     assert submit.main([*given, "--workers", "0"]) == 0
@@ -44,7 +44,7 @@ def test_two_of_one_kind_train_assemble_and_score(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 3
     columns = [column for column in rows[0] if "second-look" in column]
-    assert columns and any(rows[0][c] != rows[0][c.replace("second-look", "global")] for c in columns)
+    assert columns and any(rows[0][c] != rows[0][c.replace("second-look", "wide")] for c in columns)
 
 
 GIANT_SHRUNK = {  # its configuration at a geometry of thousands of weights

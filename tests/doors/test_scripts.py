@@ -73,7 +73,8 @@ def test_train_sh_asks_for_what_training_takes(preset, tmp_path):
     names = []
     for _, module, *words in trainings:
         if module == "solution.weights":
-            assert words[0] == "cut" and words[2:4] == ["--blocks", str(presets.CUT_BLOCKS)]
+            name = Path(words[-1]).stem.removeprefix("s14-")
+            assert words[0] == "cut" and words[2:4] == ["--blocks", str(presets.CUT_BLOCKS[name])]
             continue
         assert module == "solution.train"
         args = train.parse(words)
@@ -87,9 +88,10 @@ def test_train_sh_asks_for_what_training_takes(preset, tmp_path):
 @pytest.mark.parametrize(
     ("members", "trained"),
     [
-        ("vlaforge", ["tight", "vlaforge"]),
-        ("fusion", ["semantic", "tight", "fusion"]),
-        ("face vlaforge", ["tight", "face", "vlaforge"]),
+        ("vlaforge", ["tight", "vlaforge", "vlaforge"]),
+        ("fusion", ["tight", "semantic", "fusion"]),
+        ("global tight face", ["wide", "tight", "global", "face"]),
+        ("face vlaforge", ["tight", "face", "vlaforge", "vlaforge"]),
         ("qtfp", ["qtfp"]),
     ],
 )

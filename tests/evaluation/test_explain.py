@@ -201,7 +201,7 @@ def test_a_look_scores_as_forward_does_and_attention_is_a_distribution(name):
     for values in sight.evidence.values():
         assert values.shape == (3, *sight.grid)
     # nothing of the look stays on the tower
-    *_, block = member.tower.blocks()
+    block = member.last_block
     assert not block.norm1._forward_pre_hooks
 
 
@@ -210,7 +210,7 @@ def test_a_look_scores_as_forward_does_and_attention_is_a_distribution(name):
 def test_a_tower_that_asks_for_nothing_attends_evenly(name):
     member = tiny(name)
     images = noise(member, 2)
-    *_, block = member.tower.blocks()
+    block = member.last_block
     for value in block.q.parameters():
         value.mul_(30)
     before = maps.attention_map(member, maps.look(member, images)).flatten(1)

@@ -70,7 +70,7 @@ def test_gradients_reach_what_trains_and_nothing_else(name):
 
 
 def test_a_whole_tower_trains_when_asked():
-    member = make_member("global")
+    member = make_member("wide")
     still = {n for n, p in member.tower.named_parameters() if not p.requires_grad}
     assert still == {"model.embeddings.mask_token"}  # the one weight no forward uses
     assert len(member.trained_tower_keys()) > 30

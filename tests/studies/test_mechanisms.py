@@ -397,7 +397,7 @@ def bundle(tmp_path_factory):
         else:
             member = tiny(kind, name=name)
         save_member(member, folder / name)
-    for name in ("semantic", "face"):  # which no member of the bundle writes
+    for name in ("semantic", "face", "global"):  # which no member of the bundle writes
         (tower,) = random_towers([preset("tiny", name)]).values()
         dump_tower(tower, folder / "towers" / f"tiny-{name}.safetensors")
     calibrators = {"reads": Calibrator("platt", (4.0, 0.0))}

@@ -25,7 +25,7 @@ from solution.studies import throughput
 
 def test_flops_of_a_stream_by_hand():
     adapter = AdapterConfig("lora", rank=16)
-    config = replace(preset("compact", "global"), adapter=adapter)
+    config = replace(preset("compact", "wide"), adapter=adapter)
     assert config.view.side == 168
     # 12 x 12 patches and the class token; DINOv2 ViT-S/14 with LoRA of rank 16 on four projections.
     tokens, width, rank = 145, 384, 16

@@ -47,7 +47,7 @@ def public(tmp_path_factory):
 
 
 def config_of(family, folder):
-    base = preset("tiny", "global")
+    base = preset("tiny", "wide")
     config = replace(
         base,
         name=family,
@@ -104,7 +104,7 @@ def test_trained_members_of_all_families_score_from_one_bundle(family, public, t
     config = config_of(family, public[family])
     run = make_run(config, tmp_path, validate=True)
     run.run()
-    other = override(preset("tiny", "global"), ["name=streamed"])
+    other = override(preset("tiny", "wide"), ["name=streamed"])
     save_member(build_member(other, {other.tower.name: build_tower(other.tower)}), tmp_path / "out/streamed")
     names = [family, "streamed"]
     collect(tmp_path / "out", tmp_path / "bundle", names)

@@ -42,7 +42,7 @@ ALONE = World()
 CLEAN = [*STILL, "degradation.global_p=0"]
 
 
-def make_run(folder, name="global", settings=(), count=16, seed=0, validation=(), world=ALONE):
+def make_run(folder, name="wide", settings=(), count=16, seed=0, validation=(), world=ALONE):
     config = override(preset("tiny", name), [*settings])
     items, _ = read_manifest(write(folder / "data", train=count, val=8), split="train")
     torch.manual_seed(seed)
@@ -108,16 +108,17 @@ def test_phases_of_fusion_are_the_published_ones():
 
 def test_layer_decay_slows_the_early_blocks():
     config = override(
-        preset("tiny", "global"),
+        preset("tiny", "wide"),
         ["optim.layer_decay=0.5", "optim.lr=1.0", "optim.head_lr=3.0"],
     )
     member = build_member(config, random_towers([config]))
     groups = parameter_groups(member, phases(config)[0])
     rates = {id(g["params"][0]): g["rate"] for g in groups}
     assert rates[id(member.head.weight)] == 3.0
-    assert rates[id(member.tower.layers[1].norm1.weight)] == 1.0
-    assert rates[id(member.tower.layers[0].norm1.weight)] == 0.5
-    assert rates[id(member.tower.model.embeddings.cls_token)] == 0.25
+    assert rates[id(member.tower.layers[2].norm1.weight)] == 1.0
+    assert rates[id(member.tower.layers[1].norm1.weight)] == 0.5
+    assert rates[id(member.tower.layers[0].norm1.weight)] == 0.25
+    assert rates[id(member.tower.model.embeddings.cls_token)] == 0.125
     decays = {id(g["params"][0]): g["weight_decay"] for g in groups}
     assert decays[id(member.head.weight)] == 0.05 and decays[id(member.head.bias)] == 0
 
@@ -219,12 +220,12 @@ def test_unreadable_pictures_are_dropped_and_named(tmp_path, capsys):
     assert broken["val"].path.name in capsys.readouterr().err  # before the first step
     dropping = [*call, "--set", "sampling.on_unreadable=drop"]
     assert train.main(dropping) == 0
-    text = (tmp_path / "out" / "global" / "dropped.csv").read_text()
+    text = (tmp_path / "out" / "wide" / "dropped.csv").read_text()
     _, *rows = csv.reader(text.splitlines())
     reasons = dict(rows)
     assert reasons[broken["train"].name] == "unreadable"
     assert reasons[broken["val"].name].startswith("validation: not a pic")
-    scores = (tmp_path / "out" / "global" / "validation.csv").read_text().splitlines()
+    scores = (tmp_path / "out" / "wide" / "validation.csv").read_text().splitlines()
     assert len(scores) == 8 and broken["val"].name not in "".join(scores)
 
 
@@ -249,8 +250,8 @@ def test_eight_pictures_overfit(tmp_path):
     settings = [
         *CLEAN,
         "train.batch=8",
-        "train.epochs=60",
-        "optim.lr=3e-3",
+        "train.epochs=100",
+        "optim.lr=1e-3",
         "optim.layer_decay=1",
     ]
     run = make_run(tmp_path, settings=[*settings, "optim.warmup_steps=5"], count=8)
@@ -293,7 +294,7 @@ def test_best_weights_are_validated_saved_and_reload_to_the_same_scores(tmp_path
 def arguments(out, data, *more):
     base = [
         "--member",
-        "global",
+        "wide",
         "--preset",
         "tiny",
         "--random-towers",
@@ -330,13 +331,13 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_weights(tmp_path):
     ]
     assert train.main(arguments(tmp_path / "a", data, *more)) == 0
     killed = entry(tmp_path / "b", data, *more)
-    checkpoint = tmp_path / "b/global/checkpoint.pt"
+    checkpoint = tmp_path / "b/wide/checkpoint.pt"
     wait_for(checkpoint, killed)
     time.sleep(float(np.random.default_rng().uniform(0, 0.3)))
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert train.main(arguments(tmp_path / "b", data, *more)) == 0
-    for name in ("global/model.safetensors", "towers/tiny-global.safetensors"):
+    for name in ("wide/model.safetensors", "towers/tiny-wide.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -351,7 +352,7 @@ def test_an_interrupt_is_told_and_resumable(tmp_path):
         "augment.self_blend_p=0",
     ]
     run = entry(tmp_path / "a", data, *more)
-    wait_for(tmp_path / "a/global/checkpoint.pt", run)
+    wait_for(tmp_path / "a/wide/checkpoint.pt", run)
     run.send_signal(signal.SIGINT)
     assert run.wait() == 130
     assert b"goes on from here" in run.stderr.read()
@@ -361,7 +362,7 @@ def test_usage_and_weights_errors_have_their_codes(tmp_path, capsys):
     data = write(tmp_path / "data")
     base = [
         "--member",
-        "global",
+        "wide",
         "--preset",
         "tiny",
         "--out",
@@ -373,7 +374,7 @@ def test_usage_and_weights_errors_have_their_codes(tmp_path, capsys):
     assert train.main([*base, "--data", str(tmp_path / "none.csv")]) == 2
     assert "no such manifest" in capsys.readouterr().err
     assert train.main([*base, "--data", str(data)]) == 3
-    assert "--tower tiny-global=PATH" in capsys.readouterr().err
+    assert "--tower tiny-wide=PATH" in capsys.readouterr().err
 
 
 def test_two_processes_equal_one_with_the_batch_of_both(tmp_path):
@@ -394,13 +395,13 @@ def test_two_processes_equal_one_with_the_batch_of_both(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    a, b = (torch.load(tmp_path / n / "global/checkpoint.pt", weights_only=True)["weights"] for n in ("one", "two"))
+    a, b = (torch.load(tmp_path / n / "wide/checkpoint.pt", weights_only=True)["weights"] for n in ("one", "two"))
     assert_same(a, b, atol=1e-4, rtol=0)
 
 
 def test_fusion_starts_from_the_trained_global_stream(tmp_path):
     lora = ["adapter.kind=lora", "adapter.rank=2"]
-    first = make_run(tmp_path / "g", "global", settings=lora)
+    first = make_run(tmp_path / "g", settings=lora)
     for tensor in first.member.stored_state().values():
         torch.nn.init.normal_(tensor.data, std=0.1)
     from solution.bundles.members import save_member
