@@ -73,7 +73,7 @@ member() { # NAME: what it starts from, by preset
     compact/face | tiny/face) train face "$OUT" --tower "$face" ;;
     compact/vlaforge | tiny/vlaforge) # a first run for its maps alone, which need more steps than its scores
       train vlaforge "$OUT/first" --tower "$face" --set vlaforge.w_global=0 --set vlaforge.w_local=0 \
-        --set train.max_steps=500 --set train.validate_every=500
+        --set train.max_steps=500 --set train.validate_every=500 --set degradation.global_p=0.6
       train vlaforge "$OUT" --tower "$face" --start-from "$OUT/first/vlaforge"
       ;;
     compact/*)

@@ -76,6 +76,8 @@ STUDIES = {
             "norm": ("adapter.kind=norm", "optim.lr=1e-3"),
             "frozen": ("adapter.kind=none",),
             "focal": ("stream.focal_gamma=2",),
+            "contrast": ("features.contrast=0.5",),
+            "alignment and uniformity": ("features.alignment=0.1", "features.uniformity=0.5"),
             "last weights": ("train.average=0",),
             "head-1e-3": ("optim.head_lr=1e-3",),
             "head-1e-3-clipped": ("optim.head_lr=1e-3", "optim.clip_norm=1"),

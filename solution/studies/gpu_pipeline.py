@@ -299,11 +299,11 @@ def stage_training(bench: Bench, entry: dict) -> None:
         name = "lora, checkpointing" if slim else "lora"
         entry[name] = train_rate(bench, members["global"], batch, configs["global"].view.side)
     del members
-    configs, members = build(bench, ["global"], preset_name=bench.sizes.whole_preset)
+    configs, members = build(bench, ["wide"], preset_name=bench.sizes.whole_preset)
     for side in bench.sizes.sides:
         bench.need(8, f"whole fine-tuning at {side} px")
         name = f"whole, {side} px"
-        entry[name] = train_rate(bench, members["global"], bench.sizes.whole, side)
+        entry[name] = train_rate(bench, members["wide"], bench.sizes.whole, side)
 
 
 def train_rate(bench: Bench, member: Any, batch: int, side: int) -> dict[str, Any]:
@@ -418,8 +418,8 @@ def stage_syncs(bench: Bench, entry: dict) -> None:
     """What waiting for numbers costs: each batch's logits at once, one batch late, or at the end; small steps."""
     import torch
 
-    configs, members = build(bench, ["global"], preset_name=bench.sizes.whole_preset)
-    member, side = members["global"], configs["global"].view.side
+    configs, members = build(bench, ["wide"], preset_name=bench.sizes.whole_preset)
+    member, side = members["wide"], configs["wide"].view.side
     for batch in dict.fromkeys((bench.sizes.train, bench.sizes.whole)):
         views = pictures(bench, batch, side)
         call = forward_of(member, views)
