@@ -17,7 +17,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--study", choices=list(STUDIES))
     what.add_argument("--leave-out", metavar="GENERATORS", help="comma-separated, as the manifest writes them")
     parser.add_argument("--member", default="global", help="of --leave-out")
-    parser.add_argument("--steps", type=int, default=150, help="of each run of --leave-out")
+    parser.add_argument("--steps", type=int, help="of each run (default: the study's; 150 with --leave-out)")
     parser.add_argument("--out", required=True, type=Path, help="folder of all runs")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--variants", default="", help="comma-separated; default: all")
@@ -252,9 +252,12 @@ def main(argv: list[str] | None = None) -> int:
     args, given = parser.parse_args(argv[:split]), argv[split + 1 :]
     name, study = args.study, STUDIES.get(args.study)
     if args.leave_out:
-        name, study = f"leave-out-{args.member}", leave_out_study(args.member, args.leave_out.split(","), args.steps)
+        steps = args.steps or 150
+        name, study = f"leave-out-{args.member}", leave_out_study(args.member, args.leave_out.split(","), steps)
         if "--data" not in given[:-1]:
             parser.error("--leave-out: give --data MANIFEST after --, also with --table")
+    elif args.steps:
+        study = replace(study, shared=(*study.shared, *_short(args.steps)))
     variants = args.variants.split(",") if args.variants else list(study.variants)
     if unknown := set(variants) - set(study.variants):
         parser.error(f"--variants {', '.join(sorted(unknown))}: {name} has {', '.join(study.variants)}")
