@@ -3,7 +3,8 @@
 `python -m solution.studies.ablate --study qtfp --out DIR [--seeds 0,1,2] [--variants a,b] -- ARGUMENTS OF solution.train`. A
 variant is the member's preset with some `--set`; every run is a `solution.train` of its own in DIR/STUDY/VARIANT-SEED, so
 the same command goes on where it stopped. Prints a table and writes DIR/STUDY.json: per variant the AUC of each
-seed, their mean, and the paired difference to the first variant over the seeds that both have.
+seed, their mean, and the paired difference to the first variant over the seeds that both have; on the generators trained
+on and on unseen ones apart, clean and degraded, and their mean.
 
 `--leave-out sdxl,sd21 [--member global]` instead of `--study` trains once on all generators and once without each of these,
 and compares on the generator's own validation pictures: what its absence from the training costs, as the absence of the
@@ -104,15 +105,39 @@ def train_command(study: Study, variant: str, seed: int, out: Path, given: Seque
     return [*start, *given, "--out", str(out), *sets]  # the study has the last word
 
 
-def validation_scores(path: Path) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    """A training's `validation.csv`: names (N,), labels (N,) and logits (2, N), clean and degraded.
+@dataclass(frozen=True)
+class Pictures:
+    """The validation pictures of runs: names (N,), labels and whether of an unseen generator (N,), sources (N,)."""
+
+    names: tuple[str, ...]
+    labels: np.ndarray
+    unseen: np.ndarray
+    sources: np.ndarray
+
+    def parts(self) -> dict[str, list[np.ndarray]]:
+        """By prefix of a column, the rows over whose parts an AUC is averaged, as training's validation does."""
+        seen, unseen = np.flatnonzero(~self.unseen), np.flatnonzero(self.unseen)
+        parts = {"": [seen]}
+        if len(unseen):
+            parts["unseen_"] = [unseen[of] for of in metrics.parts_by_source(self.labels[unseen], self.sources[unseen])]
+        return parts
+
+    def take(self, rows: np.ndarray) -> Pictures:
+        """Those of the rows (M,)."""
+        return Pictures(tuple(self.names[i] for i in rows), self.labels[rows], self.unseen[rows], self.sources[rows])
+
+
+def validation_scores(path: Path) -> tuple[Pictures, np.ndarray]:
+    """A training's `validation.csv`: its pictures, and logits (2, N), clean and degraded.
 
     Raises:
         ManifestError: no such file, or no such columns.
     """
     what = "a training's scores; that run has not reached a validation"
-    table = read_scores(path, words=["image"], numbers=["label", *CONDITIONS], what=what)
-    return tuple(table["image"]), table["label"].to_numpy(int), table[[*CONDITIONS]].to_numpy().T
+    table = read_scores(path, words=["image", "source", "split"], numbers=["label", *CONDITIONS], what=what)
+    labels, unseen = table["label"].to_numpy(int), (table["split"] == "unseen").to_numpy()
+    pictures = Pictures(tuple(table["image"]), labels, unseen, table["source"].to_numpy(str))
+    return pictures, table[[*CONDITIONS]].to_numpy().T
 
 
 def of_generator(data: Path, generator: str) -> set[str]:
@@ -132,93 +157,118 @@ def run_to_its_end(command: list[str]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ comparison
-def read_runs(folder: Path, study: Study) -> tuple[tuple[str, ...], np.ndarray, dict[str, dict[int, np.ndarray]]]:
-    """Names (N,), labels (N,) and, by variant and seed, logits (2, N) of every finished run in `folder`.
+def read_runs(folder: Path, study: Study) -> tuple[Pictures | None, dict[str, dict[int, np.ndarray]]]:
+    """The pictures and, by variant and seed, logits (2, N) of every finished run in `folder`.
 
     Raises:
         ManifestError: runs that were validated on other pictures than the first.
     """
-    names, labels, runs = None, None, {}
+    pictures, runs = None, {}
     for path in sorted(folder.glob(f"*/{study.member}/validation.csv")):
         variant, _, seed = path.parent.parent.name.rpartition("-")
         if variant not in study.variants or not seed.isdigit():
             continue
-        found, labels, logits = validation_scores(path)
-        if names is not None and found != names:
+        found, logits = validation_scores(path)
+        if pictures is not None and found.names != pictures.names:
             raise ManifestError(
                 f"{path}: other validation pictures than the runs before it; train them all with the same --data"
             )
-        names = found
+        pictures = found
         runs.setdefault(variant, {})[int(seed)] = logits
-    return names or (), labels, runs
+    return pictures, runs
 
 
 def compare(folder: Path, study: Study, draws: int = 2000) -> list[dict[str, Any]]:
     """One row per variant that has a finished run in `folder`, as plain JSON values.
 
-    Per condition: `auc` by seed, their `mean`, its bootstrap interval over pictures, and `difference` to the first
-    variant (`value, low, high`, paired bootstrap over pictures, mean of the `paired_seeds`).
+    By condition (clean, degraded; on unseen generators apart, as the mean over their sources; `mean`: of them all):
+    `auc` by seed, their `mean`, its bootstrap interval over pictures, and `difference` to the first variant (`value,
+    low, high`, paired bootstrap over pictures, mean of the `paired_seeds`).
     """
-    _, labels, runs = read_runs(folder, study)
+    pictures, runs = read_runs(folder, study)
     reference = next(iter(study.variants))
-    return [_row(variant, labels, runs, reference, draws) for variant in study.variants if variant in runs]
+    return [_row(variant, pictures, runs, reference, draws) for variant in study.variants if variant in runs]
 
 
 def compare_left_out(folder: Path, study: Study, data: Path, draws: int = 2000) -> list[dict[str, Any]]:
     """As `compare`, of each generator on its own validation pictures (`of_generator`): a row with it, one without it."""
-    names, labels, runs = read_runs(folder, study)
+    pictures, runs = read_runs(folder, study)
     rows = []
     for variant in study.variants:
         if variant == ALL or variant not in runs or ALL not in runs:
             continue
-        wanted = of_generator(data, variant.removeprefix("without "))
-        keep = np.array([name in wanted for name in names])
+        generator = variant.removeprefix("without ")
+        wanted = of_generator(data, generator)
+        keep = np.flatnonzero([name in wanted for name in pictures.names])
         part = {v: {s: x[:, keep] for s, x in runs[v].items()} for v in (ALL, variant)}
-        rows += [
-            _row(v, labels[keep], part, ALL, draws) | {"generator": variant.removeprefix("without ")} for v in part
-        ]
+        rows += [_row(v, pictures.take(keep), part, ALL, draws) | {"generator": generator} for v in part]
     return rows
 
 
 def _row(
-    variant: str, labels: np.ndarray, runs: Mapping[str, Mapping[int, np.ndarray]], reference: str, draws: int
+    variant: str, pictures: Pictures, runs: Mapping[str, Mapping[int, np.ndarray]], reference: str, draws: int
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"variant": variant, "seeds": sorted(runs[variant])}
+    row: dict[str, Any] = {"variant": variant, "seeds": sorted(runs[variant]), "pictures": len(pictures.names)}
     shared = sorted(set(runs[variant]) & set(runs.get(reference, {})))
-    for index, condition in enumerate(CONDITIONS):
-        mine = np.stack([runs[variant][s][index] for s in row["seeds"]])
-        interval = metrics.auc_interval(labels, mine, seed=0, draws=draws)
-        told = {
-            "auc": [metrics.auc(labels, run) for run in mine],
-            "mean": interval.value,
-            "low": interval.low,
-            "high": interval.high,
-        }
-        if shared and variant != reference:
-            pair = [np.stack([runs[v][s][index] for s in shared]) for v in (variant, reference)]
-            test = metrics.paired_auc_test(labels, *pair, method="bootstrap", draws=draws)
-            told["difference"] = {
-                "value": test.difference,
-                "low": test.low,
-                "high": test.high,
-                "by_seed": [metrics.auc(labels, a) - metrics.auc(labels, b) for a, b in zip(*pair)],
-                "paired_seeds": shared,
-            }
-        row[condition] = told
-    row["pictures"] = len(labels)
-    return row
+    paired = shared if variant != reference else []
+    told: dict[str, _Told] = {}
+    for prefix, parts in pictures.parts().items():
+        for index, condition in enumerate(CONDITIONS):
+            difference = None
+            if paired:
+                pair = [np.stack([runs[v][s][index] for s in paired]) for v in (variant, reference)]
+                (mine, drawn), (others, of_others) = (_aucs(pictures.labels, logits, parts, draws) for logits in pair)
+                difference = mine - others, drawn - of_others
+            logits = np.stack([runs[variant][s][index] for s in row["seeds"]])
+            told[f"{prefix}{condition}"] = _Told(*_aucs(pictures.labels, logits, parts, draws), difference)
+    row |= {name: one.plain(paired) for name, one in told.items()}
+    return row | {"mean": _mean(list(told.values())).plain(paired)}
+
+
+def _aucs(
+    labels: np.ndarray, logits: np.ndarray, parts: Sequence[np.ndarray], draws: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of logits (S, N): the mean AUC over `parts` by run (S,), and (draws,) bootstrap draws of the runs' mean."""
+    _, drawn = metrics.mean_aucs(labels, {"runs": logits}, parts, seed=0, draws=draws)["runs"]
+    return np.array([np.mean([metrics.auc(labels[part], run[part]) for part in parts]) for run in logits]), drawn
+
+
+@dataclass(frozen=True)
+class _Told:
+    """AUC by seed, bootstrap draws of its mean, and both of the difference to the reference."""
+
+    auc: np.ndarray
+    drawn: np.ndarray
+    difference: tuple[np.ndarray, np.ndarray] | None
+
+    def plain(self, paired: Sequence[int]) -> dict[str, Any]:
+        """As JSON values."""
+        low, high = metrics.ends(self.drawn)
+        told = {"auc": self.auc.tolist(), "mean": float(self.auc.mean()), "low": low, "high": high}
+        if self.difference is not None:
+            by_seed, drawn = self.difference
+            low, high = metrics.ends(drawn)
+            told["difference"] = {"value": float(by_seed.mean()), "low": low, "high": high}
+            told["difference"] |= {"by_seed": by_seed.tolist(), "paired_seeds": [*paired]}
+        return told
+
+
+def _mean(told: Sequence[_Told]) -> _Told:
+    """Of several conditions, each of which was resampled for itself."""
+    differences = [one.difference for one in told if one.difference is not None]
+    difference = tuple(np.mean(part, axis=0) for part in zip(*differences)) if differences else None
+    return _Told(np.mean([one.auc for one in told], axis=0), np.mean([one.drawn for one in told], axis=0), difference)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """`compare`'s rows as a Markdown table."""
-    lines = [
-        "| variant | seeds | AUC clean | minus first | AUC degraded | minus first |",
-        "|---|---|---|---|---|---|",
-    ]
+    conditions = [name for name, told in rows[0].items() if isinstance(told, dict)]
+    head = [word for name in conditions for word in (name, "minus first")]
+    lines = [f"| variant | seeds | {' | '.join(head)} |", f"|{'---|' * (2 + len(head))}"]
     for row in rows:
         variant = f"{row['generator']}: {row['variant']}" if "generator" in row else row["variant"]
         cells = [variant, ", ".join(map(str, row["seeds"]))]
-        for condition in CONDITIONS:
+        for condition in conditions:
             told = row[condition]
             each = " ".join(_plain(a) for a in told["auc"])
             spread = f" ({each})" if len(told["auc"]) > 1 else ""

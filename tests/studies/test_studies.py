@@ -20,14 +20,16 @@ from solution.studies import ablate, shortcuts
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def write_run(folder, variant, seed, labels, logits, member="qtfp"):
+def write_run(folder, variant, seed, labels, logits, member="qtfp", unseen=0):
+    """unseen: how many of the last pictures are of the unseen split, by turns of source b and c."""
     path = folder / f"{variant}-{seed}" / member / "validation.csv"
     path.parent.mkdir(parents=True)
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["image", "label", "source", "clean", "degraded"])
+        rows.writerow(["image", "label", "source", "split", "clean", "degraded"])
         for index, (label, both) in enumerate(zip(labels, logits.T)):
-            rows.writerow([f"{index}.png", label, "a", *both])
+            where = ("bc"[index // 2 % 2], "unseen") if index >= len(labels) - unseen else ("a", "val")
+            rows.writerow([f"{index}.png", label, *where, *both])
 
 
 @pytest.fixture
@@ -61,6 +63,32 @@ def test_variants_are_compared_on_the_seeds_that_both_have(runs):
     assert "difference" not in first["clean"]
     lines = ablate.table(rows).splitlines()
     assert len(lines) == 4 and lines[3].startswith("| queries | 0, 1, 2 | .")
+
+
+def test_unseen_generators_are_judged_apart_as_the_mean_of_their_sources(tmp_path):
+    """Source c is found by the second variant alone: its mean over both sources rises by half of that, seen stays."""
+    rng = np.random.default_rng(0)
+    labels, logits = np.tile([0, 1], 300), rng.normal(size=(2, 600))
+    logits[:, :200] += 2 * labels[:200]
+    found = logits.copy()
+    of_c = np.arange(600) // 2 % 2 == 1
+    found[:, 200:] += 9 * (labels * of_c)[200:]
+    for variant, values in (("cls", logits), ("queries", found)):
+        write_run(tmp_path / "qtfp", variant, 0, labels, values, unseen=400)
+    first, second = ablate.compare(tmp_path / "qtfp", ablate.STUDIES["qtfp"], draws=300)
+    assert list(second)[3:] == ["clean", "degraded", "unseen_clean", "unseen_degraded", "mean"]
+    assert first["clean"]["auc"] == [metrics.auc(labels[:200], logits[0, :200])] and first["clean"]["mean"] > 0.85
+    sources = np.where(of_c, "c", "b")[200:]
+    by_source = metrics.auc_by_source(labels[200:], logits[1, 200:], sources)
+    assert first["unseen_degraded"]["mean"] == pytest.approx(by_source)
+    assert second["clean"]["difference"]["value"] == second["clean"]["difference"]["high"] == 0
+    gain = second["unseen_clean"]["difference"]
+    assert 0.15 < gain["low"] < gain["value"] < gain["high"] < 0.35
+    assert gain["value"] == pytest.approx(second["unseen_clean"]["mean"] - first["unseen_clean"]["mean"])
+    four = [second[name]["mean"] for name in ("clean", "degraded", "unseen_clean", "unseen_degraded")]
+    assert second["mean"]["mean"] == pytest.approx(np.mean(four))
+    assert 0.07 < second["mean"]["difference"]["low"] < second["mean"]["difference"]["high"] < 0.18
+    assert "| unseen_degraded | minus first | mean | minus first |" in ablate.table([first, second])
 
 
 def test_a_generator_left_out_is_judged_on_its_own_pictures(tmp_path):
