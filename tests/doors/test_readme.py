@@ -132,9 +132,10 @@ def place(tmp_path_factory):
     return folder
 
 
-def substituted(words, place, out, weights="compact", tower="tiny-global"):
+def substituted(words, place, out, weights="compact", tower="tiny-wide"):
     """The command's own words, with tiny data and weights, and results under `out`; tower: what a member needs."""
-    file = place / "compact/towers/tiny-global.safetensors"
+    stored = "tiny-global" if tower == "tiny-wide" else "tiny-semantic"  # of as many blocks
+    file = place / f"compact/towers/{stored}.safetensors"
     given = {
         "--data": place / "data/manifest.csv",
         "--weights": place / weights,
