@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,12 +62,12 @@ from solution.scoring.vote import combine, levels
 FRAMES = 32  # of a video
 NEUTRAL = 0.5  # the score of what cannot be read
 PROBES = 16  # pictures on which half precision is compared with float32
-# A level is looked at a second time when this many times the probes' rms departure, over all members, could change it. The
-# probes are drawn faces with a photograph's spectrum; photographs depart 2 to 4 times as far (rms; five S/14 members), and
-# much alike from member to member (.020 to .032) where the probes do not (.007 to .011). So the members' probes are
-# pooled. Of 100 photographs, by how 520 of them departed, .35 have a level changed at 7 times the pooled rms, .17 at 9, .08
-# at 11 (11.2 without second looks), for second looks at 15, 19 and 24 % of the rows. Departures grow with the logit
-# (most where levels are far apart), so a margin that grows with it buys nothing.
+# A level is looked at a second time when this many times the probes' rms departure could change it. The probes are drawn
+# faces with a photograph's spectrum; photographs depart 1.3 to 4 times as far (rms; five S/14 members, two bundles), and
+# much alike from member to member (.015 to .032) where the probes do not (.007 to .021). So all members share the median
+# of their probes (half of a member's own, where that is more). Of 100 photographs, by how 520 of them departed, .05 have a
+# level changed by that (10.1 without second looks), for second looks at 22 % of the rows; .07 in the bundle before.
+# Departures grow with the logit (most where levels are far apart), so a margin that grows with it buys nothing.
 DOUBT = 11.0
 EVERY_LOOK = 1e6  # a margin in logits that spans all levels
 LARGE_TOWER = 200_000_000  # parameters; CLIP ViT-L/14 has 304 M, DINOv2-giant 1,136 M
@@ -374,10 +375,7 @@ def make_fast(ensemble: Ensemble, *, second_look: bool = True) -> Ensemble:
         fastpath.pack(members.values())
     if ensemble.exact:
         ensemble.noise = _measure_noise(ensemble)
-        finite = [rms for rms in ensemble.noise.values() if math.isfinite(rms)]
-        margin = DOUBT * math.sqrt(math.fsum(rms**2 for rms in finite) / max(1, len(finite)))
-        # Half precision that overflows on a probe settles no level: every picture is looked at again.
-        ensemble.margins = {n: margin if math.isfinite(rms) else EVERY_LOOK for n, rms in ensemble.noise.items()}
+        ensemble.margins = second_look_margins(ensemble.noise)
     return ensemble
 
 
@@ -404,6 +402,17 @@ def _measure_noise(ensemble: Ensemble) -> dict[str, float]:
         true = ensemble.exact[name].judge(pictures).double()
         noise[name] = (fast - true).square().mean().sqrt().item()
     return noise
+
+
+def second_look_margins(noise: Mapping[str, float]) -> dict[str, float]:
+    """By member, the distance in logits to the edge of a level within which a picture is looked at again.
+
+    noise: the rms departure on the probes. A member whose half precision overflows on one settles no level: every
+    picture is looked at again.
+    """
+    finite = [rms for rms in noise.values() if math.isfinite(rms)]
+    typical = statistics.median(finite) if finite else math.inf
+    return {n: DOUBT * max(typical, rms / 2) if math.isfinite(rms) else EVERY_LOOK for n, rms in noise.items()}
 
 
 def vote_among(vote: VoteConfig, members: Sequence[str]) -> VoteConfig:

@@ -226,7 +226,17 @@ def test_members_share_one_margin_but_one_that_overflows_is_always_looked_at(bun
     margins = predict.load_ensemble(bundle, "cpu", precision="bfloat16").margins
     assert margins.pop("qtfp") == predict.EVERY_LOOK
     assert set(margins) == {"global", "face", "fusion", "vlaforge"}
-    assert list(margins.values()) == pytest.approx([predict.DOUBT * 0.025] * 4)
+    shared = predict.DOUBT * 0.015  # the median of the finite ones
+    assert margins == pytest.approx(
+        {"global": shared, "face": shared, "fusion": predict.DOUBT * 0.02, "vlaforge": shared}
+    )
+
+
+def test_no_margin_is_nothing_while_a_member_departs():
+    """Where most probes say nothing, a member that does depart is still looked at again."""
+    margins = predict.second_look_margins({"global": 0.0, "face": 0.0, "fusion": 0.04})
+    assert margins == pytest.approx({"global": 0, "face": 0, "fusion": predict.DOUBT * 0.02})
+    assert predict.second_look_margins({"global": float("inf")}) == {"global": predict.EVERY_LOOK}
 
 
 def test_no_second_look_where_votes_have_no_levels(bundle):
