@@ -208,6 +208,7 @@ def selftest(args: argparse.Namespace) -> int:
 def score(args: argparse.Namespace, inputs) -> int:
     """The whole pipeline; 0 done, 4 done with inputs that could not be read."""
     from solution.bundles.store import open_bundle
+    from solution.io import source_hash
     from solution.scoring import ensemble as predict
     from solution.scoring.journal import Journal
 
@@ -224,6 +225,7 @@ def score(args: argparse.Namespace, inputs) -> int:
     faces = faces_available(ensemble)
     header = {
         **ensemble.fingerprint(),
+        "code": source_hash("data", "models", "bundles", "scoring"),
         "frames": args.frames if plan.videos else None,
         "faces": faces,
         "people": args.faces,

@@ -41,10 +41,15 @@ def write_atomically(path: Path | str, content: str | bytes) -> None:
 
 
 def source_hash(*modules: str) -> str:
-    """SHA-256 over the sources of this package's modules, e.g. `data.degradation`: what they computed is theirs alone."""
+    """SHA-256 over the sources of this package's modules, e.g. `data.degradation`, or of a wing's, e.g. `data`.
+
+    What they computed is theirs alone.
+    """
     digest = hashlib.sha256()
     for module in modules:
-        digest.update((Path(__file__).parent / f"{module.replace('.', '/')}.py").read_bytes())
+        place = Path(__file__).parent / module.replace(".", "/")
+        for path in sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]:
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -66,7 +66,7 @@ PROBES = 16  # pictures on which half precision is compared with float32
 # faces with a photograph's spectrum; photographs depart 1.3 to 4 times as far (rms; five S/14 members, two bundles), and
 # much alike from member to member (.015 to .032) where the probes do not (.007 to .021). So all members share the median
 # of their probes (half of a member's own, where that is more). Of 100 photographs, by how 520 of them departed, .05 have a
-# level changed by that (10.1 without second looks), for second looks at 22 % of the rows; .07 in the bundle before.
+# level changed by that (10.1 without second looks), for second looks at 22 % of the rows; about .08 in the bundle before.
 # Departures grow with the logit (most where levels are far apart), so a margin that grows with it buys nothing.
 DOUBT = 11.0
 EVERY_LOOK = 1e6  # a margin in logits that spans all levels

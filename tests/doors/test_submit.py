@@ -540,6 +540,21 @@ def test_other_weights_or_options_start_anew(tiny, pictures, tmp_path, capsys):
         assert record["counts"]["from_journal"] == 0
 
 
+def test_scores_of_other_code_are_not_taken_up(tiny, pictures, tmp_path, capsys, monkeypatch):
+    """A kit that computes otherwise, under the same weights, starts anew: no row of one among those of the other."""
+    import solution.io
+
+    out = tmp_path / "preds.csv"
+    assert run(tiny, pictures, out) == 0
+    ours = solution.io.source_hash
+    monkeypatch.setattr(solution.io, "source_hash", lambda *modules: ours(*modules, "presets"))
+    assert run(tiny, pictures, out) == 0
+    assert "an earlier journal is not used" in (told := capsys.readouterr().err) and "code" in told
+    assert json.loads((tmp_path / "preds.run.json").read_text())["counts"]["from_journal"] == 0
+    assert ours("data") != ours("scoring") != ours("scoring", "data")
+    assert ours("scoring.vote") != ours("scoring")
+
+
 def test_three_shards_merge_into_the_same_bytes(tiny, pictures, reference, tmp_path):
     parts = [tmp_path / f"part{i}.csv" for i in (1, 2, 3)]
     for index, part in enumerate(parts, start=1):
