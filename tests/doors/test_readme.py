@@ -246,7 +246,7 @@ def test_what_ablates_runs(place, tmp_path, monkeypatch, capsys):
         split = made.index("--")
         first, other, *_ = study.variants
         few = ["--seeds", "0", "--variants", f"{first},{other}"]
-        more = ["--workers", "0", "--quiet"]
+        more = ["--workers", "0", "--quiet", "--set", "train.batch=4"]
         assert run("studies.ablate", [*made[:split], *few, *made[split:], *more]) == 0, words
         assert f"| {other} | 0 |" in capsys.readouterr().out
 
