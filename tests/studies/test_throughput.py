@@ -141,6 +141,9 @@ def test_parity_tells_what_keeps_from_what_departs():
     fits, text = throughput.compared(nearby, exact, labels, 0.1)
     assert not fits and "%" in text  # about 2 % of the levels change
     assert not throughput.compared(1 - exact, exact, labels, 1.0)[0]  # the AUC does
+    low, high = np.sort(rng.uniform(0.41, 0.44, (2, 2000)), axis=0)  # all within one level, in two orders
+    assert throughput.compared(low, high, labels, 0.1, ordered=False)[0]
+    assert not throughput.compared(low, high, labels, 0.1)[0]
 
 
 def test_the_parity_command_passes_on_the_default_path(tmp_path, capsys):
