@@ -12,12 +12,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 # Entries of one block of bootstrap counts (draws x distinct scores): 2**21 float64 are 16 MiB.
 BLOCK = 2**21
+Scorer = TypeVar("Scorer")
 
 
 class Interval(NamedTuple):
@@ -139,12 +140,12 @@ def auc_by_source(labels: np.ndarray, scores: np.ndarray, sources: np.ndarray) -
 
 def mean_aucs(
     labels: np.ndarray,
-    scores: Mapping[str, np.ndarray],
+    scores: Mapping[Scorer, np.ndarray],
     parts: Sequence[np.ndarray],
     *,
     seed: int,
     draws: int = 1000,
-) -> dict[str, tuple[float, np.ndarray]]:
+) -> dict[Scorer, tuple[float, np.ndarray]]:
     """By scorer, the mean AUC over `parts` (masks or rows) and over its runs (S, N), and (draws,) bootstrap draws of it.
 
     Every part is resampled for itself, within each class; all scorers over the same resamples, so that differences of

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,12 +30,18 @@ from solution.evaluation import metrics
 from solution.io import write_atomically
 from solution.studies.tables import read_scores
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 CONDITIONS = ("clean", "degraded")
+Runs = dict[str, dict[int, np.ndarray]]  # variant -> seed -> logits (2, N), clean and degraded
+# condition -> (variant, seed) -> AUC and (draws,) bootstrap draws of it; `mean`: over the conditions
+Judged = dict[str, dict[tuple[str, int], tuple[float, np.ndarray]]]
 
 
 @dataclass(frozen=True)
 class Study:
-    """Variants of one `member`: `--set` arguments by name, the reference first; `shared` ones go to all."""
+    """Variants of one `member`: `--set` arguments by name, the reference first; `shared`, how long they run, go to all."""
 
     member: str
     shared: tuple[str, ...]
@@ -90,7 +96,7 @@ STUDIES = {
 ALL = "all generators"
 
 
-def leave_out_study(member: str, generators: Sequence[str], steps: int) -> Study:
+def leave_out_study(member: str, generators: Sequence[str], steps: int = 150) -> Study:
     """Training on all, and without each of `generators`."""
     without = {f"without {g}": (f"sampling.leave_out={g}",) for g in generators}
     return Study(member, _short(steps), {ALL: (), **without})
@@ -105,39 +111,17 @@ def train_command(study: Study, variant: str, seed: int, out: Path, given: Seque
     return [*start, *given, "--out", str(out), *sets]  # the study has the last word
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """The validation pictures of runs: names (N,), labels and whether of an unseen generator (N,), sources (N,)."""
-
-    names: tuple[str, ...]
-    labels: np.ndarray
-    unseen: np.ndarray
-    sources: np.ndarray
-
-    def parts(self) -> dict[str, list[np.ndarray]]:
-        """By prefix of a column, the rows over whose parts an AUC is averaged, as training's validation does."""
-        seen, unseen = np.flatnonzero(~self.unseen), np.flatnonzero(self.unseen)
-        parts = {"": [seen]}
-        if len(unseen):
-            parts["unseen_"] = [unseen[of] for of in metrics.parts_by_source(self.labels[unseen], self.sources[unseen])]
-        return parts
-
-    def take(self, rows: np.ndarray) -> Pictures:
-        """Those of the rows (M,)."""
-        return Pictures(tuple(self.names[i] for i in rows), self.labels[rows], self.unseen[rows], self.sources[rows])
-
-
-def validation_scores(path: Path) -> tuple[Pictures, np.ndarray]:
-    """A training's `validation.csv`: its pictures, and logits (2, N), clean and degraded.
+def validation_scores(path: Path) -> tuple[pd.DataFrame, np.ndarray]:
+    """A training's `validation.csv`: its N pictures (columns image, label, source, split) and logits (2, N), clean and
+    degraded.
 
     Raises:
         ManifestError: no such file, or no such columns.
     """
     what = "a training's scores; that run has not reached a validation"
+    known = ["image", "label", "source", "split"]
     table = read_scores(path, words=["image", "source", "split"], numbers=["label", *CONDITIONS], what=what)
-    labels, unseen = table["label"].to_numpy(int), (table["split"] == "unseen").to_numpy()
-    pictures = Pictures(tuple(table["image"]), labels, unseen, table["source"].to_numpy(str))
-    return pictures, table[[*CONDITIONS]].to_numpy().T
+    return table[known], table[[*CONDITIONS]].to_numpy().T
 
 
 def of_generator(data: Path, generator: str) -> set[str]:
@@ -157,7 +141,7 @@ def run_to_its_end(command: list[str]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ comparison
-def read_runs(folder: Path, study: Study) -> tuple[Pictures | None, dict[str, dict[int, np.ndarray]]]:
+def read_runs(folder: Path, study: Study) -> tuple[pd.DataFrame | None, Runs]:
     """The pictures and, by variant and seed, logits (2, N) of every finished run in `folder`.
 
     Raises:
@@ -169,7 +153,7 @@ def read_runs(folder: Path, study: Study) -> tuple[Pictures | None, dict[str, di
         if variant not in study.variants or not seed.isdigit():
             continue
         found, logits = validation_scores(path)
-        if pictures is not None and found.names != pictures.names:
+        if pictures is not None and not found["image"].equals(pictures["image"]):
             raise ManifestError(
                 f"{path}: other validation pictures than the runs before it; train them all with the same --data"
             )
@@ -186,8 +170,10 @@ def compare(folder: Path, study: Study, draws: int = 2000) -> list[dict[str, Any
     low, high`, paired bootstrap over pictures, mean of the `paired_seeds`).
     """
     pictures, runs = read_runs(folder, study)
-    reference = next(iter(study.variants))
-    return [_row(variant, pictures, runs, reference, draws) for variant in study.variants if variant in runs]
+    if pictures is None:
+        return []
+    judged, reference = _judged(pictures, runs, draws), next(iter(study.variants))
+    return [_row(variant, judged, reference, len(pictures)) for variant in study.variants if variant in runs]
 
 
 def compare_left_out(folder: Path, study: Study, data: Path, draws: int = 2000) -> list[dict[str, Any]]:
@@ -199,65 +185,52 @@ def compare_left_out(folder: Path, study: Study, data: Path, draws: int = 2000) 
             continue
         generator = variant.removeprefix("without ")
         wanted = of_generator(data, generator)
-        keep = np.flatnonzero([name in wanted for name in pictures.names])
+        keep = pictures["image"].isin(wanted).to_numpy()
         part = {v: {s: x[:, keep] for s, x in runs[v].items()} for v in (ALL, variant)}
-        rows += [_row(v, pictures.take(keep), part, ALL, draws) | {"generator": generator} for v in part]
+        judged = _judged(pictures[keep], part, draws)
+        rows += [_row(v, judged, ALL, int(keep.sum())) | {"generator": generator} for v in part]
     return rows
 
 
-def _row(
-    variant: str, pictures: Pictures, runs: Mapping[str, Mapping[int, np.ndarray]], reference: str, draws: int
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"variant": variant, "seeds": sorted(runs[variant]), "pictures": len(pictures.names)}
-    shared = sorted(set(runs[variant]) & set(runs.get(reference, {})))
-    paired = shared if variant != reference else []
-    told: dict[str, _Told] = {}
-    for prefix, parts in pictures.parts().items():
+def _judged(pictures: pd.DataFrame, runs: Runs, draws: int) -> Judged:
+    """Every run on every condition, as training's validation judges: unseen pictures by the mean over their sources."""
+    labels, unseen = pictures["label"].to_numpy(int), (pictures["split"] == "unseen").to_numpy()
+    parts = {"": [np.flatnonzero(~unseen)]}
+    if unseen.any():
+        by_source = metrics.parts_by_source(labels[unseen], pictures["source"].to_numpy(str)[unseen])
+        parts["unseen_"] = [np.flatnonzero(unseen)[part] for part in by_source]
+    judged: Judged = {}
+    for prefix, of in parts.items():
         for index, condition in enumerate(CONDITIONS):
-            difference = None
-            if paired:
-                pair = [np.stack([runs[v][s][index] for s in paired]) for v in (variant, reference)]
-                (mine, drawn), (others, of_others) = (_aucs(pictures.labels, logits, parts, draws) for logits in pair)
-                difference = mine - others, drawn - of_others
-            logits = np.stack([runs[variant][s][index] for s in row["seeds"]])
-            told[f"{prefix}{condition}"] = _Told(*_aucs(pictures.labels, logits, parts, draws), difference)
-    row |= {name: one.plain(paired) for name, one in told.items()}
-    return row | {"mean": _mean(list(told.values())).plain(paired)}
+            scores = {(v, s): logits[[index]] for v, seeds in runs.items() for s, logits in seeds.items()}
+            judged[f"{prefix}{condition}"] = metrics.mean_aucs(labels, scores, of, seed=0, draws=draws)
+    every = [*judged.values()]
+    judged["mean"] = {
+        run: (np.mean([of[run][0] for of in every]), np.mean([of[run][1] for of in every], axis=0)) for run in every[0]
+    }
+    return judged
 
 
-def _aucs(
-    labels: np.ndarray, logits: np.ndarray, parts: Sequence[np.ndarray], draws: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of logits (S, N): the mean AUC over `parts` by run (S,), and (draws,) bootstrap draws of the runs' mean."""
-    _, drawn = metrics.mean_aucs(labels, {"runs": logits}, parts, seed=0, draws=draws)["runs"]
-    return np.array([np.mean([metrics.auc(labels[part], run[part]) for part in parts]) for run in logits]), drawn
-
-
-@dataclass(frozen=True)
-class _Told:
-    """AUC by seed, bootstrap draws of its mean, and both of the difference to the reference."""
-
-    auc: np.ndarray
-    drawn: np.ndarray
-    difference: tuple[np.ndarray, np.ndarray] | None
-
-    def plain(self, paired: Sequence[int]) -> dict[str, Any]:
-        """As JSON values."""
-        low, high = metrics.ends(self.drawn)
-        told = {"auc": self.auc.tolist(), "mean": float(self.auc.mean()), "low": low, "high": high}
-        if self.difference is not None:
-            by_seed, drawn = self.difference
-            low, high = metrics.ends(drawn)
-            told["difference"] = {"value": float(by_seed.mean()), "low": low, "high": high}
-            told["difference"] |= {"by_seed": by_seed.tolist(), "paired_seeds": [*paired]}
-        return told
-
-
-def _mean(told: Sequence[_Told]) -> _Told:
-    """Of several conditions, each of which was resampled for itself."""
-    differences = [one.difference for one in told if one.difference is not None]
-    difference = tuple(np.mean(part, axis=0) for part in zip(*differences)) if differences else None
-    return _Told(np.mean([one.auc for one in told], axis=0), np.mean([one.drawn for one in told], axis=0), difference)
+def _row(variant: str, judged: Judged, reference: str, pictures: int) -> dict[str, Any]:
+    seeds = sorted(s for v, s in judged["mean"] if v == variant)
+    paired = [s for s in seeds if variant != reference and (reference, s) in judged["mean"]]
+    row: dict[str, Any] = {"variant": variant, "seeds": seeds, "pictures": pictures}
+    for condition, of in judged.items():
+        aucs, drawn = zip(*(of[variant, s] for s in seeds))
+        low, high = metrics.ends(np.mean(drawn, axis=0))
+        row[condition] = {"auc": [float(a) for a in aucs], "mean": float(np.mean(aucs)), "low": low, "high": high}
+        if paired:
+            pairs = [(of[variant, s], of[reference, s]) for s in paired]
+            by_seed = [float(a - b) for (a, _), (b, _) in pairs]
+            low, high = metrics.ends(np.mean([a - b for (_, a), (_, b) in pairs], axis=0))
+            row[condition]["difference"] = {
+                "value": float(np.mean(by_seed)),
+                "low": low,
+                "high": high,
+                "by_seed": by_seed,
+                "paired_seeds": paired,
+            }
+    return row
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -302,12 +275,11 @@ def main(argv: list[str] | None = None) -> int:
     args, given = parser.parse_args(argv[:split]), argv[split + 1 :]
     name, study = args.study, STUDIES.get(args.study)
     if args.leave_out:
-        steps = args.steps or 150
-        name, study = f"leave-out-{args.member}", leave_out_study(args.member, args.leave_out.split(","), steps)
+        name, study = f"leave-out-{args.member}", leave_out_study(args.member, args.leave_out.split(","))
         if "--data" not in given[:-1]:
             parser.error("--leave-out: give --data MANIFEST after --, also with --table")
-    elif args.steps:
-        study = replace(study, shared=(*study.shared, *_short(args.steps)))
+    if args.steps:
+        study = replace(study, shared=_short(args.steps))
     variants = args.variants.split(",") if args.variants else list(study.variants)
     if unknown := set(variants) - set(study.variants):
         parser.error(f"--variants {', '.join(sorted(unknown))}: {name} has {', '.join(study.variants)}")
