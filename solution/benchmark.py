@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -223,12 +222,12 @@ def _two_passes(member, images):
 
     from solution.models.vlaforge import ClipPass
 
-    tower, settings = member.tower, member.config.vlaforge
-    side, last = tower.config.arch.image_side, settings.depth or tower.config.arch.layers
+    tower, fused, arch = member.tower, member.config.vlaforge.fusion_layers, member.tower.config.arch
+    side, last = arch.image_side, member.depth or arch.layers
     images = F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
-    first = tower(images, keep=(*settings.fusion_layers, last)).hidden
+    first = tower(images, keep=(*fused, last)).hidden
     second = tower(images, keep=(last,)).hidden
-    hidden = {number: first[number][:, 1:] for number in settings.fusion_layers}
+    hidden = {number: first[number][:, 1:] for number in fused}
     start, _ = tower.embed(images)
     classes, patches = tower.last_norm(second[last])[:, 0], tower.last_norm(first[last])[:, 1:]
     return ClipPass(classes, patches, start, hidden, [], [])
@@ -249,7 +248,7 @@ def _joint_pass(member, seen, bias):
     mask[:, :, :queries, queries] = float("-inf")
     mask[:, :, :queries, queries + 1 :] = bias
     x = torch.cat([seen.start[:, :1].expand(-1, queries, -1), seen.start], dim=1)
-    for block in islice(tower.blocks(), member.config.vlaforge.depth or None):
+    for block in tower.blocks(member.depth):
         h = block.norm1(x)
         q, k, v = (split_heads(p(h), heads) for p in (block.q, block.k, block.v))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

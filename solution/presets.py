@@ -259,7 +259,7 @@ TINY_BLOCKS = {"s14-wide": 3, "s14-tight": 4, "s14-face": 3}  # train.sh cuts th
 
 def _small(tower: TowerConfig) -> TowerConfig:
     """A tower of `compact` with a few thousand weights, under a name of its own."""
-    layers = TINY_BLOCKS.get(tower.source.removeprefix("bundle:") if tower.kind == "clip" else tower.name, 2)
+    layers = TINY_BLOCKS.get(tower.stored_name, 2)
     size = {"width": 32, "layers": layers, "heads": 2, "image_side": TINY_SIDE}
     if tower.kind == "clip":
         size |= {"embed_dim": 16, "text_width": 16, "text_layers": min(1, tower.arch.text_layers), "text_heads": 2}

@@ -71,7 +71,7 @@ def attention_map(member: Member, sight: Sight) -> torch.Tensor:
 
     vlaforge's tower is a frozen CLIP: its attention is CLIP's, whatever the member learned.
     """
-    heads = member.tower.cls_attention(sight.last_input, adapter=member.adapter, block=member.last_block)
+    heads = member.tower.cls_attention(sight.last_input, adapter=member.adapter, depth=member.depth)
     return patch_attention(heads, member.tower.prefix).unflatten(-1, sight.grid)
 
 

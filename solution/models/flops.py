@@ -171,8 +171,7 @@ def _vlaforge(config: MemberConfig, beside: int) -> int:
     from solution.models.vlaforge import prompt_tokens
 
     own, arch = config.vlaforge, config.tower.arch
-    if own.depth:
-        arch = replace(arch, layers=own.depth)
+    arch = replace(arch, layers=own.depth or arch.layers)
     read = replace(config.tower, arch=arch)
     queries, joint = own.queries, arch.embed_dim
     tokens = _tokens(read, arch.image_side)

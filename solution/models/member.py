@@ -39,9 +39,14 @@ class Member(nn.Module):
         return self.config.name if self.config.adapter.kind in ("lora", "effort") else None
 
     @property
+    def depth(self) -> int:
+        """How many of the tower's blocks the member reads; 0: all."""
+        return 0
+
+    @property
     def last_block(self) -> Block:
         """The last block of the tower that the member reads."""
-        *_, block = self.tower.blocks()
+        *_, block = self.tower.blocks(self.depth)
         return block
 
     def forward(self, images: torch.Tensor) -> MemberOutput:

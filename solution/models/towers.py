@@ -13,6 +13,7 @@ import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -96,9 +97,9 @@ class Tower(nn.Module):
         """Tokens before the patches: the class token, and registers."""
         return self.config.arch.prefix
 
-    def blocks(self) -> Iterator[Block]:
-        """The blocks by role, as they are now (adapters in place)."""
-        return map(block_of, self.layers)
+    def blocks(self, count: int = 0) -> Iterator[Block]:
+        """The first `count` blocks (0: all) by role, as they are now (adapters in place)."""
+        return map(block_of, islice(self.layers, count or None))
 
     def matrices(self) -> Iterator[nn.Module]:
         """What computes the matrix products of the image blocks (adapted projections too), and the patch projection."""
@@ -197,12 +198,10 @@ class Tower(nn.Module):
             step = functools.partial(run_block, block, heads=self.heads)
             yield functools.partial(checkpoint, step, use_reentrant=False) if again else step
 
-    def cls_attention(
-        self, last_input: torch.Tensor, *, adapter: str | None = None, block: Block | None = None
-    ) -> torch.Tensor:
-        """A block's CLS -> token attention per head: (B, P + N, D) -> (B, heads, P + N), rows summing to one.
+    def cls_attention(self, last_input: torch.Tensor, *, adapter: str | None = None, depth: int = 0) -> torch.Tensor:
+        """The last block's CLS -> token attention per head: (B, P + N, D) -> (B, heads, P + N), rows summing to one.
 
-        block: the one that received `last_input`; None: the last.
+        depth: how many blocks there are for the one that asks; 0: all.
 
         Computed from that block's query and key projections alone; the tower's own forward stays fused. Where positions
         are rotary, the patches are those of a square picture.
@@ -213,8 +212,7 @@ class Tower(nn.Module):
         if not self.prefix:
             raise UsageError(f"tower {self.config.name} has no class token, so nothing attends from it to the patches")
         self.use(adapter)
-        if block is None:
-            *_, block = self.blocks()
+        *_, block = self.blocks(depth)
         h = block.norm1(last_input)
         q = split_heads(block.q(h[:, :1]), self.heads)  # (B, heads, 1, d)
         k = split_heads(block.k(h), self.heads)  # (B, heads, P + N, d)

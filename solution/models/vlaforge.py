@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -83,7 +82,7 @@ def clip_pass(tower: Tower, images: torch.Tensor, keep: tuple[int, ...], branch:
     tower.use(None)
     x, _ = tower.embed(images)
     start, hidden, keys, values, kept = x[:, :1], {}, [], [], None
-    for number, block in enumerate(islice(tower.blocks(), depth or None), start=1):
+    for number, block in enumerate(tower.blocks(depth), start=1):
         x, k, v = _block_with_keys(block, x, tower.heads)
         keys.append(k)
         values.append(v)
@@ -130,7 +129,7 @@ def adapted_pass(tower: Tower, seen: ClipPass, adapter: PatchAdapter, after: int
     x = torch.cat([seen.branch[:, :1], patches], dim=1)
     keys, values = seen.keys[:after], seen.values[:after]
     slim = tower.checkpointing and torch.is_grad_enabled()
-    for block in islice(tower.blocks(), after, len(seen.keys)):
+    for block in list(tower.blocks(len(seen.keys)))[after:]:
         given = (block, x, tower.heads)
         x, k, v = checkpoint(_block_with_keys, *given, use_reentrant=False) if slim else _block_with_keys(*given)
         keys, values = [*keys, k], [*values, v]
@@ -454,10 +453,9 @@ class Vlaforge(Member):
         return self
 
     @property
-    def last_block(self) -> Block:
-        """The last of `vlaforge.depth` blocks."""
-        *_, block = islice(self.tower.blocks(), self.config.vlaforge.depth or None)
-        return block
+    def depth(self) -> int:
+        """`vlaforge.depth`."""
+        return self.config.vlaforge.depth
 
     def trained_tower_keys(self) -> list[str]:
         """The text tower and the joint projection where they are learned, else none."""
@@ -535,9 +533,9 @@ class Vlaforge(Member):
         settings, side = self.config.vlaforge, self.tower.config.arch.image_side
         small = F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
         if self.adapter_of_patches is None:
-            return clip_pass(self.tower, small, settings.fusion_layers, depth=settings.depth)
+            return clip_pass(self.tower, small, settings.fusion_layers, depth=self.depth)
         after = settings.adapter_after
-        seen = clip_pass(self.tower, small, settings.fusion_layers, after, settings.depth)
+        seen = clip_pass(self.tower, small, settings.fusion_layers, after, self.depth)
         return adapted_pass(self.tower, seen, self.adapter_of_patches, after)
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:

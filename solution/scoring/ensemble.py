@@ -410,8 +410,7 @@ def second_look_margins(noise: Mapping[str, float]) -> dict[str, float]:
     noise: the rms departure on the probes. A member whose half precision overflows on one settles no level: every
     picture is looked at again.
     """
-    finite = [rms for rms in noise.values() if math.isfinite(rms)]
-    typical = statistics.median(finite) if finite else math.inf
+    typical = statistics.median([rms for rms in noise.values() if math.isfinite(rms)] or [0.0])
     return {n: DOUBT * max(typical, rms / 2) if math.isfinite(rms) else EVERY_LOOK for n, rms in noise.items()}
 
 

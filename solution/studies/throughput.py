@@ -473,7 +473,7 @@ def told(way: str, logits: np.ndarray, exact: np.ndarray, labels: np.ndarray, en
     """
     from solution.scoring.vote import combine, levels
 
-    step, p, true, within = ensemble.vote.step, {}, {}, True
+    step, p, true = ensemble.vote.step, {}, {}
     for row, name in enumerate(ensemble.members):
         calibrate = ensemble.calibrators[name].apply
         p[name], true[name] = calibrate(logits[row]), calibrate(exact[row])
@@ -482,23 +482,20 @@ def told(way: str, logits: np.ndarray, exact: np.ndarray, labels: np.ndarray, en
         probes = ensemble.noise.get(name)
         noise = f"{rms:9.6f}  {rms / probes:8.2f}" if probes else f"{rms:9.6f}  {'':8}"
         tails = f"{np.quantile(gap, 0.999) / rms:10.2f}  {gap.max() / rms:7.2f}"
-        fits, text = compared(p[name], true[name], labels, step, ordered=False)
-        within &= fits
+        _, text = compared(p[name], true[name], labels, step)
         again = f"{looked[name]:12.2%}" if name in looked else ""
         print(f"{way:8} {name:10} {noise}  {tails}  {text} {again}")
     changed = np.any([levels(p[n], step) != levels(true[n], step) for n in p], axis=0)
     votes = [combine({n: v for n, v in way.items() if n in ensemble.vote.weights}, ensemble.vote) for way in (p, true)]
     fits, text = compared(*votes, labels, step)
     print(f"{way:8} the vote: {text}; pictures with any level changed: {changed.mean():.3%} ({int(changed.sum())})")
-    return within and fits and bool(changed.mean() <= 0.001)
+    return fits and bool(changed.mean() <= 0.001)
 
 
-def compared(
-    p: np.ndarray, exact: np.ndarray, labels: np.ndarray, step: float, *, ordered: bool = True
-) -> tuple[bool, str]:
+def compared(p: np.ndarray, exact: np.ndarray, labels: np.ndarray, step: float) -> tuple[bool, str]:
     """Whether P(fake) (N,) keeps to `exact` (N,): at most 0.1 % of levels and 0.0005 of AUC differ; and its line.
 
-    Where pictures are few, one pair of them may change places. ordered: whether the AUC counts.
+    Where pictures are few, one pair of them may change places.
     """
     from solution.evaluation.metrics import auc
     from solution.scoring.vote import levels
@@ -508,5 +505,4 @@ def compared(
     pairs = float(labels.sum() * (len(labels) - labels.sum()))
     difference = auc(labels, p) - auc(labels, exact) if pairs else 0.0
     text = f"{gap.max():9.6f}  {gap.mean():9.6f}  {changed:14.3%}  {difference:+14.6f}"
-    kept = not ordered or abs(difference) <= max(0.0005, 1.01 / max(pairs, 1))
-    return changed <= 0.001 and kept, text
+    return changed <= 0.001 and abs(difference) <= max(0.0005, 1.01 / max(pairs, 1)), text

@@ -1,6 +1,7 @@
 """The inference benchmark: what it counts, what it builds, and that its commands run."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,8 +143,29 @@ def test_parity_tells_what_keeps_from_what_departs():
     assert not fits and "%" in text  # about 2 % of the levels change
     assert not throughput.compared(1 - exact, exact, labels, 1.0)[0]  # the AUC does
     low, high = np.sort(rng.uniform(0.41, 0.44, (2, 2000)), axis=0)  # all within one level, in two orders
-    assert throughput.compared(low, high, labels, 0.1, ordered=False)[0]
     assert not throughput.compared(low, high, labels, 0.1)[0]
+
+
+def test_parity_keeps_every_level_and_the_order_of_the_vote_alone():
+    """A member's order within a level moves no score; a level that changes, or a vote of another order, does."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 2000)
+    low, high = np.log(p := np.sort(rng.uniform(0.41, 0.44, (2, 2000)), axis=0)) - np.log1p(-p)
+    sure = np.where(labels == 1, 3.0, -3.0)
+    members, plain = {"a": None, "b": None}, Calibrator("identity")
+
+    def fits(logits, exact, **mean):
+        ensemble = SimpleNamespace(
+            vote=VoteConfig({"a": 1, "b": 1}, **mean),
+            members=members,
+            calibrators=dict.fromkeys(members, plain),
+            noise={},
+        )
+        return throughput.told("fast", np.stack(logits), np.stack(exact), labels, ensemble, {})
+
+    assert fits((low, sure), (high, sure))
+    assert not fits((low, sure), (high, -sure))  # levels
+    assert not fits((low, low), (high, high), mean="probability")  # no level, but the vote's order
 
 
 def test_the_parity_command_passes_on_the_default_path(tmp_path, capsys):
