@@ -725,8 +725,8 @@ class SamplingConfig:
 
     balance: `none` shuffles; `balanced` forces half real, half fake in every batch; `temperature` also draws a source
         of n pictures with weight n ** -temperature.
-    paired: a fake is drawn together with a real picture of its group (the manifest's column), where there is one; pairs
-        are in one batch.
+    paired: a fake is drawn together with a real picture of its group (the manifest's column), where there is one, and a
+        self-blended one with the picture that it is made of; pairs are in one batch.
     cap, drop: per source and class, as `SOURCE/real=VALUE` or `SOURCE/fake=VALUE`: at most so many pictures; a share
         dropped at random (seeded, fixed over the run).
     leave_out: generators whose fakes are left out of training: what a picture by a generator nobody knew would meet.

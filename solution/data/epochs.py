@@ -41,10 +41,10 @@ def plan_epoch(
     labels: (N,) 0/1. `batch` samples each; an epoch draws N samples, the remainder is left out, or as many as `batches`
     take, in whole shuffled passes over the data. With `balanced` or `temperature`, every batch is half real, half fake.
     A fake slot becomes a self-blended real with `blend_p`. groups: N names (`sampling.paired`): a real slot then takes a
-    picture of the group of the fake beside it, where the group has one.
+    picture of the group of the fake beside it, where the group has one, and that real itself beside a self-blended one.
 
     Raises:
-        ConfigError: a class is missing that the balance needs, or no group has both.
+        ConfigError: a class is missing that the balance needs, or nothing has a partner.
     """
     rng = np.random.default_rng([seed, epoch, 202])
     real, fake = np.flatnonzero(labels == 0), np.flatnonzero(labels == 1)
@@ -58,8 +58,6 @@ def plan_epoch(
             )
         half = -(-total // 2) if batches else total // 2
         draws = [_draw(group, half, sources, sampling, rng) for group in (real, fake)]
-        if sampling.paired:
-            draws[0] = _partners(draws[1], draws[0], real, groups, rng)
         # real, fake, real, fake: every even batch is half and half
         order = np.stack(draws, axis=1).reshape(-1)[:total]
     blend = (labels[order] == 1) & (rng.random(len(order)) < blend_p)
@@ -67,6 +65,9 @@ def plan_epoch(
         if not len(real):
             raise ConfigError("augment.self_blend_p needs real pictures to blend")
         order = np.where(blend, rng.choice(real, len(order)), order)
+    if sampling.paired:
+        pairs = slice(0, len(order) // 2 * 2, 2), slice(1, len(order), 2)
+        order[pairs[0]] = _partners(order[pairs[1]], blend[pairs[1]], order[pairs[0]], real, groups, rng)
     samples = [Sample(epoch, p, int(i), bool(b)) for p, (i, b) in enumerate(zip(order, blend))]
     return [samples[start : start + batch] for start in range(0, len(samples) - batch + 1, batch)]
 
@@ -89,22 +90,30 @@ def _draw(
 
 
 def _partners(
-    fakes: np.ndarray, reals: np.ndarray, real: np.ndarray, groups: Sequence[str], rng: np.random.Generator
+    fakes: np.ndarray,
+    blended: np.ndarray,
+    reals: np.ndarray,
+    real: np.ndarray,
+    groups: Sequence[str],
+    rng: np.random.Generator,
 ) -> np.ndarray:
-    """For each drawn fake a real picture of its group, drawn anew; where it has none, the one drawn before (`reals`)."""
+    """For each drawn fake a real picture of its group, drawn anew; where it has none, the one drawn before (`reals`).
+
+    blended: which fakes are self-blended: their partner is the picture that they are made of, as in SBI's batches.
+    """
     by_group: dict[str, list[int]] = {}
     for index in real:
         if groups[index]:
             by_group.setdefault(groups[index], []).append(index)
-    if not any(groups[index] in by_group for index in fakes):
+    if not blended.any() and not any(groups[index] in by_group for index in fakes):
         raise ConfigError(
             "sampling.paired: no drawn fake has a real picture of its group; name each fake's source video in the manifest's "
             "column `group`, or set sampling.paired=false"
         )
     return np.array(
         [
-            rng.choice(by_group[groups[fake]]) if groups[fake] in by_group else drawn
-            for fake, drawn in zip(fakes, reals, strict=True)
+            fake if own else rng.choice(by_group[groups[fake]]) if groups[fake] in by_group else drawn
+            for fake, own, drawn in zip(fakes, blended, reals, strict=True)
         ]
     )
 

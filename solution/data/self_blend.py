@@ -43,7 +43,9 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _MASK_SIDE = 256  # masks of larger pictures are made at this longer side and resized
 
 
-def self_blend(image: np.ndarray, face: FaceBox | None, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def self_blend(
+    image: np.ndarray, face: FaceBox | None, rng: np.random.Generator, drawn: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """A fake made of `image` alone, and where it is forged (SBI).
 
     The source-target step changes colour and sharpness of one of two copies; the source is resized and shifted; the
@@ -53,6 +55,8 @@ def self_blend(image: np.ndarray, face: FaceBox | None, rng: np.random.Generator
         image: (H, W, 3) uint8 RGB, left untouched.
         face: in the pixels of `image`; None takes the ellipse at the picture's centre (a picture that is a face crop).
         rng: every draw comes from it.
+        drawn: (H, W, 3) uint8, the same picture as a network draws it again: it is blended in instead of a changed copy, its
+            colour changed in half of the cases.
 
     Returns:
         fake: (H, W, 3) uint8 RGB, and mask: (H, W) float32 in [0, 1]. The mask is the blending shape before the ratio:
@@ -63,7 +67,10 @@ def self_blend(image: np.ndarray, face: FaceBox | None, rng: np.random.Generator
     """
     _check(image)
     source, target = image, image
-    if rng.random() < 0.5:
+    if drawn is not None:
+        _check(drawn)
+        source = _colour(drawn, rng) if rng.random() < 0.5 else drawn
+    elif rng.random() < 0.5:
         source = _transform(image, rng)
     else:
         target = _transform(image, rng)

@@ -274,6 +274,18 @@ def test_paired_batches_hold_a_real_picture_of_each_fakes_group():
         override(preset("tiny", "global"), ["sampling.paired=true", "train.batch=3"])
 
 
+def test_paired_batches_hold_the_picture_that_a_self_blended_fake_is_made_of():
+    labels = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
+    plan = plan_of(labels, sampling=SamplingConfig(paired=True), groups=[""] * 10, blend_p=0.5, batch=2, batches=60)
+    blended = [(real.index, fake.index) for real, fake in plan if fake.blend]
+    assert 15 < len(blended) < 45 and all(real == fake for real, fake in blended)
+    assert {real for real, _ in blended} == {0, 1, 2, 3}
+    alone = [(real, fake) for real, fake in plan if not fake.blend]
+    assert all((labels[real.index], labels[fake.index]) == (0, 1) for real, fake in alone)
+    odd = plan_of(labels, sampling=SamplingConfig(paired=True), groups=[""] * 10, blend_p=1.0, batch=3)
+    assert [len(samples) for samples in odd] == [3, 3, 3]
+
+
 def test_balanced_batches_are_half_and_half():
     labels = np.array([0] * 90 + [1] * 10)
     plan = plan_of(labels)

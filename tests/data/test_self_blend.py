@@ -47,6 +47,18 @@ def test_shapes_types_range_determinism_and_an_untouched_input(image, face):
     assert len({fake.tobytes() for fake in seen}) == 20
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_what_a_network_drew_is_blended_into_the_untouched_picture(image, seed):
+    drawn = cv2.GaussianBlur(image, (0, 0), 3)
+    before = drawn.copy()
+    fake, mask = self_blend(image, FACE, rng(seed), drawn)
+    assert np.array_equal(fake[mask == 0], image[mask == 0])
+    assert (fake[mask > 0.9] != image[mask > 0.9]).mean() > 0.2
+    assert np.array_equal(drawn, before)
+    with pytest.raises(ValueError, match="float32"):
+        self_blend(image, FACE, rng(seed), drawn.astype(np.float32))
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_outside_the_mask_stands_one_copy_and_inside_the_other(image, seed):
     """One of the copies is the picture itself: where the mask is 0 the target stands, whole; and the blend differs."""

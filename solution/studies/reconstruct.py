@@ -1,0 +1,283 @@
+"""Entry: fakes whose faces small decoders drew again, of the real training pictures of a manifest.
+
+`python -m solution.studies.reconstruct --data MANIFEST --out DIR`. Trains four autoencoders on the faces of those pictures,
+minutes on one core, and writes a fake of each: its face drawn again and blended in, or the whole picture drawn again. Real
+and fake then show the same and differ in what a decoder leaves. Leaves in DIR the decoders, pictures (JPEG), masks (PNG)
+and `manifest.csv`: the rows of MANIFEST and those of the fakes, to train on. The same call goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from solution.config import FaceConfig
+from solution.data.faces import crop_box, crop_square
+from solution.data.images import VIDEO_SUFFIXES, decode_image, resize_image, stable_seed
+from solution.data.manifest import TRAIN, Item, ManifestError, manifest_splits, read_manifest
+from solution.data.preparing import COLUMNS, write_manifest
+from solution.data.self_blend import self_blend
+from solution.data.training import locate_faces
+from solution.errors import door, whole
+from solution.io import write_atomically
+from solution.presets import preset
+from solution.records import FaceBox
+from solution.training.checkpoint import Checkpoint, TrainingState, read_checkpoint, write_checkpoint
+
+# How a decoder makes its picture larger is what it leaves in it (Odena et al., 2016: checkerboards of transposed
+# convolutions). By kind, how often it halves the picture, and the share of fakes that it draws.
+KINDS = {"nearest": (3, 0.3), "transposed": (3, 0.3), "shuffle": (3, 0.3), "coarse": (4, 0.1)}
+CHANNELS = (16, 32, 64, 96, 96)  # at full size, half of it, and so on
+LATENT = {3: 16, 4: 32}  # channels, by how often the picture was halved
+SIDE, PATCH = 128, 64  # px: faces, and what of them a training step sees
+SIDES = (96, 128, 160)  # px at which a face is drawn again
+WHOLE_P = 0.2  # how often the whole picture is drawn again
+LOW = 4.0  # px, the blur above which a decoder's picture keeps the original's colours
+QUALITIES = (84, 90, 95)  # of JPEG
+SAVE_EVERY = 100  # steps
+
+
+# ------------------------------------------------------------------------------------------------ the networks
+def _step(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.SiLU()]
+
+
+def _encoder(halvings: int) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(3, CHANNELS[0], 3, padding=1)]
+    for inputs, outputs in itertools.pairwise(CHANNELS[: halvings + 1]):
+        layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.GroupNorm(8, outputs), nn.SiLU(), *_step(outputs, outputs)]
+    return nn.Sequential(*layers, nn.Conv2d(CHANNELS[halvings], LATENT[halvings], 1))
+
+
+def _decoder(kind: str, halvings: int) -> nn.Sequential:
+    layers = [
+        nn.Conv2d(LATENT[halvings], CHANNELS[halvings], 3, padding=1),
+        *_step(CHANNELS[halvings], CHANNELS[halvings]),
+    ]
+    for level in range(halvings, 0, -1):
+        inputs, outputs = CHANNELS[level], CHANNELS[level - 1]
+        if kind == "transposed":
+            layers.append(nn.ConvTranspose2d(inputs, outputs, 4, 2, 1))
+        elif kind == "shuffle":
+            layers += [nn.Conv2d(inputs, 4 * outputs, 3, padding=1), nn.PixelShuffle(2)]
+        else:
+            smooth = {"mode": "bilinear", "align_corners": False} if kind == "coarse" else {"mode": "nearest"}
+            layers += [nn.Upsample(scale_factor=2, **smooth), nn.Conv2d(inputs, outputs, 3, padding=1)]
+        layers += [nn.GroupNorm(8, outputs), nn.SiLU()]
+        if level > 1:  # at full size a step costs as much as all the others
+            layers += _step(outputs, outputs)
+    return nn.Sequential(*layers, nn.Conv2d(CHANNELS[0], 3, 3, padding=1))
+
+
+class Autoencoders(nn.Module):
+    """Decoders of the four `KINDS` on two encoders: pictures (B, 3, H, W) in [-1, 1] to the same, H and W multiples of 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleDict({str(halvings): _encoder(halvings) for halvings in LATENT})
+        self.decoders = nn.ModuleDict({kind: _decoder(kind, halvings) for kind, (halvings, _) in KINDS.items()})
+
+    def forward(self, images: Tensor, kind: str) -> Tensor:
+        """The pictures as the decoder `kind` draws them."""
+        return self.decoders[kind](self.encoders[str(KINDS[kind][0])](images))
+
+    def loss(self, images: Tensor) -> Tensor:
+        """Mean absolute error of pixels and, half, of their differences across and down, summed over the kinds."""
+        latents = {halvings: self.encoders[str(halvings)](images) for halvings in LATENT}
+        total = images.new_zeros(())
+        for kind, (halvings, _) in KINDS.items():
+            error = self.decoders[kind](latents[halvings]).float() - images
+            across, down = error.diff(dim=3).abs().mean(), error.diff(dim=2).abs().mean()
+            total = total + error.abs().mean() + 0.5 * (across + down)
+        return total
+
+
+def draw_again(networks: Autoencoders, image: np.ndarray, kind: str) -> np.ndarray:
+    """`image` (H, W, 3) uint8 as the decoder `kind` draws it, in the colours of the original.
+
+    What is coarser than `LOW` px is the original's: decoders trained for minutes miss colours, which no face swap that
+    anybody publishes does.
+    """
+    height, width = image.shape[:2]
+    padded = cv2.copyMakeBorder(image, 0, -height % 16, 0, -width % 16, cv2.BORDER_REFLECT_101)
+    tensor = torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.inference_mode():
+        drawn = networks(tensor, kind)[0]
+    drawn = ((drawn.permute(1, 2, 0) + 1) * 127.5).numpy()[:height, :width]
+    drawn += cv2.GaussianBlur(image.astype(np.float32) - drawn, (0, 0), LOW)
+    return drawn.round().clip(0, 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------ training
+def train(faces: np.ndarray, steps: int, path: Path, *, seed: int, batch: int = 16) -> Autoencoders:
+    """Autoencoders of faces (N, SIDE, SIDE, 3) uint8, after `steps` steps of `batch` patches; kept at `path` as it goes."""
+    from tqdm import tqdm
+
+    torch.manual_seed(seed)
+    networks = Autoencoders()
+    optimizer = torch.optim.AdamW(networks.parameters(), 1e-3)
+    setting = {
+        "seed": str(seed),
+        "number of steps": str(steps),
+        "number of faces": str(len(faces)),
+        "batch": str(batch),
+    }
+    done = TrainingState()
+    if (found := read_checkpoint(path, setting)) is not None:
+        networks.load_state_dict(found.weights)
+        done = found.state
+        if found.optimizer is not None:
+            optimizer.load_state_dict(found.optimizer)
+    with tqdm(total=steps, initial=done.step, desc="decoders", unit="step") as bar:
+        for number in range(done.step, steps):
+            rng = np.random.default_rng([seed, number])
+            x, y = rng.integers(0, SIDE - PATCH + 1, 2)
+            patches = faces[rng.integers(len(faces), size=batch), y : y + PATCH, x : x + PATCH]
+            images = torch.from_numpy(patches).permute(0, 3, 1, 2).float() / 127.5 - 1
+            if rng.random() < 0.5:
+                images = images.flip(3)
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * min(1.0, (number + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * number / steps))
+            loss = networks.loss(images.contiguous(memory_format=torch.channels_last))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
+            optimizer.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.update()
+            if (number + 1) % SAVE_EVERY == 0 or number + 1 == steps:
+                state = replace(done, step=number + 1)
+                write_checkpoint(path, Checkpoint(setting, state, networks.state_dict(), optimizer.state_dict(), None))
+    return networks.eval()
+
+
+# ------------------------------------------------------------------------------------------------ the fakes
+def fake_of(
+    image: np.ndarray, face: FaceBox | None, networks: Autoencoders, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """A fake (H, W, 3) uint8, its forgery mask (H, W) in [0, 1] (None: all of it), and the kind of its decoder."""
+    kind = str(rng.choice(list(KINDS), p=[share for _, share in KINDS.values()]))
+    side = int(rng.choice(SIDES))
+    if face is None or rng.random() < WHOLE_P:
+        scale = min(1.0, side / max(image.shape[:2])) if rng.random() < 0.5 else 1.0
+        size = [max(1, round(length * scale)) for length in image.shape[1::-1]]
+        drawn = draw_again(networks, resize_image(image, *size), kind)
+        return resize_image(drawn, *image.shape[1::-1]), None, kind
+    x0, y0, x1, y1 = crop_box(face, FaceConfig())
+    square = draw_again(networks, resize_image(crop_square(image, (x0, y0, x1, y1)), side, side), kind)
+    square = resize_image(square, x1 - x0, y1 - y0)
+    drawn, (height, width) = image.copy(), image.shape[:2]
+    top, bottom, left, right = max(0, y0), min(height, y1), max(0, x0), min(width, x1)
+    drawn[top:bottom, left:right] = square[top - y0 : bottom - y0, left - x0 : right - x0]
+    return *self_blend(image, face, rng, drawn), kind
+
+
+def _write_fake(item: Item, face: FaceBox | None, networks: Autoencoders, out: Path, seed: int) -> dict[str, Any]:
+    """Write an item's fake, the same at every call, and give its row of the manifest."""
+    rng = np.random.default_rng([seed, stable_seed(item.name)])
+    stem = f"{stable_seed(item.name):08x}-{stable_seed(item.name[::-1]):08x}"
+    picture, mask = out / "pictures" / f"{stem}.jpg", out / "masks" / f"{stem}.png"
+    fake, forged, kind = fake_of(decode_image(item.path), face, networks, rng)
+    if forged is not None:
+        _write(mask, np.rint(forged * 255).astype(np.uint8), [])
+    _write(picture, fake[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(rng.choice(QUALITIES))])
+    row = dict.fromkeys(COLUMNS, "") | {
+        "path": f"pictures/{stem}.jpg",
+        "label": 1,
+        "split": TRAIN,
+        "group": _group(item),
+    }
+    where = "whole" if forged is None else f"masks/{stem}.png"
+    return row | {"source": "reconstructed", "generator": f"reconstructed_{kind}", "mask": where}
+
+
+def _write(path: Path, picture: np.ndarray, how: list[int]) -> None:
+    _, content = cv2.imencode(path.suffix, picture, how)
+    write_atomically(path, content.tobytes())
+
+
+def _group(item: Item) -> str:
+    """A real picture and its fake are of one group: of the manifest's, or of that picture alone."""
+    return item.group or f"picture {item.name}"
+
+
+def _old_row(item: Item, split: str, out: Path) -> dict[str, Any]:
+    """The row of a picture of the manifest, its paths relative to `out`."""
+    mask = item.mask if item.mask in ("", "whole") else os.path.relpath(item.mask, out)
+    row = {name: getattr(item, name) for name in ("label", "source", "generator", "video")}
+    group = _group(item) if item.label == 0 and split == TRAIN else item.group
+    return row | {"path": os.path.relpath(item.path, out), "split": split, "mask": mask, "group": group}
+
+
+# ------------------------------------------------------------------------------------------------ the door
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m solution.studies.reconstruct",
+        description="Train small decoders on the real training faces of a manifest, and write fakes whose faces they drew.",
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="a manifest; its real pictures of split train serve")
+    add("--out", type=Path, required=True, help="a folder for decoders, fakes and the manifest with both")
+    add(
+        "--steps",
+        type=whole(1),
+        default=1700,
+        help="of 16 patches, to train the decoders (default 1700: 12 minutes on a core)",
+    )
+    add("--workers", type=whole(), default=0, help="processes that search faces (default 0)")
+    add("--seed", type=whole(), default=0)
+    return parser.parse_args(argv)
+
+
+@door("reconstruct")
+def main(argv: list[str] | None = None) -> int:
+    """Train and write; exit codes: 0 done, 2 usage, 3 no face detector, no place or an unreadable picture, 130 interrupted."""
+    from tqdm import tqdm
+
+    args = parse(argv)
+    cv2.setNumThreads(1)
+    parts = {
+        split: read_manifest(args.data, split=split, videos=True)[0] for split in sorted(manifest_splits(args.data))
+    }
+    reals = [
+        item for item in parts.get(TRAIN, ()) if item.label == 0 and item.path.suffix.lower() not in VIDEO_SUFFIXES
+    ]
+    if not reals:
+        raise ManifestError(f"{args.data}: no real picture of split {TRAIN!r}; the decoders learn from those")
+    for folder in ("pictures", "masks"):
+        (args.out / folder).mkdir(parents=True, exist_ok=True)
+    faces = locate_faces(reals, preset("compact", "global"), args.out / "faces.jsonl", workers=args.workers)
+    crops = _crops(reals, faces)
+    networks = train(crops, args.steps, args.out / "decoders.pt", seed=args.seed)
+    rows = [_write_fake(item, faces[item.name], networks, args.out, args.seed) for item in tqdm(reals, "fakes")]
+    old = [_old_row(item, split, args.out) for split, items in parts.items() for item in items]
+    write_manifest(args.out / "manifest.csv", [*old, *rows])
+    print(f"{args.out / 'manifest.csv'}: {len(old)} rows of {args.data} and {len(rows)} reconstructed fakes")
+    return 0
+
+
+def _crops(items: Sequence[Item], faces: dict[str, FaceBox | None]) -> np.ndarray:
+    """(N, SIDE, SIDE, 3) uint8: the faces of the items that have one."""
+    squares = []
+    for item in items:
+        if (face := faces[item.name]) is not None:
+            squares.append(resize_image(crop_square(decode_image(item.path), crop_box(face, FaceConfig())), SIDE, SIDE))
+    if not squares:
+        raise ManifestError(f"no face in any of {len(items)} real training pictures; the decoders learn from faces")
+    return np.stack(squares)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
