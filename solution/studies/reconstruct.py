@@ -32,6 +32,7 @@ from solution.data.self_blend import self_blend
 from solution.data.training import locate_faces
 from solution.errors import door, whole
 from solution.io import write_atomically
+from solution.models.merging import pick_precision
 from solution.presets import preset
 from solution.records import FaceBox
 from solution.training.checkpoint import Checkpoint, TrainingState, read_checkpoint, write_checkpoint
@@ -150,7 +151,8 @@ def train(faces: np.ndarray, steps: int, path: Path, *, seed: int, batch: int = 
                 images = images.flip(3)
             for group in optimizer.param_groups:
                 group["lr"] = 1e-3 * min(1.0, (number + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * number / steps))
-            loss = networks.loss(images.contiguous(memory_format=torch.channels_last))
+            with torch.autocast("cpu", torch.bfloat16, enabled=pick_precision(images.device) == "bfloat16"):
+                loss = networks.loss(images)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
