@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,7 @@ LATENT = {3: 16, 4: 32}  # channels, by how often the picture was halved
 SIDE, PATCH = 128, 64  # px: faces, and what of them a training step sees
 SIDES = (96, 128, 160)  # px at which a face is drawn again
 WHOLE_P = 0.2  # how often the whole picture is drawn again
+LARGEST = 1024  # px, the longer side at which it is
 LOW = 4.0  # px, the blur above which a decoder's picture keeps the original's colours
 QUALITIES = (84, 90, 95)  # of JPEG
 SAVE_EVERY = 100  # steps
@@ -108,8 +110,8 @@ class Autoencoders(nn.Module):
 def draw_again(networks: Autoencoders, image: np.ndarray, kind: str) -> np.ndarray:
     """`image` (H, W, 3) uint8 as the decoder `kind` draws it, in the colours of the original.
 
-    What is coarser than `LOW` px is the original's: decoders trained for minutes miss colours, which no face swap that
-    anybody publishes does.
+    What is coarser than `LOW` px is the original's: decoders trained for minutes miss colours, and would give themselves
+    away by them.
     """
     height, width = image.shape[:2]
     padded = cv2.copyMakeBorder(image, 0, -height % 16, 0, -width % 16, cv2.BORDER_REFLECT_101)
@@ -132,7 +134,7 @@ def train(faces: np.ndarray, steps: int, path: Path, *, seed: int, batch: int = 
     setting = {
         "seed": str(seed),
         "number of steps": str(steps),
-        "number of faces": str(len(faces)),
+        "faces": f"{zlib.crc32(faces.tobytes()):08x}",
         "batch": str(batch),
     }
     done = TrainingState()
@@ -173,7 +175,7 @@ def fake_of(
     kind = str(rng.choice(list(KINDS), p=[share for _, share in KINDS.values()]))
     side = int(rng.choice(SIDES))
     if face is None or rng.random() < WHOLE_P:
-        scale = min(1.0, side / max(image.shape[:2])) if rng.random() < 0.5 else 1.0
+        scale = min(1.0, (side if rng.random() < 0.5 else LARGEST) / max(image.shape[:2]))
         size = [max(1, round(length * scale)) for length in image.shape[1::-1]]
         drawn = draw_again(networks, resize_image(image, *size), kind)
         return resize_image(drawn, *image.shape[1::-1]), None, kind
