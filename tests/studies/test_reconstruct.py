@@ -10,8 +10,8 @@ from tiny import make_faces
 
 from solution.data.images import decode_image, decode_mask
 from solution.data.manifest import read_manifest
-from solution.studies import reconstruct
-from solution.studies.reconstruct import KINDS, SIDE, Autoencoders, draw_again
+from solution.studies import decoders, reconstruct
+from solution.studies.decoders import KINDS, SIDE, Autoencoders, draw_again
 
 
 @pytest.fixture
@@ -50,11 +50,11 @@ def test_training_lowers_the_error_and_goes_on_where_it_was_stopped(faces, tmp_p
     images = torch.from_numpy(faces[:1]).permute(0, 3, 1, 2).float() / 127.5 - 1
     torch.manual_seed(0)
     before = Autoencoders().loss(images).item()
-    monkeypatch.setattr(reconstruct, "SAVE_EVERY", 8)
-    whole = reconstruct.train(faces, 30, tmp_path / "whole.pt", seed=0, batch=2)
+    monkeypatch.setattr(decoders, "SAVE_EVERY", 8)
+    whole = decoders.train(faces, 30, tmp_path / "whole.pt", seed=0, batch=2)
     assert whole.loss(images).item() < 0.8 * before
 
-    write, calls = reconstruct.write_checkpoint, []
+    write, calls = decoders.write_checkpoint, []
 
     def stopped(path, checkpoint):
         write(path, checkpoint)
@@ -62,10 +62,10 @@ def test_training_lowers_the_error_and_goes_on_where_it_was_stopped(faces, tmp_p
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(reconstruct, "write_checkpoint", stopped)
+    monkeypatch.setattr(decoders, "write_checkpoint", stopped)
     with pytest.raises(KeyboardInterrupt):
-        reconstruct.train(faces, 30, tmp_path / "halves.pt", seed=0, batch=2)
-    halves = reconstruct.train(faces, 30, tmp_path / "halves.pt", seed=0, batch=2)
+        decoders.train(faces, 30, tmp_path / "halves.pt", seed=0, batch=2)
+    halves = decoders.train(faces, 30, tmp_path / "halves.pt", seed=0, batch=2)
     assert calls == [8, 16, 24, 30]
     for one, other in zip(whole.parameters(), halves.parameters(), strict=True):
         assert torch.equal(one, other)
