@@ -202,7 +202,7 @@ class Cropper:
             mask = mask[y0:y1, x0:x1]
             if mask.any():
                 mask_name = f"masks/{own}.png"
-                _save(self.out / mask_name, ".png", mask, [])
+                save_picture(self.out / mask_name, mask, [])
             else:
                 record.count("empty mask in a fake (kept, mask unknown)")
         options = [
@@ -210,7 +210,7 @@ class Cropper:
             # Colour at full resolution: a quarter of it is what a generator's traces can lie in.
             *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444),
         ]
-        _save(self.out / picture, ".jpg", cv2.cvtColor(image[y0:y1, x0:x1], cv2.COLOR_RGB2BGR), options)
+        save_picture(self.out / picture, cv2.cvtColor(image[y0:y1, x0:x1], cv2.COLOR_RGB2BGR), options)
         record.rows.append((number, picture, mask_name))
 
 
@@ -249,8 +249,9 @@ def _frame_order(name: str) -> tuple[int, str]:
     return _frame_number(name, 0), name
 
 
-def _save(path: Path, suffix: str, image: np.ndarray, options: Sequence[int]) -> None:
-    done, data = cv2.imencode(suffix, np.ascontiguousarray(image), list(options))
+def save_picture(path: Path, image: np.ndarray, options: Sequence[int]) -> None:
+    """Write `path`, its folder too, as its suffix says: (H, W) grey or (H, W, 3) BGR, whole or not at all."""
+    done, data = cv2.imencode(path.suffix, np.ascontiguousarray(image), list(options))
     if not done:
         raise OSError(f"{path}: OpenCV cannot encode {image.shape}")
     path.parent.mkdir(parents=True, exist_ok=True)

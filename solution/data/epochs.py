@@ -66,8 +66,9 @@ def plan_epoch(
             raise ConfigError("augment.self_blend_p needs real pictures to blend")
         order = np.where(blend, rng.choice(real, len(order)), order)
     if sampling.paired:
-        pairs = slice(0, len(order) // 2 * 2, 2), slice(1, len(order), 2)
-        order[pairs[0]] = _partners(order[pairs[1]], blend[pairs[1]], order[pairs[0]], real, groups, rng)
+        fakes = slice(1, len(order), 2)
+        beside = slice(0, fakes.stop // 2 * 2, 2)  # an odd last real has no fake
+        order[beside] = _partners(order[fakes], blend[fakes], order[beside], real, groups, rng)
     samples = [Sample(epoch, p, int(i), bool(b)) for p, (i, b) in enumerate(zip(order, blend))]
     return [samples[start : start + batch] for start in range(0, len(samples) - batch + 1, batch)]
 

@@ -92,12 +92,16 @@ def draw_again(networks: Autoencoders, image: np.ndarray, kind: str) -> np.ndarr
     """
     height, width = image.shape[:2]
     padded = cv2.copyMakeBorder(image, 0, -height % 16, 0, -width % 16, cv2.BORDER_REFLECT_101)
-    tensor = torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.inference_mode():
-        drawn = networks(tensor, kind)[0]
+        drawn = networks(_as_input(padded[None]), kind)[0]
     drawn = ((drawn.permute(1, 2, 0) + 1) * 127.5).numpy()[:height, :width]
     drawn += cv2.GaussianBlur(image.astype(np.float32) - drawn, (0, 0), LOW)
     return drawn.round().clip(0, 255).astype(np.uint8)
+
+
+def _as_input(pictures: np.ndarray) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -105,8 +109,10 @@ def train(faces: np.ndarray, steps: int, path: Path, *, seed: int, batch: int = 
     """Autoencoders of faces (N, SIDE, SIDE, 3) uint8, after `steps` steps of `batch` patches; kept at `path` as it goes."""
     from tqdm import tqdm
 
-    torch.manual_seed(seed)
-    networks = Autoencoders()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        networks = Autoencoders()
+    half = pick_precision(torch.device("cpu")) == "bfloat16"
     optimizer = torch.optim.AdamW(networks.parameters(), 1e-3)
     setting = {
         "seed": str(seed),
@@ -118,19 +124,18 @@ def train(faces: np.ndarray, steps: int, path: Path, *, seed: int, batch: int = 
     if (found := read_checkpoint(path, setting)) is not None:
         networks.load_state_dict(found.weights)
         done = found.state
-        if found.optimizer is not None:
-            optimizer.load_state_dict(found.optimizer)
+        optimizer.load_state_dict(found.optimizer)
     with tqdm(total=steps, initial=done.step, desc="decoders", unit="step") as bar:
         for number in range(done.step, steps):
             rng = np.random.default_rng([seed, number])
             x, y = rng.integers(0, SIDE - PATCH + 1, 2)
             patches = faces[rng.integers(len(faces), size=batch), y : y + PATCH, x : x + PATCH]
-            images = torch.from_numpy(patches).permute(0, 3, 1, 2).float() / 127.5 - 1
+            images = _as_input(patches)
             if rng.random() < 0.5:
                 images = images.flip(3)
             for group in optimizer.param_groups:
                 group["lr"] = 1e-3 * min(1.0, (number + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * number / steps))
-            with torch.autocast("cpu", torch.bfloat16, enabled=pick_precision(images.device) == "bfloat16"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 loss = networks.loss(images)
             optimizer.zero_grad()
             loss.backward()

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
-from solution.config import FaceConfig
-from solution.data.faces import crop_box, crop_square
+from solution.data.cropping import inner_square, save_picture
 from solution.data.images import VIDEO_SUFFIXES, decode_image, resize_image, stable_seed
 from solution.data.manifest import TRAIN, Item, ManifestError, manifest_splits, read_manifest
 from solution.data.preparing import COLUMNS, write_manifest
+from solution.data.raw import WHOLE
 from solution.data.self_blend import self_blend
 from solution.errors import door, whole
-from solution.io import write_atomically
 from solution.presets import preset
 from solution.records import FaceBox
 
@@ -33,6 +32,7 @@ from solution.records import FaceBox
 if TYPE_CHECKING:
     from solution.studies.decoders import Autoencoders
 
+MARGIN = 1.3  # side of what a decoder draws / longer side of the face box
 SIDES = (96, 128, 160)  # px at which a face is drawn again
 WHOLE_P = 0.2  # how often the whole picture is drawn again
 LARGEST = 1024  # px, the longer side at which it is
@@ -53,37 +53,26 @@ def fake_of(
         size = [max(1, round(length * scale)) for length in image.shape[1::-1]]
         drawn = draw_again(networks, resize_image(image, *size), kind)
         return resize_image(drawn, *image.shape[1::-1]), None, kind
-    x0, y0, x1, y1 = crop_box(face, FaceConfig())
-    square = draw_again(networks, resize_image(crop_square(image, (x0, y0, x1, y1)), side, side), kind)
-    square = resize_image(square, x1 - x0, y1 - y0)
-    drawn, (height, width) = image.copy(), image.shape[:2]
-    top, bottom, left, right = max(0, y0), min(height, y1), max(0, x0), min(width, x1)
-    drawn[top:bottom, left:right] = square[top - y0 : bottom - y0, left - x0 : right - x0]
+    x0, y0, x1, y1 = inner_square(face, MARGIN, *image.shape[:2])
+    square = draw_again(networks, resize_image(image[y0:y1, x0:x1], side, side), kind)
+    drawn = image.copy()
+    drawn[y0:y1, x0:x1] = resize_image(square, x1 - x0, y1 - y0)
     return *self_blend(image, face, rng, drawn), kind
 
 
 def _write_fake(item: Item, face: FaceBox | None, networks: Autoencoders, out: Path, seed: int) -> dict[str, Any]:
     """Write an item's fake, the same at every call, and give its row of the manifest."""
     rng = np.random.default_rng([seed, stable_seed(item.name)])
-    stem = f"{stable_seed(item.name):08x}-{stable_seed(item.name[::-1]):08x}"
-    picture, mask = out / "pictures" / f"{stem}.jpg", out / "masks" / f"{stem}.png"
+    # A manifest's name may be a path to anywhere, and no name of a file here.
+    own = f"{stable_seed(item.name):08x}-{stable_seed(item.name[::-1]):08x}"
+    picture, mask = f"pictures/{own}.jpg", WHOLE
     fake, forged, kind = fake_of(decode_image(item.path), face, networks, rng)
     if forged is not None:
-        _write(mask, np.rint(forged * 255).astype(np.uint8), [])
-    _write(picture, fake[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(rng.choice(QUALITIES))])
-    row = dict.fromkeys(COLUMNS, "") | {
-        "path": f"pictures/{stem}.jpg",
-        "label": 1,
-        "split": TRAIN,
-        "group": _group(item),
-    }
-    where = "whole" if forged is None else f"masks/{stem}.png"
-    return row | {"source": "reconstructed", "generator": f"reconstructed_{kind}", "mask": where}
-
-
-def _write(path: Path, picture: np.ndarray, how: list[int]) -> None:
-    _, content = cv2.imencode(path.suffix, picture, how)
-    write_atomically(path, content.tobytes())
+        mask = f"masks/{own}.png"
+        save_picture(out / mask, np.rint(forged * 255).astype(np.uint8), [])
+    save_picture(out / picture, fake[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(rng.choice(QUALITIES))])
+    values = (picture, 1, "reconstructed", TRAIN, f"reconstructed_{kind}", _group(item), mask, "")
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def _group(item: Item) -> str:
@@ -93,7 +82,7 @@ def _group(item: Item) -> str:
 
 def _old_row(item: Item, split: str, out: Path) -> dict[str, Any]:
     """The row of a picture of the manifest, its paths relative to `out`."""
-    mask = item.mask if item.mask in ("", "whole") else os.path.relpath(item.mask, out)
+    mask = item.mask if item.mask in ("", WHOLE) else os.path.relpath(item.mask, out)
     row = {name: getattr(item, name) for name in ("label", "source", "generator", "video")}
     group = _group(item) if item.label == 0 and split == TRAIN else item.group
     return row | {"path": os.path.relpath(item.path, out), "split": split, "mask": mask, "group": group}
@@ -116,6 +105,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--workers", type=whole(), default=0, help="processes that search faces (default 0)")
     add("--seed", type=whole(), default=0)
+    add("--restart", action="store_true", help="train the decoders anew")
     return parser.parse_args(argv)
 
 
@@ -137,11 +127,12 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if not reals:
         raise ManifestError(f"{args.data}: no real picture of split {TRAIN!r}; the decoders learn from those")
-    for folder in ("pictures", "masks"):
-        (args.out / folder).mkdir(parents=True, exist_ok=True)
+    decoders = args.out / "decoders.pt"
+    if args.restart:
+        decoders.unlink(missing_ok=True)
     faces = locate_faces(reals, preset("compact", "global"), args.out / "faces.jsonl", workers=args.workers)
     crops = _crops(reals, faces)
-    networks = train(crops, args.steps, args.out / "decoders.pt", seed=args.seed)
+    networks = train(crops, args.steps, decoders, seed=args.seed)
     rows = [_write_fake(item, faces[item.name], networks, args.out, args.seed) for item in tqdm(reals, "fakes")]
     old = [_old_row(item, split, args.out) for split, items in parts.items() for item in items]
     write_manifest(args.out / "manifest.csv", [*old, *rows])
@@ -156,7 +147,9 @@ def _crops(items: Sequence[Item], faces: dict[str, FaceBox | None]) -> np.ndarra
     squares = []
     for item in items:
         if (face := faces[item.name]) is not None:
-            squares.append(resize_image(crop_square(decode_image(item.path), crop_box(face, FaceConfig())), SIDE, SIDE))
+            image = decode_image(item.path)
+            x0, y0, x1, y1 = inner_square(face, MARGIN, *image.shape[:2])
+            squares.append(resize_image(image[y0:y1, x0:x1], SIDE, SIDE))
     if not squares:
         raise ManifestError(f"no face in any of {len(items)} real training pictures; the decoders learn from faces")
     return np.stack(squares)

@@ -95,6 +95,10 @@ def test_the_command_writes_a_fake_of_every_real_training_picture(manifest, tmp_
     assert len(first) == 4
     assert reconstruct.main(call) == 0
     assert {path: path.read_bytes() for path in sorted(out.glob("*s/*"))} == first
+    assert reconstruct.main([*call[:-1], "2"]) == 2
+    assert "number of steps" in (told := capsys.readouterr().err) and "--restart" in told
+    assert reconstruct.main([*call[:-1], "2", "--restart"]) == 0
+    assert {path: path.read_bytes() for path in sorted(out.glob("*s/*"))}.keys() == first.keys()
 
 
 def test_without_a_face_or_by_chance_the_whole_picture_is_drawn_again(faces):
