@@ -27,7 +27,7 @@ from solution.evaluation.search import (
 from solution.models import calibration
 from solution.models.calibration import Calibrator
 from solution.presets import NTIRE26_VOTE
-from solution.scoring.vote import combine
+from solution.scoring.vote import combine, decide
 
 # The ways of voting, the simplest first: whose votes, and how they are combined.
 WAYS = {
@@ -179,19 +179,12 @@ def fit_ensemble(
     chosen = _chosen(held["scores"], known, folds, options.penalty)
     calibrators = {n: replace(c, fitted_on=fitted_on or c.fitted_on) for n, c in fitted.calibrators.items()}
     scores = combine(_applied(calibrators, logits), fitted.votes[chosen])
-    threshold = _threshold(known, scores, options)
-    vote = replace(
-        fitted.votes[chosen],
-        threshold=threshold,
-        unsure=unsure_band(scores, threshold, options.unsure_share),
-        false_alarm=options.false_alarm,
-        worst_false_alarm=options.worst_false_alarm,
-    )
+    vote = _with_threshold(fitted.votes[chosen], known, scores, options)
     comparison = _comparison(logits, known, folds, held, options, len(pictures.labels))
-    comparison["at_threshold"] = _at_threshold(known, held["fake"][chosen]) | {
+    comparison["at_threshold"] = _at_threshold(known, held["fake"][chosen], held["words"][chosen]) | {
         "asked": options.false_alarm,
         "asked_of_worst_source": options.worst_false_alarm,
-        "false_alarms_by_source_as_fitted": false_alarms(known.labels, scores >= threshold, known.sources),
+        "false_alarms_by_source_as_fitted": false_alarms(known.labels, scores >= vote.threshold, known.sources),
     }
     comparison["generators"] = _by_generator(logits, known, folds, {f: x[chosen] for f, x in held["all"].items()})
     comparison["search"] = {**fitted.search._asdict(), "weights_stacked": fitted.votes["stacked"].weights}
@@ -326,19 +319,29 @@ def _importance(known: Known) -> np.ndarray:
     return weight
 
 
-def _threshold(known: Known, scores: np.ndarray, options: FitOptions) -> float:
-    return threshold_at_false_alarm(
+def _with_threshold(vote: VoteConfig, known: Known, scores: np.ndarray, options: FitOptions) -> VoteConfig:
+    """The vote with the threshold and the `unsure` band that its scores (R,) of these rows ask for."""
+    threshold = threshold_at_false_alarm(
         known.labels, scores, options.false_alarm, sources=known.sources, worst=options.worst_false_alarm
+    )
+    return replace(
+        vote,
+        threshold=threshold,
+        unsure=unsure_band(scores, threshold, options.unsure_share),
+        false_alarm=options.false_alarm,
+        worst_false_alarm=options.worst_false_alarm,
     )
 
 
 def _held_out(logits: Logits, known: Known, folds: Folds, options: FitOptions) -> dict[str, Any]:
     """Every member and every way of voting on rows that neither fitted nor chose anything: `p` and `scores` (R,) by
-    name, `fake` (R,) bool verdicts by way, and each fold's `weights` of the search; `all`: by fold, the ways on all rows."""
+    name, by way `fake` (R,) bool, at the threshold or above, and `words` (R,) of `vote.decide`, and each fold's `weights`
+    of the search; `all`: by fold, the ways on all rows."""
     count = len(known.labels)
     p = {name: np.empty(count) for name in logits}
     scores: dict[str, np.ndarray] = {}
     fake: dict[str, np.ndarray] = {}
+    words: dict[str, np.ndarray] = {}
     weights = []
     everywhere: dict[int, dict[str, np.ndarray]] = {}
     for fold in np.unique(folds.number):
@@ -352,13 +355,14 @@ def _held_out(logits: Logits, known: Known, folds: Folds, options: FitOptions) -
             p[name][held] = p_all[name][held]
         for way, of_all in votes.items():
             scores.setdefault(way, np.empty(count))[held] = of_all[held]
-            threshold = _threshold(known.at(train), of_all[train], options)
-            fake.setdefault(way, np.empty(count, bool))[held] = of_all[held] >= threshold
+            vote = _with_threshold(fitted.votes[way], known.at(train), of_all[train], options)
+            fake.setdefault(way, np.empty(count, bool))[held] = of_all[held] >= vote.threshold
+            words.setdefault(way, np.empty(count, "<U6"))[held] = decide(of_all[held], vote)
         scores.setdefault("best single", np.empty(count))[held] = p_all[fitted.best_single][held]
     if set(NTIRE26_VOTE.weights) <= set(logits):  # fits nothing: every row is held out
         raw = {n: calibration.sigmoid(logits[n]) for n in NTIRE26_VOTE.weights}
         scores["published recipe"] = combine(raw, NTIRE26_VOTE)
-    return {"scores": scores, "p": p, "fake": fake, "weights": weights, "all": everywhere}
+    return {"scores": scores, "p": p, "fake": fake, "words": words, "weights": weights, "all": everywhere}
 
 
 def _chosen(scores: Mapping[str, np.ndarray], known: Known, folds: Folds, penalty: float) -> str:
@@ -474,13 +478,23 @@ def _rank_correlations(logits: Logits, known: Known) -> dict[str, dict[str, floa
     return found
 
 
-def _at_threshold(known: Known, fake: np.ndarray) -> dict[str, Any]:
-    """Held-out verdicts: false alarms and fakes found by cell, and false alarms by real source."""
+def _at_threshold(known: Known, fake: np.ndarray, words: np.ndarray) -> dict[str, Any]:
+    """Held-out verdicts by cell: which share lies at the threshold or above (false alarms, fakes found), and which share
+    is `called` what, given the `unsure` band; then false alarms by real source, of all pictures and of clean ones."""
     told: dict[str, Any] = {}
     for cell, rows in known.cells().items():
-        real, fakes = rows[known.labels[rows] == 0], rows[known.labels[rows] == 1]
+        of = {"real": rows[known.labels[rows] == 0], "fake": rows[known.labels[rows] == 1]}
         told[cell] = {
-            "false_alarms": float(fake[real].mean()) if len(real) else None,
-            "fakes_found": float(fake[fakes].mean()) if len(fakes) else None,
+            "false_alarms": float(fake[of["real"]].mean()) if len(of["real"]) else None,
+            "fakes_found": float(fake[of["fake"]].mean()) if len(of["fake"]) else None,
+            "called": {
+                kind: {word: float(np.mean(words[those] == word)) for word in ("fake", "unsure", "real")}
+                for kind, those in of.items()
+                if len(those)
+            },
         }
-    return told | {"false_alarms_by_source": false_alarms(known.labels, fake, known.sources)}
+    clean = np.flatnonzero(known.conditions == "clean")
+    return told | {
+        "false_alarms_by_source": false_alarms(known.labels, fake, known.sources),
+        "false_alarms_by_source_clean": false_alarms(known.labels[clean], fake[clean], known.sources[clean]),
+    }

@@ -401,15 +401,16 @@ def write_submission_report(
         _disagreement_section(scored, p, figures),
         _failures_section(failures),
     ]
-    called = float(np.mean(scores >= threshold)) if len(scores) else None
-    share = "none scored" if called is None else f"{called:.1%}"
+    above = float(np.mean(scores >= threshold)) if len(scores) else None
+    words = verdicts["counts"] if verdicts else {}
     page = {
         "title": title,
         "lead": "No labels are known here: this says how the scores lie, not whether they are right.",
         "tiles": [
             {"label": "Pictures", "value": f"{len(rows):,}"},
             {"label": "Failures", "value": f"{len(failures):,}"},
-            {"label": f"Called fake, at {threshold:.3g} or above", "value": share},
+            {"label": f"Scores of {threshold:.3g} or above", "value": "none scored" if above is None else f"{above:.1%}"},
+            *({"label": f"Called {word}", "value": f"{words[word]:,}"} for word in ("fake", "unsure") if word in words),
         ],
         "verdicts": verdicts,
         "sections": [s for s in sections if s is not None],
@@ -418,7 +419,7 @@ def write_submission_report(
         "title": title,
         "pictures": len(rows),
         "threshold": threshold,
-        "called_fake": called,
+        "above_threshold": above,
         "histogram": {n: histogram(x) for n, x in {"score": scores, **p}.items()},
         "members": members,
         "rank_correlation": rank_correlation([*p.values()]) if len(scores) > 1 else [],

@@ -77,23 +77,29 @@ def threshold_record(bundle: Bundle, vote: VoteConfig) -> dict[str, Any]:
 
 
 def meaning(record: Mapping[str, Any]) -> str:
-    """A `threshold_record` in a sentence or three."""
-    low, high = (record["threshold"] + sign * record["unsure"] for sign in (-1, 1))
-    band = f", unsure between {low:.3g} and {high:.3g}" if record["unsure"] else ""
-    text = f"Fake at {record['threshold']:.3g} or above{band}."
+    """A `threshold_record` in a few sentences."""
+    threshold, unsure = record["threshold"], record["unsure"]
+    text = f"Fake at {threshold:.3g} or above, else real."
+    if unsure:
+        text = f"Fake from {threshold + unsure:.3g}, real below {threshold - unsure:.3g}, between them unsure."
     if record["asked"] is not None:
-        text += f" Set so that of the real pictures it was fitted on at most {100 * record['asked']:.3g} in 100 are called fake."
+        text += f" Set so that of the real pictures it was fitted on at most {100 * record['asked']:.3g} in 100 are above {threshold:.3g}."
     if not record["measured"]:
         return f"{text} How often real pictures are called fake was not measured for this vote."
     each = "; ".join(f"{name.replace('_', ' ')}: {_rates(rates)}" for name, rates in record["measured"].items())
     text += f" Measured: {each}."
     if record["by_source"]:
         source, rate = max(record["by_source"].items(), key=lambda pair: pair[1])
-        text += f" Of the worst source of real pictures, {source}, {rate:.1%} are called fake."
+        text += f" Of the worst source of real pictures, {source}, {rate:.1%} are above {threshold:.3g}."
     return f"{text} On: {record['on'] or 'not stated'}."
 
 
 def _rates(rates: Mapping[str, Any]) -> str:
-    words = {"false_alarms": "of the real called fake", "fakes_found": "of the fakes found"}
-    told = [f"{value:.1%} {words[name]}" for name, value in rates.items() if name in words and value is not None]
-    return ", ".join(told)
+    """What is called what, where the report says; else (an older bundle's) what lies above the threshold."""
+    if "called" in rates:
+        return ", ".join(
+            f"of {kind} pictures {words['fake']:.1%} called fake, {words['unsure']:.1%} unsure"
+            for kind, words in rates["called"].items()
+        )
+    words = {"false_alarms": "of the real above the threshold", "fakes_found": "of the fakes"}
+    return ", ".join(f"{rates[name]:.1%} {said}" for name, said in words.items() if rates.get(name) is not None)

@@ -40,9 +40,18 @@ def test_the_record_says_what_was_measured_at_the_threshold():
     assert record["threshold"] == 0.7 and record["asked"] == 0.04 and record["on"] == "90 pictures"
     assert record["measured"] == {"clean": RATES["clean"], "degraded": RATES["degraded"]}
     text = meaning(record)
-    for words in ("0.7 or above", "between 0.65 and 0.75", "3.1% of the real", "50.0% of the fakes", "90 pictures"):
+    for words in ("Fake from 0.75, real below 0.65", "3.1% of the real", "50.0% of the fakes", "90 pictures"):
         assert words in text
-    assert "12.5% of the real called fake." in text and "worst source of real pictures, web, 9.0%" in text
+    assert "12.5% of the real above the threshold." in text and "worst source of real pictures, web, 9.0%" in text
+
+
+def test_rates_are_those_of_the_words_where_they_were_measured():
+    called = {"real": {"fake": 0.01, "unsure": 0.04, "real": 0.95}, "fake": {"fake": 0.4, "unsure": 0.2, "real": 0.4}}
+    record = threshold_record(bundle({"at_threshold": {"clean": RATES["clean"] | {"called": called}}}), VOTE)
+    text = meaning(record)
+    assert "clean: of real pictures 1.0% called fake, 4.0% unsure, of fake pictures 40.0% called fake, 20.0% unsure" in text
+    assert "3.1%" not in text
+    assert meaning(record | {"unsure": 0}).startswith("Fake at 0.7 or above, else real.")
 
 
 @pytest.mark.parametrize(
