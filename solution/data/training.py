@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,11 +78,24 @@ class Augmentation:
         self, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """image (S, S, 3) uint8 and mask (S, S) float32 or None, moved alike."""
-        self.compose.set_random_seed(int(rng.integers(2**31)))
+        _seed_apart(self.compose, rng)
         if mask is None:
             return self.compose(image=image)["image"], None
         moved = self.compose(image=image, mask=mask)
         return moved["image"], moved["mask"]
+
+
+def _seed_apart(composed: Any, rng: np.random.Generator) -> None:
+    """Give an albumentations composition and every transform in it a seed of its own: `set_random_seed` hands one seed
+    down to all, after which they fire together, with tied parameters."""
+    from albumentations import BaseCompose
+
+    composed.set_random_seed(int(rng.integers(2**31)))
+    for transform in composed.transforms:
+        if isinstance(transform, BaseCompose):
+            _seed_apart(transform, rng)
+        else:
+            transform.set_random_seed(int(rng.integers(2**31)))
 
 
 class TrainingViews(Dataset):

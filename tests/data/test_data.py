@@ -355,6 +355,23 @@ def test_geometry_moves_picture_and_mask_together():
     assert moved > 15
 
 
+def test_the_parts_of_an_augmentation_fire_independently():
+    """albumentations gives one seed to all that it composes: unless they are seeded apart they fire together."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    augment = Augmentation(AugmentConfig(flip_p=0.5, rotate_p=0.5, crop_p=0, colour_p=0.5, sharpness_p=0.5, side=32))
+    seen = []
+    for _ in range(400):
+        augment(image, None, rng)
+        seen.append([t.py_random.random() for t in (*augment.compose.transforms, *augment.compose.transforms[-1].transforms)])
+    tied = np.abs(np.corrcoef(np.array(seen).T) - np.eye(len(seen[0])))
+    assert tied.max() < 0.2
+    plain = Augmentation(AugmentConfig(flip_p=0.5, rotate_p=0.5, crop_p=0, side=32))
+    drawn = [plain(image, None, rng)[0] for _ in range(400)]
+    assert np.mean([np.array_equal(x, image) for x in drawn]) == pytest.approx(0.25, abs=0.08)
+    assert np.mean([np.array_equal(x, image[:, ::-1]) for x in drawn]) == pytest.approx(0.25, abs=0.08)
+
+
 @pytest.mark.parametrize("name", ["global", "face", "vlaforge"])
 def test_training_views_are_a_function_of_their_sample(tmp_path, name):
     items, _ = read_manifest(write(tmp_path), split="train")
