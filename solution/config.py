@@ -35,9 +35,9 @@ KINDS = {
     "global": Kind(),
     "face": Kind(),
     "fusion": Kind(second_tower=True),
-    "qtfp": Kind(),
+    # Only `global`, `face` and `fusion` read what a timm tower pools by attention.
+    "qtfp": Kind(spares_parameters=True),
     "vlaforge": Kind(masks=True, text=True, spares_parameters=True),
-    # Neither reads what a timm tower pools by attention.
     "layers": Kind(spares_parameters=True),
     "topk": Kind(spares_parameters=True),
 }
@@ -724,7 +724,7 @@ class SamplingConfig:
     """Which pictures make an epoch, and in which proportion.
 
     balance: `none` shuffles; `balanced` forces half real, half fake in every batch; `temperature` also draws a source
-        of n pictures with weight n ** -temperature.
+        of n pictures with weight n ** (1 - temperature): 1 draws sources alike, 0 as they are.
     paired: a fake is drawn together with a real picture of its group (the manifest's column), where there is one, and a
         self-blended one with the picture that it is made of; pairs are in one batch.
     cap, drop: per source and class, as `SOURCE/real=VALUE` or `SOURCE/fake=VALUE`: at most so many pictures; a share

@@ -1,6 +1,7 @@
 """What people are told of a bundle: its table for a terminal, and the model card of its repository.
 
-Takes a `Bundle` and, for the card, the content of an evaluation.json; returns text.
+Takes a `Bundle` and, for the card, the content of an evaluation.json; returns text. Without one the card has the figures
+that were cross-validated when the bundle was assembled.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def show(bundle: Bundle) -> str:
         )
     vote = bundle.vote
     lines.append(
-        f"vote: {vote.mean}, step {vote.step}, fake at {vote.threshold} or above; "
+        f"vote: {vote.mean}, step {vote.step}, threshold {vote.threshold}, unsure within {vote.unsure} of it; "
         f"licence {bundle.about.licence or '-'}; self-test {'yes' if GOLDEN in bundle.files else 'no'}"
     )
     return "\n".join(lines)
@@ -103,16 +104,16 @@ def show(bundle: Bundle) -> str:
 def model_card(bundle: Bundle, repository: str, evaluation: dict[str, Any] | None = None) -> str:
     """The README.md of a bundle's repository: its metadata with a model-index, and what a reader needs to know.
 
-    evaluation: the content of `evaluation.json` of `python -m solution.evaluate`; None leaves the figures out.
+    evaluation: the content of `evaluation.json` of `python -m solution.evaluate`; None takes the bundle's own report.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    rows = _ensemble_rows(evaluation)
+    rows = _reported_rows(bundle.report) if evaluation is None else _ensemble_rows(evaluation)
     results = [
         EvalResult(
             task_type="image-classification",
             dataset_type="image-folder",
-            dataset_name=f"{row['scope']}, {row['condition']}, per {row['unit']}",
+            dataset_name=f"{row['pictures']}, {row['condition']}",
             metric_type="roc_auc",
             metric_name="ROC AUC",
             metric_value=round(row["auc"], 4),
@@ -134,19 +135,60 @@ def model_card(bundle: Bundle, repository: str, evaluation: dict[str, Any] | Non
     return f"---\n{data.to_yaml()}\n---\n\n{_card_text(bundle, repository, rows)}"
 
 
-def _ensemble_rows(evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The vote's rows of an evaluation.json."""
-    if evaluation is None:
-        return []
+def _ensemble_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The vote's rows of an evaluation.json: `pictures`, `condition`, `auc`, `interval` (low, high) or None, `protocol`."""
     try:
-        rows = [row for row in evaluation["rows"] if row["who"] == "ensemble"]
-        for row in rows:
-            row["auc"], row["condition"], row["scope"], row["unit"], row["protocol"]
+        return [
+            {
+                "pictures": f"{row['scope']}, per {row['unit']}",
+                "condition": row["condition"],
+                "auc": row["auc"],
+                "interval": None,
+                "protocol": row["protocol"],
+            }
+            for row in evaluation["rows"]
+            if row["who"] == "ensemble"
+        ]
     except (KeyError, TypeError) as error:
         raise WeightsError(
             f"the evaluation has no {error}; expected evaluation.json of python -m solution.evaluate"
         ) from None
-    return rows
+
+
+def _reported_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The vote's rows of a bundle's report (`evaluation.fit.fit_ensemble`), as `_ensemble_rows` has them: of seen and
+    unseen generators, then of each. None where the report has no vote."""
+    protocol = f"{report.get('protocol', '')}; {report.get('fitted_on', '')}"
+    rows = [
+        {
+            "pictures": "unseen generators" if cell.startswith("unseen_") else "seen generators",
+            "condition": cell.removeprefix("unseen_"),
+            "auc": told["value"],
+            "interval": (told["low"], told["high"]),
+            "protocol": protocol,
+        }
+        for cell, told in report.get("ways", {}).get(report.get("chosen"), {}).items()
+    ]
+    return rows + [
+        {
+            "pictures": f"{row['generator']}{' (unseen)' if row['unseen'] else ''} against {row['reals']} reals",
+            "condition": row["condition"],
+            "auc": row["auc"]["vote"],
+            "interval": None,
+            "protocol": protocol,
+        }
+        for row in report.get("generators", [])
+    ]
+
+
+def _called_rows(report: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """What the report says that held-out real and fake pictures were called, per cell; none where it does not say."""
+    return [
+        (f"{kind}, {cell.replace('_', ' ')}", words)
+        for cell, told in report.get("at_threshold", {}).items()
+        if isinstance(told, dict)
+        for kind, words in told.get("called", {}).items()
+    ]
 
 
 def _card_text(bundle: Bundle, repository: str, rows: list[dict[str, Any]]) -> str:
@@ -156,18 +198,31 @@ def _card_text(bundle: Bundle, repository: str, rows: list[dict[str, Any]]) -> s
         f"{r['calibration']} | {r['votes']} |"
         for r in member_rows(bundle)
     )
-    terms = "\n".join(f"- `{name}`: {licence}" for name, licence in licences(bundle).items())
+    base = ", ".join(bundle.about.base_model)
+    terms = "\n".join(
+        f"- `{name}`: {licence}" + (f"; trained from {base}, whose licence binds too" if base and ours else "")
+        for (name, licence), ours in zip(licences(bundle).items(), (t.travels for t in bundle.towers.values()), strict=True)
+    )
     engine = next(iter(bundle.configs.values())).degradation
-    figures = "Not measured with this upload."
+    often = sorted({config.degradation.global_p for config in bundle.configs.values()})
+    low, high = bundle.vote.threshold - bundle.vote.unsure, bundle.vote.threshold + bundle.vote.unsure
+    figures = "Not measured."
     if rows:
-        figures = "| pictures | condition | AUC | protocol |\n|---|---|---|---|\n"
+        figures = "AUC of the vote, with its 95 % interval where it was drawn.\n\n| pictures | condition | AUC |\n|---|---|---|\n"
         figures += "\n".join(
-            f"| {r['scope']}, per {r['unit']} | {r['condition']} | {r['auc']:.4f} | {r['protocol']} |" for r in rows
+            f"| {r['pictures']} | {r['condition']} | {r['auc']:.3f}"
+            + (f" ({r['interval'][0]:.3f}-{r['interval'][1]:.3f}) |" if r["interval"] else " |")
+            for r in rows
         )
+        figures += "\n\nProtocol: " + "; ".join(dict.fromkeys(r["protocol"] for r in rows)) + "."
+    if called := _called_rows(bundle.report):
+        figures += "\n\n| pictures | called fake | called unsure |\n|---|---|---|\n"
+        figures += "\n".join(f"| {what} | {words['fake']:.1%} | {words['unsure']:.1%} |" for what, words in called)
     return f"""# {bundle.name}
 
 Tells real pictures of faces from deepfakes, also after heavy and compound degradation: {len(bundle.configs)} members whose
-calibrated probabilities vote (`{bundle.vote.mean}`, grid {bundle.vote.step}; fake at {bundle.vote.threshold} or above).
+calibrated probabilities vote (`{bundle.vote.mean}`, grid {bundle.vote.step}): fake from {high:.3g}, real below {low:.3g},
+between them unsure.
 
 | member | view | tower | adapter | stored numbers | MB | calibration | votes |
 |---|---|---|---|---|---|---|---|
@@ -187,7 +242,7 @@ figures below say, and probabilities are calibrated for the pictures they were f
 scored, but mean little.
 
 ## Degradation protocol
-Training pictures enter the compound engine with probability {engine.global_p:g}; each of its {len(engine.ops)} operations
+Training pictures enter the compound engine with probability {" or ".join(f"{p:g}" for p in often)}; each of its {len(engine.ops)} operations
 then fires with probability {engine.op_p:g} at a strength drawn from Beta({engine.beta:g}, {engine.beta:g}), after up to
 {engine.cycles[1]} cycles of JPEG and resizing (probability {engine.cycle_p:g}). Figures marked `degraded` use the same engine
 with fixed seeds.

@@ -110,7 +110,7 @@ KEY_TABLE: dict[str, tuple[tuple[str, str | None], ...]] = {
         ),
         (r"ln_final\.(weight|bias)", r"text.norm.\1"),
         (r"text_projection", "text.proj"),
-        (r"logit_scale", None),  # VLAForge's cosine has its own fixed scale of 100
+        (r"logit_scale", None),  # VLAForge's cosine has a scale of its own, `vlaforge.vla_scale`
     ),
     "hf_clip": (
         (r"(?:vision_model\.)?embeddings\.patch_embedding\.weight", "patch.weight"),

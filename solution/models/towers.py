@@ -220,7 +220,8 @@ class Tower(nn.Module):
         k = placed(
             k, block.k_norm, self.library.last_rotation(self.config, self.model, last_input.shape[1] - self.prefix)
         )
-        scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
+        with torch.autocast(q.device.type, enabled=False):  # which would take the product back to bf16
+            scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
         return scores.softmax(dim=-1).squeeze(-2)
 
     # -- adapters

@@ -53,16 +53,20 @@ class TrainingSet:
 
 
 class TrainingStep(nn.Module):
-    """Forward and loss as one module, so that DistributedDataParallel sees every use of a parameter."""
+    """Forward and loss as one module, so that DistributedDataParallel sees every use of a parameter.
+
+    output: the last batch's, for `after_step`; not returned, or DistributedDataParallel would expect a gradient of all that
+    leads to it, also to what no loss reads.
+    """
 
     def __init__(self, member: Member):
         super().__init__()
         self.member = member
+        self.output: MemberOutput | None = None
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float], MemberOutput]:
-        output = self.member(batch.images)
-        loss, parts = self.member.training_loss(output, batch)
-        return loss, parts, output
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        self.output = self.member(batch.images)
+        return self.member.training_loss(self.output, batch)
 
 
 class Budget:
@@ -94,13 +98,15 @@ class Budget:
 
 @dataclass
 class Stage:
-    """A phase under way. first_epoch: counted over all phases; per_epoch, total: optimizer steps; budget: None without."""
+    """A phase under way. first_epoch: counted over all phases; per_epoch, total: optimizer steps; module: `inner`, or it in
+    DistributedDataParallel; budget: None without."""
 
     phase: Phase
     first_epoch: int
     per_epoch: int
     total: int
     optimizer: torch.optim.Optimizer
+    inner: TrainingStep
     module: nn.Module
     budget: Budget | None
     bar: tqdm
@@ -225,7 +231,8 @@ class Run:
             if self.average is not None:
                 for value, kept in zip(self.average.values, checkpoint.average, strict=True):
                     value.copy_(kept)
-        module: nn.Module = TrainingStep(self.member)
+        inner = TrainingStep(self.member)
+        module: nn.Module = inner
         if self.world.size > 1:
             spares = KINDS[self.config.kind].spares_parameters
             module = nn.parallel.DistributedDataParallel(module, find_unused_parameters=spares)
@@ -243,7 +250,7 @@ class Run:
             unit="step",
             disable=not self.machine.tells,
         )
-        return Stage(phase, first_epoch, per_epoch, total, optimizer, module, budget, bar)
+        return Stage(phase, first_epoch, per_epoch, total, optimizer, inner, module, budget, bar)
 
     def _planned(self, stage: Stage) -> int:
         """Steps of the phase: its `total`, or fewer where the budget decided so after its warm-up."""
@@ -309,7 +316,7 @@ class Run:
             synchronise = index == micro - 1 or self.world.size == 1
             with contextlib.nullcontext() if synchronise else module.no_sync():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    loss, parts, output = module(batch)
+                    loss, parts = module(batch)
                 (loss / micro).backward()
             pictures += len(batch.labels) * self.world.size
             self.lost += self.config.train.batch - len(batch.labels)
@@ -327,7 +334,7 @@ class Run:
             self.average.update(self.state.step)
         line = {"loss": whole.pop("loss")} | _means(each) | whole
         with torch.no_grad():
-            line |= self.member.after_step(output, batch)
+            line |= self.member.after_step(stage.inner.output, batch)
         return line | {name: word for part in each for name, word in part.items() if isinstance(word, str)}, pictures
 
     def _agree_on_stopping(self) -> None:

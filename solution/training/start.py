@@ -204,5 +204,10 @@ def start_from(member: Member, folder: Path) -> None:
     if read_config(folder).kind != member.config.kind:
         given = {k: t for k, t in given.items() if k.startswith("adapter.")}
         target = {k: t for k, t in target.items() if k.startswith("adapter.")}
-    if given:
-        load_state(target, given, f"{folder}: start of {member.config.name}")
+        if bool(given) != bool(target):
+            has = "an adapter" if given else "no adapter"
+            raise WeightsError(
+                f"{folder}: a {read_config(folder).kind} with {has}, to start a {member.config.kind} with "
+                f"{'an' if target else 'none'}; the adapter is all that another kind can give (adapter.kind)"
+            )
+    load_state(target, given, f"{folder}: start of {member.config.name}")

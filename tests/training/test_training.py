@@ -22,6 +22,7 @@ from solution import train
 from solution.bundles.members import build_member, load_member, random_towers, read_config
 from solution.config import ConfigError, OptimConfig, override
 from solution.data.manifest import read_manifest
+from solution.errors import WeightsError
 from solution.models.optimization import parameter_groups, phases, rate_factor
 from solution.presets import preset
 from solution.training.loop import Budget, Run, TrainingError, TrainingSet
@@ -291,10 +292,10 @@ def test_best_weights_are_validated_saved_and_reload_to_the_same_scores(tmp_path
     assert all(torch.equal(stored[k].float(), t.float()) for k, t in own.items())
 
 
-def arguments(out, data, *more):
+def arguments(out, data, *more, member="wide"):
     base = [
         "--member",
-        "wide",
+        member,
         "--preset",
         "tiny",
         "--random-towers",
@@ -358,6 +359,17 @@ def test_an_interrupt_is_told_and_resumable(tmp_path):
     assert b"goes on from here" in run.stderr.read()
 
 
+def test_two_processes_train_what_no_loss_reads(tmp_path):
+    """Weights of 0 leave heads without a gradient, as the compact and tiny vlaforge's maps are trained first."""
+    data = write(tmp_path / "data", train=16)
+    sets = ["train.batch=4", "train.max_steps=2", "vlaforge.w_global=0", "vlaforge.w_local=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "solution.train"]
+    command += arguments(tmp_path / "out", data, *(word for s in sets for word in ("--set", s)), member="vlaforge")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_usage_and_weights_errors_have_their_codes(tmp_path, capsys):
     data = write(tmp_path / "data")
     base = [
@@ -412,6 +424,9 @@ def test_fusion_starts_from_the_trained_global_stream(tmp_path):
     a, b = first.member.stored_state(), fusion.stored_state()
     adapters = [k for k in b if k.startswith("adapter.")]
     assert adapters and all(torch.equal(a[k], b[k]) for k in adapters)
+    save_member(make_run(tmp_path / "w", settings=["adapter.kind=none"]).member, tmp_path / "without", dtype=torch.float32)
+    with pytest.raises(WeightsError, match="with no adapter, to start a fusion with an"):
+        start_from(fusion, tmp_path / "without")
 
 
 def test_ranks_share_an_epoch_without_overlap(tmp_path):
