@@ -11,7 +11,7 @@ import dataclasses
 import re
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from solution.errors import UsageError
@@ -93,19 +93,21 @@ class ViewConfig:
 
     `image`: the whole picture. `face`: the square face crop, or the whole picture when no face is found or it is smaller
     or larger than `FaceConfig` asks.
-    Resized to `resize` x `resize` (area when shrinking, cubic when growing, untouched when equal), then the centre
-    `side` x `side` is cut out without resampling.
+    Resized to `resize` x `resize` (area when shrinking, `growth` when growing, untouched when equal), then the centre
+    `side` x `side` is cut out without resampling. growth: `cubic`, or `area`, as the published face crop has it.
     """
 
     source: str = "image"
     resize: int = 256
     side: int = 252
+    growth: str = "cubic"
 
     def __post_init__(self) -> None:
         require(
             self.source in ("image", "face"),
             f"view.source is {self.source!r}; allowed: image, face",
         )
+        require(self.growth in ("cubic", "area"), f"view.growth is {self.growth!r}; allowed: cubic, area")
         require(
             0 < self.side <= self.resize,
             f"view.side {self.side} must lie in 1..view.resize ({self.resize})",
@@ -903,7 +905,7 @@ class MemberConfig:
         if not self.inference.sides:
             return self.view
         side = max(self.inference.sides)
-        return ViewConfig(self.view.source, round(self.view.resize * side / self.view.side), side)
+        return replace(self.view, resize=round(self.view.resize * side / self.view.side), side=side)
 
     @property
     def stores_tower(self) -> bool:

@@ -74,7 +74,9 @@ def _clip_large(statistics: str = "clip", text: bool = True) -> TowerConfig:
 
 def _giant(member: str) -> MemberConfig:
     if member in ("global", "face"):
-        view = ViewConfig("face" if member == "face" else "image", 256, 252)
+        view = ViewConfig("image", 256, 252)
+        if member == "face":
+            view = ViewConfig("face", 256, 252, growth="area")
         return MemberConfig(member, view, _dinov2_giant())
     if member == "fusion":
         optim = OptimConfig(lr=1e-6, warmup_steps=50)
@@ -302,7 +304,7 @@ def _tiny(member: str) -> MemberConfig:
     return replace(
         config,
         qtfp=replace(config.qtfp, key_width=8),
-        view=ViewConfig(config.view.source, side, side),
+        view=replace(config.view, resize=side, side=side),
         tower=_small(config.tower),
         clip=config.clip and _small(config.clip),
         vlaforge=vlaforge,

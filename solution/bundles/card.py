@@ -201,7 +201,9 @@ def _card_text(bundle: Bundle, repository: str, rows: list[dict[str, Any]]) -> s
     base = ", ".join(bundle.about.base_model)
     terms = "\n".join(
         f"- `{name}`: {licence}" + (f"; trained from {base}, whose licence binds too" if base and ours else "")
-        for (name, licence), ours in zip(licences(bundle).items(), (t.travels for t in bundle.towers.values()), strict=True)
+        for (name, licence), ours in zip(
+            licences(bundle).items(), (t.travels for t in bundle.towers.values()), strict=True
+        )
     )
     engine = next(iter(bundle.configs.values())).degradation
     often = sorted({config.degradation.global_p for config in bundle.configs.values()})

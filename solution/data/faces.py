@@ -211,7 +211,12 @@ def choose_face(faces: Sequence[FaceBox], height: int, width: int, config: FaceC
             chosen = max(around, key=_area)
         else:
             chosen = min(ranked, key=lambda face: _distance(face, cx, cy))
-    return chosen if _area(chosen) >= config.min_area * height * width else None
+    return large_enough(chosen, height, width, config)
+
+
+def large_enough(face: FaceBox | None, height: int, width: int, config: FaceConfig) -> FaceBox | None:
+    """The face, or None where it covers less than `config.min_area` of a picture of `height` x `width` px."""
+    return face if face is not None and _area(face) >= config.min_area * height * width else None
 
 
 def choose_track(
@@ -307,6 +312,6 @@ def make_view(image: np.ndarray, view: ViewConfig, face: FaceBox | None, face_co
     box = view_box(view, face, image.shape[:2], face_config)
     if box is not None:
         image = crop_square(image, box)
-    image = resize_image(image, view.resize, view.resize)
+    image = resize_image(image, view.resize, view.resize, view.growth)
     start = (view.resize - view.side) // 2
     return image[start : start + view.side, start : start + view.side].copy()

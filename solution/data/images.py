@@ -477,15 +477,15 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def resize_image(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """`image` (H, W) or (H, W, C) brought to (height, width): area when shrinking, cubic when growing.
+def resize_image(image: np.ndarray, width: int, height: int, growth: str = "cubic") -> np.ndarray:
+    """`image` (H, W) or (H, W, C) brought to (height, width): area when shrinking, `growth` (cubic or area) when growing.
 
     An axis that shrinks while the other grows is shrunk first. Nothing is resampled when the size is right already.
     Source: the published streams' preprocessing.
     """
     for w, h, how in (
         (min(width, image.shape[1]), min(height, image.shape[0]), cv2.INTER_AREA),
-        (width, height, cv2.INTER_CUBIC),
+        (width, height, {"cubic": cv2.INTER_CUBIC, "area": cv2.INTER_AREA}[growth]),
     ):
         if (h, w) != image.shape[:2]:
             image = cv2.resize(image, (w, h), interpolation=how)

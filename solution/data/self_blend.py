@@ -19,7 +19,7 @@ import numpy as np
 
 from solution.config import FaceConfig
 from solution.data.faces import FaceLocator, choose_face
-from solution.data.images import UnreadableInput, decode_image, find_inputs
+from solution.data.images import UnreadableInput, decode_image, find_inputs, stable_seed
 from solution.errors import KitError, door, tell
 from solution.records import FaceBox
 
@@ -83,6 +83,12 @@ def self_blend(
     below = np.ascontiguousarray(target[near])
     fake[near], mask[near] = cv2.blendLinear(source, below, weight, 1 - weight), shape
     return fake, mask
+
+
+def blend_draws(seed: int, name: str) -> np.random.Generator:
+    """What the fake of the picture `name` is drawn from: not the stream that its degradation is drawn from (`degraded_picture`
+    takes the same seed and name), or the one would foretell the other."""
+    return np.random.default_rng([seed, stable_seed(name), 404])
 
 
 def _close_up(size: tuple[int, int], face: FaceBox | None) -> tuple[tuple[slice, slice], FaceBox | None]:

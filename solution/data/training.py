@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from solution.config import AugmentConfig, DegradationConfig, MemberConfig, SamplingConfig
 from solution.data.degradation import degrade, use_one_opencv_thread
 from solution.data.epochs import Sample
-from solution.data.faces import FaceLocator, crop_square, make_view, view_box
+from solution.data.faces import FaceLocator, crop_square, large_enough, make_view, view_box
 from solution.data.guard import Watch, guarded, look_at, one_by_one
 from solution.data.images import UnreadableInput, decode_image, decode_mask, resize_image
 from solution.data.manifest import DropReport, Item
@@ -149,7 +149,7 @@ class TrainingViews(Dataset):
         label = 1 if sample.blend else item.label
         face = self.faces.get(item.name)
         image, mask, known = self._forgery(image, item, face, sample.blend, rng)
-        image, mask = self._square(image, mask, face)
+        image, mask = self._square(image, mask, large_enough(face, *image.shape[:2], self.config.face))
         if self._augmentation is None:  # built in the worker: the import is slow
             self._augmentation = Augmentation(self.config.augment)
         image, mask = self._augmentation(image, mask, rng)
@@ -183,7 +183,7 @@ class TrainingViews(Dataset):
         if item.label == 0:
             return image, np.zeros(image.shape[:2], np.float32), True
         if item.mask == "whole" or item.generator in self.config.sampling.fully_generated:
-            return image, face_region(image.shape, face), True
+            return image, face_region(image.shape, face), face is not None  # where there is none, it is the centre
         if item.mask:
             mask = decode_mask(item.mask)
             # A fake of which nothing is forged: the mask is wrong, and what is forged not known.
@@ -198,8 +198,9 @@ class TrainingViews(Dataset):
         if box is not None:
             image = crop_square(image, box)
             mask = None if mask is None else crop_square(mask, box)
-        side = self.config.augment.side
-        return resize_image(image, side, side), None if mask is None else resize_image(mask, side, side)
+        side, growth = self.config.augment.side, self.config.view.growth
+        image = resize_image(image, side, side, growth)
+        return image, None if mask is None else resize_image(mask, side, side, growth)
 
 
 class ValidationViews(Dataset):
@@ -365,7 +366,7 @@ def validation_loader(views: ValidationViews, *, batch: int, workers: int) -> Da
 def locate_faces(
     items: Sequence[Item], config: MemberConfig, cache: Path, *, workers: int = 0, progress: bool = True
 ) -> dict[str, FaceBox | None]:
-    """The chosen face of every item, from `cache` (JSON lines, appended as it goes) where it is known already.
+    """The chosen face of every item, however small, from `cache` (JSON lines, appended as it goes) where it is known already.
 
     A line is name, size and time of the file, face: what has been replaced since is located again. workers: processes
     that search; a file at which one dies is an unreadable one.
@@ -380,7 +381,7 @@ def locate_faces(
     if not todo:
         return known
     cache.parent.mkdir(parents=True, exist_ok=True)
-    look = partial(_face_of, locator=FaceLocator(config.face))
+    look = partial(_face_of, locator=FaceLocator(replace(config.face, min_area=0.0)))
     found = look_at([item.path for item in todo], look, workers=min(workers, len(todo)), start=quiet_worker)
     with cache.open("a") as file:
         for item, (face, reason) in zip(todo, tqdm(found, "faces", len(todo), unit="picture", disable=not progress)):

@@ -409,7 +409,10 @@ def write_submission_report(
         "tiles": [
             {"label": "Pictures", "value": f"{len(rows):,}"},
             {"label": "Failures", "value": f"{len(failures):,}"},
-            {"label": f"Scores of {threshold:.3g} or above", "value": "none scored" if above is None else f"{above:.1%}"},
+            {
+                "label": f"Scores of {threshold:.3g} or above",
+                "value": "none scored" if above is None else f"{above:.1%}",
+            },
             *({"label": f"Called {word}", "value": f"{words[word]:,}"} for word in ("fake", "unsure") if word in words),
         ],
         "verdicts": verdicts,

@@ -15,7 +15,6 @@ from solution.config import (
     MemberConfig,
     TowerConfig,
     UsageError,
-    ViewConfig,
 )
 
 # What a vision and a text tower of open_clip may ask for; anything else is another architecture.
@@ -79,10 +78,10 @@ def on_clip(config: MemberConfig, tower: TowerConfig) -> MemberConfig:
     side = tower.arch.image_side
     if not KINDS[config.kind].text:
         image = replace(tower, name=f"{tower.name}-image", arch=replace(tower.arch, text_layers=0))
-        return replace(config, tower=image, view=ViewConfig(config.view.source, side, side))
+        return replace(config, tower=image, view=replace(config.view, resize=side, side=side))
     own, before = config.vlaforge, config.tower.arch.layers
     side = side // tower.arch.patch * own.patch
     layers = tuple(max(1, round(n * tower.arch.layers / before)) for n in own.fusion_layers)
     vlaforge = replace(own, input_side=side, fusion_layers=layers)
-    view = ViewConfig(config.view.source, side, side)
+    view = replace(config.view, resize=side, side=side)
     return replace(config, tower=tower, view=view, vlaforge=vlaforge, adapter=AdapterConfig("none"))

@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +19,9 @@ import cv2
 import numpy as np
 
 from solution.config import DegradationConfig, MemberConfig
-from solution.data.faces import FaceLocator, make_view
-from solution.data.images import stable_seed
+from solution.data.faces import FaceLocator, large_enough, make_view
 from solution.data.manifest import Item, ManifestError, draw_items, read_manifest
-from solution.data.self_blend import self_blend, side_by_side
+from solution.data.self_blend import blend_draws, self_blend, side_by_side
 from solution.errors import UsageError, door
 from solution.evaluation import metrics
 
@@ -56,12 +55,13 @@ def blends(
     """
     from solution.data.views import degraded_picture, find_face, open_picture
 
-    locator = FaceLocator(config.face)
+    locator = FaceLocator(replace(config.face, min_area=0.0))
     for item in items:
         image = open_picture(item.path, item.name)
-        face = find_face(image, locator)
-        rng = np.random.default_rng([seed, stable_seed(item.name)])
-        fake, mask = self_blend(image, face, rng)
+        blended = find_face(image, locator)
+        face = large_enough(blended, *image.shape[:2], config.face)
+        rng = blend_draws(seed, item.name)
+        fake, mask = self_blend(image, blended, rng)
         views = []
         for picture in (image, fake):
             if degradation is not None:

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from solution.bundles.members import CLASSES
 from solution.config import AdapterConfig, FaceConfig, MemberConfig
 from solution.data.faces import choose_face, locate_once, make_view
-from solution.data.images import decode_image, stable_seed
+from solution.data.images import decode_image
 from solution.data.manifest import Item
-from solution.data.self_blend import self_blend
+from solution.data.self_blend import blend_draws, self_blend
 from solution.data.views import View, degraded_picture
 from solution.evaluation import metrics
 from solution.evaluation.explainer import locators_of, see
@@ -365,8 +365,10 @@ class Eyes:
         found = locate_once(self.locators, picture)
         size = picture.shape[:2]
         faces = {config: choose_face(f, *size, config) for config, f in found.items()}
-        rng = np.random.default_rng([seed, stable_seed(item.name)])
-        fake, mask = self_blend(picture, next(iter(faces.values())), rng)
+        config, first = next(iter(found.items()))
+        face = choose_face(first, *size, replace(config, min_area=0.0))  # the blend is there, whoever cuts it out
+        rng = blend_draws(seed, item.name)
+        fake, mask = self_blend(picture, face, rng)
 
         def cut(image: np.ndarray) -> list[np.ndarray]:
             return [make_view(image, view, faces.get(config), config or FaceConfig()) for view, config in self.views]

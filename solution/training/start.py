@@ -143,7 +143,7 @@ def _with_faces(
     config, world = job.config, machine.world
     if not config.needs_faces:
         return items, {}  # the loader counts what it cannot read
-    located = replace(config.face, margin=1.0, max_area=1.0)  # what does not matter
+    located = replace(config.face, margin=1.0, min_area=0.0, max_area=1.0)  # what does not matter
     settings = json.dumps([to_dict(located), str(job.data.resolve())])
     cache = job.out / f"faces-{stable_seed(settings):08x}.jsonl"
     if world.leads:

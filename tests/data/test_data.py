@@ -28,6 +28,7 @@ from solution.data.training import (
 )
 from solution.data.views import degraded_picture
 from solution.presets import preset
+from solution.records import FaceBox
 
 
 def save(path, seed=0):
@@ -363,13 +364,40 @@ def test_the_parts_of_an_augmentation_fire_independently():
     seen = []
     for _ in range(400):
         augment(image, None, rng)
-        seen.append([t.py_random.random() for t in (*augment.compose.transforms, *augment.compose.transforms[-1].transforms)])
+        seen.append(
+            [t.py_random.random() for t in (*augment.compose.transforms, *augment.compose.transforms[-1].transforms)]
+        )
     tied = np.abs(np.corrcoef(np.array(seen).T) - np.eye(len(seen[0])))
     assert tied.max() < 0.2
     plain = Augmentation(AugmentConfig(flip_p=0.5, rotate_p=0.5, crop_p=0, side=32))
     drawn = [plain(image, None, rng)[0] for _ in range(400)]
     assert np.mean([np.array_equal(x, image) for x in drawn]) == pytest.approx(0.25, abs=0.08)
     assert np.mean([np.array_equal(x, image[:, ::-1]) for x in drawn]) == pytest.approx(0.25, abs=0.08)
+
+
+def test_masks_lie_on_a_face_that_is_too_small_to_be_cut_out(tmp_path):
+    """The whole picture is seen, and what is forged in it is the face, not its middle; without a face nothing is known."""
+    picture = np.random.default_rng(0).integers(0, 256, (360, 640, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "a.png"), picture)
+    face = FaceBox(540, 20, 600, 90, 0.9)
+    config = override(
+        preset("tiny", "vlaforge"),
+        ["augment.flip_p=0", "augment.rotate_p=0", "degradation.global_p=0", "face.min_area=0.1", "face.max_area=1"],
+    )
+    config = override(config, ["augment.crop_p=0", "sampling.fully_generated=gan"])
+    side = config.view.side
+
+    def seen(label, blend, box):
+        item = Item("a.png", tmp_path / "a.png", label, generator="gan" if label else "")
+        views = TrainingViews([item], config, {"a.png": box}, seed=3)
+        _, _, mask, known, _ = views[Sample(0, 0, 0, blend)]
+        return mask, known
+
+    for label, blend in ((1, False), (0, True)):
+        mask, known = seen(label, blend, face)
+        y, x = np.nonzero(mask > 0.5)
+        assert known and x.min() > 0.7 * side and y.max() < 0.4 * side
+    assert not seen(1, False, None)[1]
 
 
 @pytest.mark.parametrize("name", ["global", "face", "vlaforge"])

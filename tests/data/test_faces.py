@@ -31,6 +31,7 @@ from solution.data.faces import (
     view_box,
 )
 from solution.data.images import resize_image
+from solution.presets import preset
 from solution.records import FaceBox
 
 CONFIG = FaceConfig()
@@ -263,6 +264,16 @@ def test_the_face_view_is_cut_from_the_original_pixels():
     expected = resize_image(large[y0:y1, x0:x1], 256, 256)
     view = make_view(large, ViewConfig("face", 256, 256), face, CONFIG)
     assert np.array_equal(view, expected)
+
+
+def test_the_published_face_crop_grows_by_area():
+    view = preset("giant", "face").view
+    x0, y0, x1, y1 = crop_box(FACE, CONFIG)
+    crop = PHOTO[y0:y1, x0:x1]
+    assert crop.shape[0] < 256  # it grows
+    grown = cv2.resize(crop, (256, 256), interpolation=cv2.INTER_AREA)
+    assert np.array_equal(make_view(PHOTO, view, FACE, CONFIG), grown[2:254, 2:254])
+    assert preset("giant", "fusion").view.growth == "cubic"
 
 
 def test_without_a_face_the_face_view_is_the_whole_picture():

@@ -49,7 +49,10 @@ def test_rates_are_those_of_the_words_where_they_were_measured():
     called = {"real": {"fake": 0.01, "unsure": 0.04, "real": 0.95}, "fake": {"fake": 0.4, "unsure": 0.2, "real": 0.4}}
     record = threshold_record(bundle({"at_threshold": {"clean": RATES["clean"] | {"called": called}}}), VOTE)
     text = meaning(record)
-    assert "clean: of real pictures 1.0% called fake, 4.0% unsure, of fake pictures 40.0% called fake, 20.0% unsure" in text
+    assert (
+        "clean: of real pictures 1.0% called fake, 4.0% unsure, of fake pictures 40.0% called fake, 20.0% unsure"
+        in text
+    )
     assert "3.1%" not in text
     assert meaning(record | {"unsure": 0}).startswith("Fake at 0.7 or above, else real.")
 

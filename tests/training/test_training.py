@@ -363,7 +363,16 @@ def test_two_processes_train_what_no_loss_reads(tmp_path):
     """Weights of 0 leave heads without a gradient, as the compact and tiny vlaforge's maps are trained first."""
     data = write(tmp_path / "data", train=16)
     sets = ["train.batch=4", "train.max_steps=2", "vlaforge.w_global=0", "vlaforge.w_local=0"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "solution.train"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "solution.train",
+    ]
     command += arguments(tmp_path / "out", data, *(word for s in sets for word in ("--set", s)), member="vlaforge")
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=False, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -424,7 +433,9 @@ def test_fusion_starts_from_the_trained_global_stream(tmp_path):
     a, b = first.member.stored_state(), fusion.stored_state()
     adapters = [k for k in b if k.startswith("adapter.")]
     assert adapters and all(torch.equal(a[k], b[k]) for k in adapters)
-    save_member(make_run(tmp_path / "w", settings=["adapter.kind=none"]).member, tmp_path / "without", dtype=torch.float32)
+    save_member(
+        make_run(tmp_path / "w", settings=["adapter.kind=none"]).member, tmp_path / "without", dtype=torch.float32
+    )
     with pytest.raises(WeightsError, match="with no adapter, to start a fusion with an"):
         start_from(fusion, tmp_path / "without")
 
