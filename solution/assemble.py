@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 class Settings:
     """How a bundle is fitted. seeds: each draws the degraded validation pictures anew. limit: at most so many pictures
     of each split, drawn in proportion from each source and label (smoke runs); 0: all. int8: pack the towers' matrices
-    (`bundle.collect`). device: as `merging.pick_device` takes it. workers: processes that read pictures. false_alarms,
-    worst_false_alarms: the share of real pictures that the threshold calls fake at most, as a mean over real sources and
-    of the worst one."""
+    (`bundle.collect`). claims: a `claims.json` that the bundle takes with it (`solution.studies.mechanisms`). device: as
+    `merging.pick_device` takes it. workers: processes that read pictures. false_alarms, worst_false_alarms: the share of
+    real pictures that the threshold calls fake at most, as a mean over real sources and of the worst one."""
 
     seeds: tuple[int, ...] = (7,)
     limit: int = 0
@@ -44,6 +44,7 @@ class Settings:
     progress: bool = True
     false_alarms: float = 0.05
     worst_false_alarms: float = 0.10
+    claims: Path | None = None
 
 
 def assemble(
@@ -66,7 +67,7 @@ def assemble(
     Raises:
         ManifestError: no real or no fake ones in `val`. WeightsError: a member that is not there or cannot be read.
     """
-    from solution.bundles.bundle import About, collect, write_bundle
+    from solution.bundles.bundle import CLAIMS, About, collect, write_bundle
     from solution.bundles.selftest import add_golden
     from solution.config import VoteConfig
     from solution.evaluation.conditions import degraded_conditions
@@ -79,6 +80,8 @@ def assemble(
     final, out = out, out.with_name(f"{out.name}.part")
     shutil.rmtree(out, ignore_errors=True)
     collect(members, out, names, int8=settings.int8)
+    if settings.claims:
+        shutil.copyfile(settings.claims, out / CLAIMS)
     # A first, uncalibrated bundle: scoring goes the way that every submission goes.
     plain = VoteConfig(dict.fromkeys(names, 1), mean="probability")
     bundle = write_bundle(out, names, plain, {n: Calibrator() for n in names}, name=final.name)
@@ -194,6 +197,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=Settings.worst_false_alarms,
         help="the same of the worst source; one that nothing was fitted on may exceed it (default %(default)s)",
     )
+    parser.add_argument("--claims", type=Path, help="claims.json for the bundle: mechanisms that its card claims")
     parser.add_argument("--base-model", action="append", default=[], help="for the model card")
     parser.add_argument("--data-terms", help="for the model card: what it was trained on, and what that allows")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -216,6 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         progress=not args.quiet,
         false_alarms=args.false_alarms,
         worst_false_alarms=args.worst_false_alarms,
+        claims=args.claims,
     )
     about = About(licence=args.licence, data=args.data_terms or "", base_model=tuple(args.base_model))
     comparison = assemble(args.members, names, args.data, args.out, settings=settings, about=about)

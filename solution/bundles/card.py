@@ -113,6 +113,7 @@ def model_card(bundle: Bundle, repository: str, evaluation: dict[str, Any] | Non
         EvalResult(
             task_type="image-classification",
             dataset_type="image-folder",
+            dataset_config=f"{row['pictures']}, {row['condition']}",  # without one of its own, the Hub takes all for one
             dataset_name=f"{row['pictures']}, {row['condition']}",
             metric_type="roc_auc",
             metric_name="ROC AUC",

@@ -3,13 +3,14 @@
 import csv
 import json
 
+import huggingface_hub
 import pytest
 from make_smoke_data import write
 from tiny import make_pictures
 
 import submit
 from solution import assemble, evaluate, train
-from solution.bundles.card import show
+from solution.bundles.card import model_card, show
 from solution.bundles.members import CLASSES
 from solution.bundles.selftest import run_selftest
 from solution.bundles.store import open_bundle
@@ -30,13 +31,23 @@ def test_two_of_one_kind_train_assemble_and_score(tmp_path, capsys):
     assert train.main(["--member", "wide", *common]) == 0
     twin = words("--set", "name=second-look", "--set", "tower.name=tiny-second", "--set", "train.seed=1")
     assert train.main(["--member", "wide", *common, *twin]) == 0
-    made = words("--members", runs, "--names", "wide,second-look", "--data", data, "--out", bundle)
+    claims = tmp_path / "claimed.json"
+    claims.write_text('["wide/spread at its mean"]')
+    made = words("--members", runs, "--names", "wide,second-look", "--data", data, "--out", bundle, "--claims", claims)
     alarms = ["--false-alarms", "0.2", "--worst-false-alarms", "0.4"]
     assert assemble.main([*made, *alarms, "--device", "cpu", "--workers", "0", "--quiet"]) == 0
     opened = open_bundle(str(bundle))
     assert (opened.vote.false_alarm, opened.vote.worst_false_alarm) == (0.2, 0.4)
     assert {name: c.kind for name, c in opened.configs.items()} == {"wide": "global", "second-look": "global"}
     assert {"towers/tiny-wide.safetensors", "towers/tiny-second.safetensors"} < set(opened.files)
+    assert "claims.json" in opened.files and (bundle / "claims.json").read_text() == claims.read_text()
+    card = huggingface_hub.ModelCard(model_card(opened, "me/mine"))
+    told = opened.report["ways"][opened.report["chosen"]]["clean"]
+    assert f"| seen generators | clean | {told['value']:.3f} ({told['low']:.3f}-{told['high']:.3f}) |" in card.text
+    assert "| real, clean |" in card.text and "Not measured" not in card.text
+    assert round(told["value"], 4) in [result.metric_value for result in card.data.eval_results]
+    configs = [result.dataset_config for result in card.data.eval_results]
+    assert len(configs) == len(set(configs)) > 2  # else the Hub shows one of them
     pictures, out = make_pictures(tmp_path / "in", 3), tmp_path / "preds.csv"
     given = words("--weights", bundle, "--input", pictures, "--out", out, "--members", "all", "--device", "cpu")
     assert submit.main([*given, "--workers", "0"]) == 0
