@@ -31,6 +31,7 @@ from solution.evaluation.explainer import ATTENTION, CAM, Seen, locators_of, see
 from solution.evaluation.maps import Probe
 from solution.evaluation.measure import CLEAN, ENSEMBLE, Condition, EvaluationError, Pictures
 from solution.io import atomic_file, source_hash
+from solution.models.streams import Stream
 from solution.scoring.ensemble import Ensemble
 from solution.scoring.vote import combine
 
@@ -443,8 +444,7 @@ def _quantities(
     for name in ensemble.members:
         yield "attention_entropy", name, arrays[f"{name}|attention_entropy"]
         if arrays is not clean:
-            pair = (x[f"{name}|features"] for x in (clean, arrays))
-            yield "feature_cosine", name, cosine(*pair)
+            yield "feature_cosine", name, cosine(*(_pooled(x, name, ensemble) for x in (clean, arrays)))
         for key in arrays:
             if key.startswith(f"{name}|outside_"):
                 yield key.partition("|")[2], name, arrays[key]
@@ -452,7 +452,7 @@ def _quantities(
         quantity = f"outside_{kind}"
         yield quantity, ENSEMBLE, _of_vote(arrays, quantity, ensemble)
     for a, b in itertools.combinations(ensemble.members, 2):
-        both = [arrays[f"{name}|features"] for name in (a, b)]
+        both = [_pooled(arrays, name, ensemble) for name in (a, b)]
         if both[0].shape == both[1].shape:  # the paper's measure between streams
             yield "cosine_between", f"{a} & {b}", cosine(*both)
     p_clean = _scores(clean, ensemble)
@@ -461,6 +461,13 @@ def _quantities(
             yield f"p_fake_{word}", who, np.where(labels == label, p, np.nan)
         if arrays is not clean:
             yield "score_change", who, np.abs(p - p_clean[who])
+
+
+def _pooled(arrays: Arrays, name: str, ensemble: Ensemble) -> np.ndarray:
+    """What the paper compares: a stream's pooled class token (N, D), without the spread or the second tower that its head
+    reads besides; of any other member all that its head reads."""
+    features, member = arrays[f"{name}|features"], ensemble.members[name]
+    return features[:, : member.tower.width] if isinstance(member, Stream) else features
 
 
 def _scores(arrays: Arrays, ensemble: Ensemble) -> Arrays:

@@ -34,7 +34,7 @@ COLOURS = {
 # quantity -> (title, unit of the vertical axis)
 PANELS = {
     "attention_entropy": ("Entropy of attention", "nats"),
-    "feature_cosine": ("Features: degraded against clean", "cosine"),
+    "feature_cosine": ("Class token (others: features): degraded against clean", "cosine"),
     "score_change": ("Scores: mean change of P(fake)", ""),
     f"outside_{ATTENTION}": ("Attention outside the face", "share of mass"),
     f"outside_{CAM}": ("Score-CAM outside the face", "share of mass"),
@@ -42,7 +42,7 @@ PANELS = {
 }
 TABLES = {
     **{quantity: title for quantity, (title, _) in PANELS.items()},
-    "cosine_between": "Cosine between members whose features have one width",
+    "cosine_between": "Cosine between streams' class tokens, and between others whose features have one width",
     "outside_query_attention": "Query attention outside the face",
     "outside_localization": "Localisation outside the face",
     "outside_vla": "Likeness to the fake sentence outside the face",

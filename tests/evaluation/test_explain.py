@@ -386,6 +386,8 @@ def test_drift_writes_everything_and_goes_on_from_what_is_kept(bundle, manifest,
     for s in (None, 0.0, 1.0):
         assert ("outside_attention", "ensemble", s) in known
         assert ("likeness", "global & face", s) in known
+        for pair in ("global & face", "global & fusion", "face & fusion"):  # the paper's streams, each to each
+            assert ("cosine_between", pair, s) in known
     assert ("outside_query_attention", "qtfp", 0.0) in known
     assert ("outside_localization", "vlaforge", 0.0) in known
     assert {r["n"] for r in rows if r["quantity"] == "outside_attention"} == {2}
