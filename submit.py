@@ -4,8 +4,8 @@
 
 Takes a folder, a picture, a video or a .txt list; writes `image,score` (P(fake) in [0, 1]) with a row for every input,
 beside it PREDS.members.csv (status, face, every member), PREDS.run.json, and PREDS.journal.jsonl, from which the same
-command goes on after an interruption. Exit codes: 0 done, 2 usage, 3 environment or weights, 4 done but some inputs
-could not be read, 130 interrupted.
+command goes on after an interruption. Exit codes: 0 done, 2 usage, 3 environment or weights, or with --on-error fail an
+input that cannot be read, 4 done but some inputs could not be read, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import signal
 import sys
 from pathlib import Path
 
-from solution.errors import KitError, UsageError, door, tell, whole
+from solution.errors import KitError, UsageError, door, reason, tell, whole
 
 # What needs torch is imported inside functions: --help answers at once.
 SHIPPED = Path(__file__).resolve().parent / "weights" / "compact"
@@ -53,11 +53,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--workers",
-        type=whole(),
-        help="loader processes (default: by the cores); 0: one, nothing ahead, no shared memory",
+        type=whole(0, 256),
+        help="loader processes, up to 256 (default: by the cores); 0: one, nothing ahead, no shared memory",
     )
-    add("--limit", type=whole(), default=600, help="seconds to read one file; 0: none (default: 600)")
-    add("--decimals", type=whole(1), default=6, help="of the scores (default: 6)")
+    add("--limit", type=whole(0, (1 << 31) - 1), default=600, help="seconds to read one file; 0: none (default: 600)")
+    add("--decimals", type=whole(1, 17), default=6, help="of the scores, 1 to 17 (default: 6)")
     add(
         "--on-error",
         choices=("neutral", "fail"),
@@ -174,14 +174,39 @@ def prepare(args: argparse.Namespace):
     inputs = find_inputs(args.input)
     if args.out.exists() and args.out.samefile(args.input):
         raise UsageError(f"--out {args.out} is the --input, which it would overwrite; choose another name")
-    beside = submission.members_path(args.out), journal_path(args.out, _rank())
+    check_shard(args)
+    places = [args.out, submission.members_path(args.out), submission.run_path(args.out)]
+    places.append(journal_path(args.out, _rank()))
+    # Of a folder that is not there yet, the files above have tried the place.
+    pages = {"report.html": args.report, "explain.html": args.explain is not None}
+    folders = {page: args.out.with_suffix(f".{Path(page).stem}") for page, wanted in pages.items() if wanted}
+    places += [folder / page for page, folder in folders.items() if folder.exists()]
     try:
-        for path in (args.out, *beside):
+        for path in places:
             submission.ensure_writable(path)
     except submission.SubmissionError as error:
         # The command line is right; the machine has no such place.
         raise KitError(str(error)) from error
     return inputs
+
+
+def check_shard(args: argparse.Namespace) -> None:
+    """Refuse to put a shard's scores in the place of other scores."""
+    from solution.scoring import files as submission
+
+    if not (args.shard and args.out.exists()):
+        return
+    there = submission.read_run(args.out)
+    if there and there.get("shard") != _shard_name(args):
+        whose = f"shard {there['shard']}" if "shard" in there else "a run without --shard"
+        raise UsageError(
+            f"--out {args.out} has the scores of {whose}, which those of shard {_shard_name(args)} would replace; give "
+            "each shard an --out of its own, then join them with python -m solution.scoring.files merge"
+        )
+
+
+def _shard_name(args: argparse.Namespace) -> str:
+    return "{}/{}".format(*args.shard)
 
 
 def _rank() -> int:
@@ -206,7 +231,7 @@ def selftest(args: argparse.Namespace) -> int:
 
 
 def score(args: argparse.Namespace, inputs) -> int:
-    """The whole pipeline; 0 done, 4 done with inputs that could not be read."""
+    """The whole pipeline; 0 done, 4 done with inputs that could not be read. The journal is this run's until the end."""
     from solution.bundles.store import open_bundle
     from solution.io import source_hash
     from solution.scoring import ensemble as predict
@@ -218,34 +243,33 @@ def score(args: argparse.Namespace, inputs) -> int:
     ensemble = predict.load_ensemble(bundle, **loading(args, members, args.batch_size))
     if args.compile == "on" or (args.compile == "auto" and ensemble.compiling_pays(len(inputs))):
         ensemble.compile()
-    plan = predict.Plan(inputs, ensemble.batch_size)
-    if args.shard:
-        plan = plan.part(args.shard[0] - 1, args.shard[1])
+    plan = predict.Plan(inputs, ensemble.batch_size, args.shard or (1, 1))
     mine = plan.part(rank, ranks)
     faces = faces_available(ensemble)
     header = {
         **ensemble.fingerprint(),
         "code": source_hash("data", "models", "bundles", "scoring"),
-        "frames": args.frames if plan.videos else None,
+        "input": os.path.realpath(args.input),
+        "frames": args.frames,
         "faces": faces,
         "people": args.faces,
     }
-    journal = Journal(args.out, inputs, header, rank=rank, restart=args.restart)
-    if journal.discarded:
-        tell(f"an earlier journal is not used: {journal.discarded}")
-    found = int((plan.share() & journal.done).sum())
-    todo = mine.share() & ~journal.done
-    announce(ensemble, bundle, plan, found, rank, ranks)
-    seconds = run(args, ensemble, mine.pending(todo), journal, todo, faces=faces, rank=rank)
-    if ranks > 1:
-        wait_for_ranks()
-        if rank:
-            return 0
-        journal.gather(ranks)
-    failed = write(args, ensemble, bundle, plan, journal, found, seconds)
-    maps = None if args.explain is None else explain(args, ensemble, inputs)
-    if args.report:
-        write_report(args, ensemble, bundle, inputs, maps)
+    with Journal(args.out, inputs, header, rank=rank, ranks=ranks, restart=args.restart) as journal:
+        if journal.discarded:
+            tell(f"an earlier journal is not used: {journal.discarded}")
+        found = int((plan.share() & journal.done).sum())
+        todo = mine.share() & ~journal.done
+        announce(ensemble, bundle, plan, found, rank, ranks)
+        seconds = run(args, ensemble, mine.pending(todo), journal, todo, faces=faces, rank=rank)
+        if ranks > 1:
+            wait_for_ranks()
+            if rank:
+                return 0
+            journal.gather(ranks)
+        failed = write(args, ensemble, bundle, plan, journal, found, seconds)
+        maps = None if args.explain is None else explain(args, ensemble, inputs)
+        if args.report:
+            write_report(args, ensemble, bundle, inputs, maps)
     return 4 if failed else 0
 
 
@@ -262,12 +286,19 @@ def loading(args, members: list[str], batch_size: int | None) -> dict:
 
 
 def chosen_members(text: str | None, bundle) -> list[str]:
-    """The members to score with: those with votes, all, or those named."""
+    """The members to score with: those with votes, all, or those named.
+
+    Raises:
+        UsageError: a comma with no name before or behind it.
+    """
     from solution.scoring.ensemble import voters
 
     if text is None:
         return voters(bundle)
-    return list(bundle.configs) if text == "all" else text.split(",")
+    names = list(bundle.configs) if text.strip() == "all" else [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise UsageError(f"--members {text!r}: expected names with a comma between, of {', '.join(bundle.configs)}")
+    return names
 
 
 def faces_available(ensemble) -> bool:
@@ -323,13 +354,13 @@ def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> fl
             for rows in rows_of:
                 for row in rows:
                     if row.error and args.on_error == "fail":
-                        raise UsageError(str(UnreadableInput(journal.inputs[row.index].path, row.error)))
+                        raise UnreadableInput(journal.inputs[row.index].path, row.error)
                     if row.error:
                         tqdm.write(f"cannot be read: {row.name}: {row.error}", file=sys.stderr)
                 journal.append(rows)
                 bar.update(len(rows))
     finally:
-        journal.close()
+        journal.sync()
     return time.monotonic() - begun
 
 
@@ -393,8 +424,22 @@ def write(args, ensemble, bundle, plan, journal, found: int, seconds: float) -> 
     rows = ((journal.inputs[i].name, scores[i]) for i in indices)
     submission.write_scores(rows, args.out, args.decimals)
     told = f"; {speed:.1f} images/s" if speed else ""
-    print(f"{args.out}: {len(indices)} rows, {counts['failed']} could not be read{told}")
+    say(f"{args.out}: {len(indices)} rows, {counts['failed']} could not be read{told}", args.out)
     return counts["failed"]
+
+
+def say(line: str, out: Path) -> None:
+    """Print a line to standard output, at once, when the scores in `out` are written.
+
+    Raises:
+        KitError: standard output takes no more.
+    """
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        # What it holds back would be tried again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise KitError(f"standard output: {reason(error)}; the scores are in {out}") from None
 
 
 def verdicts(args, ensemble, journal, indices, scores, counts):
@@ -428,6 +473,7 @@ def run_record(args, ensemble, bundle, journal) -> dict:
     import transformers
 
     from solution.config import to_dict
+    from solution.scoring.files import listing_record
     from solution.scoring.verdict import RULES, threshold_record
 
     libraries = torch, transformers, numpy, cv2, PIL
@@ -438,7 +484,8 @@ def run_record(args, ensemble, bundle, journal) -> dict:
             **{library.__name__: library.__version__ for library in libraries},
         },
         "weights": {"name": bundle.name, "hash": bundle.hash, "files": bundle.files},
-        **({"shard": f"{args.shard[0]}/{args.shard[1]}"} if args.shard else {}),
+        **({"shard": _shard_name(args)} if args.shard else {}),
+        "listing": listing_record(item.name for item in journal.inputs),
         "scoring": {
             **journal.header,
             "merged": ensemble.merged,
@@ -490,7 +537,8 @@ def write_report(args, ensemble, bundle, inputs, maps) -> None:
             if name in places
         },
     )
-    print(report.write_submission_report(rows, folder, title=title, threshold=threshold, verdicts=table))
+    page = report.write_submission_report(rows, folder, title=title, threshold=threshold, verdicts=table)
+    say(str(page), args.out)
 
 
 def explain(args, ensemble, inputs):
@@ -500,7 +548,7 @@ def explain(args, ensemble, inputs):
     judged = sorted((j for j in read_judged(args, inputs) if j.verdict != "failed"), key=lambda j: -j.score)
     chosen = [explained(args, ensemble, j) for j in judged[: args.explain or None]]
     pages = explain_pictures(ensemble, chosen, args.out.with_suffix(".explain"))
-    print(pages.written[0])
+    say(str(pages.written[0]), args.out)
     return pages
 
 

@@ -36,6 +36,10 @@ class WeightsError(KitError, RuntimeError):
     """Weights that do not fit: the message names the file or key, what was found and expected, and what to do."""
 
 
+class MemberError(UsageError, WeightsError):
+    """A member that was asked for and that the bundle does not have."""
+
+
 def whole(least: int = 0, most: int | None = None) -> Callable[[str], int]:
     """What reads a whole number of a door's option (argparse's `type`): between `least` and `most`, both allowed."""
 

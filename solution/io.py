@@ -18,9 +18,10 @@ from typing import IO, Any
 def atomic_file(path: Path | str, *, binary: bool = False) -> Iterator[IO]:
     """A file to write (UTF-8 text, or bytes) that appears at `path`, whole and on disk, when the block ends well.
 
-    When it does not, `path` stays as it was. A link is written through.
+    When it does not, `path` stays as it was. A link is written through. An error of the system that names no other file,
+    such as a full disk, names `path`.
     """
-    path = Path(os.path.realpath(path))
+    given, path = path, Path(os.path.realpath(path))
     temporary = path.parent / f".writing-{os.getpid()}-{secrets.token_hex(4)}"
     how: dict[str, Any] = {"mode": "xb"} if binary else {"mode": "x", "encoding": "utf-8", "newline": "\n"}
     try:
@@ -29,8 +30,11 @@ def atomic_file(path: Path | str, *, binary: bool = False) -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:  # Ctrl-C too: nothing half-written stays
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:  # Ctrl-C too: nothing half-written stays
+        with contextlib.suppress(OSError):  # what led here is what is told
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(given)) from None
         raise
 
 

@@ -43,7 +43,7 @@ from solution.config import (
     from_dict,
     to_dict,
 )
-from solution.errors import WeightsError
+from solution.errors import MemberError, WeightsError
 from solution.io import write_atomically
 from solution.models import calibration
 from solution.models.calibration import Calibrator
@@ -489,12 +489,13 @@ def load_members(
     towers_from: tower name -> folder, file or Hub id to read it from instead (see `tower_weights`).
 
     Raises:
-        WeightsError: an unknown name, or weights that are missing, damaged or of another architecture.
+        MemberError: an unknown name.
+        WeightsError: weights that are missing, damaged or of another architecture.
     """
     chosen = list(bundle.configs) if names is None else list(names)
     unknown = [name for name in chosen if name not in bundle.configs]
     if unknown:
-        raise WeightsError(f"{bundle.folder}: no member {', '.join(unknown)}; it holds {', '.join(bundle.configs)}")
+        raise MemberError(f"{bundle.folder}: no member {', '.join(unknown)}; it holds {', '.join(bundle.configs)}")
     overrides = dict(towers_from or {})
     stored = {tower.stored_name for tower in bundle.towers.values()}
     unknown = sorted(set(overrides) - set(bundle.towers) - stored)

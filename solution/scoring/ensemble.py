@@ -4,8 +4,9 @@ Takes `Input`s or `Item`s; gives raw logits (positive = fake) by member, as `Sco
 order of the items. Loader workers decode a picture once, search its face once, and cut each distinct view, uint8 RGB
 (S, S, 3), once for all members that see it; this process runs the members while the workers prepare what comes next.
 
-Batches are fixed by the listing alone (`plan`), never by who computes them or when: a resumed run, several ranks and
-several shards compute the very same batches, and so the same bytes.
+Batches are fixed by the listing and their size alone (`Plan`), never by who computes them or when: a resumed run and
+several ranks compute the very same batches, and so the same bytes; several shards too, unless they are very small. Which
+inputs a shard has is fixed by the listing, whatever its batches.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ DOUBT = 11.0
 EVERY_LOOK = 1e6  # a margin in logits that spans all levels
 LARGE_TOWER = 200_000_000  # parameters; CLIP ViT-L/14 has 304 M, DINOv2-giant 1,136 M
 SECOND_LOOK_BYTES = 1 << 31  # on CPU: no second copy, in float32, of larger towers
+BLOCK = 256  # pictures that a shard is dealt at once; the largest batch chosen by itself
 # By arithmetic, not yet measured: compiling takes about a minute and saves about a tenth of the time.
 COMPILE_FROM = 50_000
 
@@ -428,7 +430,7 @@ def voters(bundle: Bundle) -> list[str]:
 
 
 def automatic_batch(members: Mapping[str, Member], device: torch.device) -> int:
-    """Rows computed at once. A function of the towers' size alone, so that all machines of a run make equal batches.
+    """Rows computed at once, by the towers' size and the device: machines of one kind make equal batches.
 
     CPU: throughput is flat from 4 rows on (compact). GPU: 64 rows of a giant tower are 20,000 tokens, enough to fill any
     (by arithmetic, not yet measured).
@@ -570,20 +572,27 @@ def automatic_workers(device: torch.device) -> int:
 
 # ------------------------------------------------------------------------------------------------ batches and streams
 class Plan:
-    """The batches of a run: pictures in listing order, `size` at a time, then each video alone.
+    """The batches of a run: pictures in listing order, `size` at a time, then each video alone; of a shard, those among
+    its inputs. A rank takes every n-th batch (`part`).
 
-    They depend on the listing alone; a shard or a rank takes every n-th of them (`part`).
+    shard: (i, n), from (1, 1) to (n, n). The listing is dealt out to n shards in turn, pictures in blocks and videos one by
+    one. That depends on the listing and n alone, so that machines with other batch sizes have no input twice and none
+    left out. A block has a power of two of pictures, BLOCK at most, as many as leave each shard four blocks: batches of a
+    power of two that is no larger are those of the whole run.
+    videos: how many the whole listing has.
     """
 
-    def __init__(self, inputs: Inputs, size: int) -> None:
+    def __init__(self, inputs: Inputs, size: int, shard: tuple[int, int] = (1, 1)) -> None:
         self.inputs = inputs
         video = np.fromiter((i.kind == "video" for i in inputs), bool, len(inputs))
-        pictures, videos = np.flatnonzero(~video), np.flatnonzero(video)
-        self.videos = len(videos)
-        self._order = np.concatenate([pictures, videos])  # (N,)
+        self.videos = int(video.sum())
+        block = min(BLOCK, max(1, (len(inputs) - self.videos) // (4 * shard[1])))
+        block = 1 << (block.bit_length() - 1)
+        pictures, videos = _dealt(np.flatnonzero(~video), block, shard), _dealt(np.flatnonzero(video), 1, shard)
+        self._order = np.concatenate([pictures, videos])  # (n,), of this shard
         starts = range(0, len(pictures), size)
         # (batches + 1,): batch b is order[bounds[b]:bounds[b + 1]]
-        self._bounds = np.array([*starts, *range(len(pictures), len(inputs) + 1)])
+        self._bounds = np.array([*starts, *range(len(pictures), len(self._order) + 1)])
         self._numbers = np.arange(len(self._bounds) - 1)
 
     def part(self, index: int, count: int) -> Plan:
@@ -609,6 +618,12 @@ class Plan:
             left = batch[todo[batch]].tolist()
             if left:
                 yield [(index, self.inputs[index]) for index in left]
+
+
+def _dealt(indices: np.ndarray, block: int, shard: tuple[int, int]) -> np.ndarray:
+    """What shard (i, n) has of `indices`: every n-th block of them, from the i-th on."""
+    index, count = shard
+    return indices[np.arange(len(indices)) // block % count == index - 1]
 
 
 def stream(

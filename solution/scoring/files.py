@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import math
@@ -32,6 +33,9 @@ MEMBER_NAME = "submission.txt"  # the challenge's name for the zip's only member
 STATUSES = ("ok", "failed")
 TRACK_COLUMNS = ("frames", "first_frame", "last_frame", "score_sd", "share_fake")  # of a `Track`
 VERDICTS = ("fake", "real", "unsure", "no_face", "failed")
+# Of run.json's `scoring`: what may differ between the machines that score one listing. It changes scores by rounding alone,
+# or not at all (where the input lies).
+OF_THE_MACHINE = {"input", "device", "batch", "compiled", "merged", "torch"}
 
 
 class SubmissionError(UsageError):
@@ -95,6 +99,8 @@ def ensure_writable(path: Path | str) -> None:
             if not path.is_file():
                 raise SubmissionError(f"{path} is there and is not a regular file")
             open(path, "ab").close()
+        if folder.exists() and not folder.is_dir():
+            raise SubmissionError(f"{path} cannot be written: {folder} is there and is no folder")
         if not folder.is_dir():
             raise SubmissionError(f"{path} cannot be written: there is no folder {folder}; create it first")
         probe.touch(exist_ok=False)
@@ -123,6 +129,36 @@ def members_path(out: Path | str) -> Path:
 def run_path(out: Path | str) -> Path:
     """preds.csv -> preds.run.json, in the same folder."""
     return Path(out).with_suffix(".run.json")
+
+
+def read_run(out: Path | str) -> dict[str, Any]:
+    """What PREDS.run.json says of the scores in `out`; empty when it is not there.
+
+    Raises:
+        SubmissionError: a file that cannot be read or is no such record.
+    """
+    path = run_path(out)
+    if not path.is_file():
+        return {}
+    try:
+        run = json.loads(_decoded(path, _read(path)))
+    except json.JSONDecodeError as error:
+        raise SubmissionError(f"{path}: not JSON ({error})") from None
+    if not isinstance(run, dict):
+        raise SubmissionError(f"{path}: expected an object, found {run!r}")
+    for key in ("scoring", "listing"):
+        if not isinstance(run.get(key, {}), dict):
+            raise SubmissionError(f"{path}: expected an object as {key!r}, found {run[key]!r}")
+    return run
+
+
+def listing_record(names: Iterable[str]) -> dict[str, Any]:
+    """How many inputs a run lists, and a SHA-256 of their names, given in order: what its shards must have in common."""
+    digest, count = hashlib.sha256(), 0
+    for name in names:
+        digest.update(name.encode() + b"\0")
+        count += 1
+    return {"inputs": count, "sha256": digest.hexdigest()}
 
 
 # ---------------------------------------------------------------------------------------------------- scores
@@ -347,22 +383,26 @@ def _cells(row: SidecarRow, members: Sequence[str], decimals: int, *, frames: bo
 
 
 # ---------------------------------------------------------------------------------------------------- merging
-def merge(parts: Sequence[Path], out: Path) -> int:
+def merge(parts: Sequence[Path], out: Path) -> int | None:
     """Merge the parts of a sharded run into `out`, in name order, with their sidecars when every part has one.
 
-    A part's run.json may say `"shard": "i/n"` (1 <= i <= n): then all must, and all n must be there once. Parts whose
-    run.json name different `weights` are refused too. The merged run.json holds the parts' own.
+    A part's run.json may say `"shard": "i/n"` (1 <= i <= n): then all must, all n must be there once, of one listing, and
+    together they must have a row for each of its inputs. Parts whose run.json name different `weights`, or whose `scoring`
+    differs in more than `OF_THE_MACHINE`, are refused too. The merged run.json holds the parts' own.
 
     Returns:
-        how many rows the sidecars call failed.
+        how many rows the sidecars call failed; None when a part has no sidecar, so that nobody knows.
 
     Raises:
-        SubmissionError: a missing or repeated shard, a picture in two parts, different weights, an unreadable part.
+        SubmissionError: a missing or repeated shard, shards of different listings, inputs without a row, a picture in two
+            parts, different weights or options, an unreadable part.
     """
     score_format(out)
-    ensure_writable(out)
-    runs = {str(part): _read_run(part) for part in parts}
-    _check_shards(runs)
+    for path in (out, members_path(out), run_path(out)):
+        ensure_writable(path)
+    runs = {str(part): read_run(part) for part in parts}
+    _check_scoring(runs)
+    listing = _check_shards(runs)
     scores: dict[str, str] = {}
     for part in parts:
         read_scores(part)  # every value is sound
@@ -370,9 +410,14 @@ def merge(parts: Sequence[Path], out: Path) -> int:
             if name in scores:
                 raise SubmissionError(f"{part}, {where}: {name!r} is in another part too")
             scores[name] = text
+    if listing and listing_record(sorted(scores)) != listing:
+        raise SubmissionError(
+            f"{', '.join(runs)}: {len(scores)} rows, which are not those of the {listing.get('inputs')} inputs that run.json "
+            "counts; score all shards again"
+        )
     decimals = max((len(t.partition(".")[2]) for t in scores.values()), default=6)
     sidecars = [members_path(part) for part in parts]
-    failed = 0
+    failed = None
     if all(path.is_file() for path in sidecars):
         failed = _merge_sidecars(sidecars, members_path(out))
     if any(runs.values()):
@@ -388,28 +433,29 @@ def _named(part: Path) -> Path:
     return part
 
 
-def _read_run(part: Path) -> dict[str, Any]:
-    path = run_path(part)
-    if not path.is_file():
-        return {}
-    try:
-        run = json.loads(_decoded(path, _read(path)))
-    except json.JSONDecodeError as error:
-        raise SubmissionError(f"{path}: not JSON ({error})") from None
-    if not isinstance(run, dict):
-        raise SubmissionError(f"{path}: expected an object, found {run!r}")
-    return run
-
-
-def _check_shards(runs: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_scoring(runs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse parts of different weights, or scored with different options."""
     weights = {json.dumps(run["weights"], sort_keys=True) for run in runs.values() if "weights" in run}
     if len(weights) > 1:
         raise SubmissionError(
             f"the parts {', '.join(runs)} were scored with different weights; score them again with the same"
         )
+    told = {part: run["scoring"] for part, run in runs.items() if "scoring" in run}
+    first = next(iter(told), "")
+    for part, scoring in told.items():
+        for key in sorted((scoring | told[first]).keys() - OF_THE_MACHINE):
+            if scoring.get(key) != told[first].get(key):
+                raise SubmissionError(
+                    f"{first} and {part} were scored differently: {key} is {told[first].get(key)!r} in one and "
+                    f"{scoring.get(key)!r} in the other; score them again with the same options"
+                )
+
+
+def _check_shards(runs: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Refuse shards that are not all there, or of different listings; the `listing_record` of all, empty if unknown."""
     shards = {part: run.get("shard") for part, run in runs.items()}
     if not any(shards.values()):
-        return
+        return {}
     found: dict[int, str] = {}
     total = 0
     for part, shard in shards.items():
@@ -425,6 +471,16 @@ def _check_shards(runs: Mapping[str, Mapping[str, Any]]) -> None:
     missing = [f"{i}/{total}" for i in range(1, total + 1) if i not in found]
     if missing:
         raise SubmissionError(f"shard {', '.join(missing)} is missing; name all {total} parts")
+    listings = {part: run.get("listing", {}) for part, run in runs.items()}
+    first, listing = next(iter(listings.items()))
+    for part, other in listings.items():
+        if other != listing:
+            raise SubmissionError(
+                f"{first} and {part} are shards of different listings, of {listing.get('inputs', 'unknown')} and "
+                f"{other.get('inputs', 'unknown')} inputs; score them again with an --input that holds the same files "
+                "everywhere"
+            )
+    return listing
 
 
 def _merge_sidecars(paths: Sequence[Path], out: Path) -> int:
@@ -449,7 +505,10 @@ def _merge_sidecars(paths: Sequence[Path], out: Path) -> int:
 # ---------------------------------------------------------------------------------------------------- entry
 @door("files")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry. Returns 0 done, 2 a file that is refused, 4 merged but with rows that failed when they were scored."""
+    """Entry. Returns 0 done, 2 a file that is refused, 4 merged but with rows that failed when they were scored.
+
+    Without sidecars nobody knows of such rows: 0, and the line says so.
+    """
     parser = argparse.ArgumentParser(prog="python -m solution.scoring.files")
     commands = parser.add_subparsers(dest="command", required=True)
     joining = commands.add_parser("merge", help="join the parts of a sharded run")
@@ -462,7 +521,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.command == "merge":
         failed = merge(given.parts, given.out)
         found = check_submission(given.out)
-        print(f"{given.out}: {found.count} scores from {len(given.parts)} parts")
+        unknown = [str(members_path(part)) for part in given.parts if not members_path(part).is_file()]
+        told = f"; how many of them failed is unknown: there is no {', '.join(unknown)}" if failed is None else ""
+        print(f"{given.out}: {found.count} scores from {len(given.parts)} parts{told}")
         if failed:
             print(f"{failed} rows failed when scored, see their error", end=" ")
             print(f"in {members_path(given.out)}")

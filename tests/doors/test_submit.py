@@ -351,7 +351,9 @@ def test_refusals_are_one_line_with_their_code_and_leave_nothing(tiny, pictures,
     refused(2, "nowhere", tiny, tmp_path / "nowhere", out, capsys=capsys)
     refused(2, "'.jpg'", tiny, pictures, tmp_path / "preds.jpg", capsys=capsys)
     refused(3, "no folder", tiny, pictures, tmp_path / "no" / "preds.csv", capsys=capsys)
-    refused(3, "no member nobody", tiny, pictures, out, "--members", "nobody", capsys=capsys)
+    refused(2, "no member nobody", tiny, pictures, out, "--members", "nobody", capsys=capsys)
+    for wrong in (",", "global,", ""):
+        refused(2, f"--members {wrong!r}: expected names", tiny, pictures, out, "--members", wrong, capsys=capsys)
     refused(
         3,
         "no such folder",
@@ -377,7 +379,15 @@ def test_refusals_are_one_line_with_their_code_and_leave_nothing(tiny, pictures,
         copy,
         capsys=capsys,
     )
-    for wrong in (["--shard", "0/3"], ["--shard", "3"], ["--frames", "0"]):
+    for wrong in (
+        ["--shard", "0/3"],
+        ["--shard", "3"],
+        ["--frames", "0"],
+        ["--workers", "257"],
+        ["--decimals", "18"],
+        ["--decimals", "99999999999"],
+        ["--limit", str(1 << 31)],
+    ):
         with pytest.raises(SystemExit) as stopped:
             run(tiny, pictures, out, *wrong)
         assert stopped.value.code == 2
@@ -389,10 +399,46 @@ def test_on_error_fail_ends_the_run_without_scores(tiny, pictures, tmp_path, cap
     shutil.copytree(pictures, tmp_path / "in")
     (tmp_path / "in" / "00040.png").write_bytes(b"")
     out = tmp_path / "preds.csv"
-    assert run(tiny, tmp_path / "in", out, "--on-error", "fail") == 2
+    assert run(tiny, tmp_path / "in", out, "--on-error", "fail") == 3
     assert "00040.png: the file is empty" in capsys.readouterr().err
     assert not out.exists() and not (tmp_path / "preds.members.csv").exists()
     assert run(tiny, tmp_path / "in", out) == 4
+
+
+def test_every_place_for_an_output_is_tried_before_anything_slow(tiny, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(submit, "score", None)
+    for name in ("a.run.json", "b.members.csv"):
+        (tmp_path / name).mkdir()
+    for name in ("c.explain", "d.report"):
+        (tmp_path / name).touch()
+    for out, match, *more in (
+        ("a.csv", "a.run.json is there and is not a regular file"),
+        ("b.csv", "b.members.csv is there and is not a regular file"),
+        ("c.csv", "c.explain is there and is no folder", "--explain", 1),
+        ("d.csv", "d.report is there and is no folder", "--report"),
+    ):
+        refused(3, match, tiny, pictures, tmp_path / out, *more, capsys=capsys)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_standard_output_is_named_and_the_scores_are_there(tiny, tmp_path, unbuffered):
+    folder, out = make_pictures(tmp_path / "in", 2), tmp_path / "preds.csv"
+    given = ["submit.py", "--input", folder, "--out", out, "--weights", tiny.folder, "--device", "cpu", "--fast"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, *map(str, given), "--members", "global", "--workers", "0"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 3 and len(table(out)) == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"submit: standard output: No space left on device; the scores are in {out}"
+    )
 
 
 def test_help_imports_nothing_heavy():
@@ -524,6 +570,44 @@ def test_only_changed_pictures_are_scored_again(tiny, pictures, tmp_path):
     assert record["counts"]["from_journal"] == 0
 
 
+def test_files_of_another_folder_are_scored_though_size_and_time_are_the_same(tiny, pictures, tmp_path, capsys):
+    out, sources = tmp_path / "preds.csv", sorted(pictures.iterdir())
+    for folder, source in (("a", sources[0]), ("b", sources[1])):
+        (tmp_path / folder).mkdir()
+        image = cv2.imread(str(source))
+        cv2.imwrite(str(tmp_path / folder / "1.bmp"), image)
+        os.utime(tmp_path / folder / "1.bmp", ns=(1, 1))
+        assert run(tiny, tmp_path / folder, out) == 0
+        assert json.loads((tmp_path / "preds.run.json").read_text())["counts"]["scored_now"] == 1
+    assert "made with another input; kept as" in capsys.readouterr().err
+    # By another way to it the folder is the same.
+    (tmp_path / "link").symlink_to("b")
+    assert run(tiny, tmp_path / "link", out) == 0
+    assert json.loads((tmp_path / "preds.run.json").read_text())["counts"]["from_journal"] == 1
+
+
+def test_a_video_more_leaves_the_scored_pictures_scored(tiny, tmp_path):
+    folder, out = make_pictures(tmp_path / "in", 3), tmp_path / "preds.csv"
+    assert run(tiny, folder, out, "--frames", 4) == 0
+    clip(folder / "a.avi", range(0, 80, 8))
+    assert run(tiny, folder, out, "--frames", 4) == 0
+    counts = json.loads((tmp_path / "preds.run.json").read_text())["counts"]
+    assert counts["from_journal"] == 3 and counts["scored_now"] == 1
+
+
+def test_a_second_run_of_the_same_output_is_turned_away(tiny, pictures, tmp_path, capsys, monkeypatch):
+    out, write = tmp_path / "preds.csv", submit.write
+
+    def twice(*given):  # at the very end the first run still holds its journal
+        assert run(tiny, pictures, out, "--restart") == 3
+        return write(*given)
+
+    monkeypatch.setattr(submit, "write", twice)
+    assert run(tiny, pictures, out) == 0
+    assert "preds.journal.jsonl: another run writes it" in capsys.readouterr().err
+    assert len(table(out)) == 50
+
+
 def test_other_weights_or_options_start_anew(tiny, pictures, tmp_path, capsys):
     out = tmp_path / "preds.csv"
     assert run(tiny, pictures, out) == 0
@@ -562,6 +646,31 @@ def test_three_shards_merge_into_the_same_bytes(tiny, pictures, reference, tmp_p
     out = tmp_path / "preds.csv"
     assert submission_main(["merge", *map(str, parts[::-1]), "--out", str(out)]) == 0
     assert written(out) == reference
+
+
+def test_shards_of_machines_with_other_batches_have_every_picture(tiny, pictures, tmp_path, capsys):
+    parts = [tmp_path / f"part{i}.csv" for i in (1, 2)]
+    quick = "--members", " global , face", "--exact"
+    for index, (part, size) in enumerate(zip(parts, (3, 256)), start=1):
+        assert run(tiny, pictures, part, *quick, "--batch-size", size, "--shard", f"{index}/2") == 0
+    out = tmp_path / "preds.csv"
+    assert submission_main(["merge", *map(str, parts), "--out", str(out)]) == 0
+    assert [row["image"] for row in table(out)] == [item.name for item in find_inputs(pictures)]
+    # A part whose folder lacks a picture has other inputs dealt to it.
+    folder = tmp_path / "in"
+    shutil.copytree(pictures, folder)
+    (folder / "00049.png").unlink()
+    assert run(tiny, folder, parts[1], *quick, "--shard", "2/2") == 0
+    capsys.readouterr()
+    assert submission_main(["merge", *map(str, parts), "--out", str(out)]) == 2
+    assert "different listings, of 50 and 49 inputs" in capsys.readouterr().err
+    # A shard does not take the place of other scores; one that is dealt nothing is a part like the others.
+    before = written(parts[0])
+    assert run(tiny, pictures, parts[0], *quick, "--shard", "2/2") == 2
+    assert "has the scores of shard 1/2, which those of shard 2/2 would replace" in capsys.readouterr().err
+    assert written(parts[0]) == before
+    assert run(tiny, pictures, tmp_path / "empty.csv", *quick, "--shard", "60/60") == 0
+    assert table(tmp_path / "empty.csv") == []
 
 
 def test_two_ranks_write_the_same_bytes(tiny, pictures, reference, tmp_path):

@@ -1,6 +1,7 @@
 """Scoring: every picture gets its own score, whatever the batch, the order, the precision or the interruption."""
 
 import json
+import multiprocessing
 import os
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from solution.data.faces import FaceLocator, make_view
 from solution.data.images import Input, UnreadableInput, decode_image, find_inputs
 from solution.data.manifest import Item
 from solution.data.training import ValidationViews
-from solution.errors import WeightsError
+from solution.errors import KitError, WeightsError
 from solution.models import merging as fastpath
 from solution.models.calibration import Calibrator
 from solution.presets import preset
@@ -353,6 +354,25 @@ def test_parts_are_whole_batches_of_the_one_plan(tmp_path):
     assert [[i for i, _ in b] for b in plan.pending(left)] == whole[1:]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 30])
+def test_shards_have_the_same_inputs_whatever_the_batch(tmp_path, count):
+    inputs = mixed_listing(tmp_path / "in", pictures=50, videos=3)
+    shards = [(i, count) for i in range(1, count + 1)]
+    shares = [[predict.Plan(inputs, size, shard).share() for shard in shards] for size in (1, 4, 16, 256)]
+    assert all(np.array_equal(shares[0], other) for other in shares[1:])
+    assert np.sum(shares[0], axis=0).tolist() == [1] * len(inputs)
+    assert np.ptp([share.sum() for share in shares[0]]) <= 4
+    # Batches of up to a block are those of the whole run, and a shard's ranks share it out.
+    whole = [[i for i, _ in b] for b in predict.Plan(inputs, 4).pending(np.ones(len(inputs), bool))]
+    plans = [predict.Plan(inputs, 4, shard) for shard in shards]
+    if count <= 3:
+        found = [[i for i, _ in b] for plan in plans for b in plan.pending(np.ones(len(inputs), bool))]
+        assert sorted(found) == sorted(whole)
+    ranks = [plans[0].part(r, 2).share() for r in range(2)]
+    np.testing.assert_array_equal(ranks[0] | ranks[1], shares[0][0])
+    assert not (ranks[0] & ranks[1]).any()
+
+
 # ------------------------------------------------------------------------------------------------ journal
 HEADER = {"weights": "abc", "batch": 4}
 
@@ -420,6 +440,38 @@ def test_only_what_changed_or_failed_is_done_again(listing, tmp_path):
     assert np.flatnonzero(~done).tolist() == [2, 3, 7]
 
 
+def test_a_file_replaced_by_one_of_the_same_size_and_mtime_is_done_again(listing, tmp_path):
+    out = tmp_path / "preds.csv"
+    with Journal(out, listing, HEADER) as journal:
+        journal.append(rows_of(listing, range(8)))
+    for index in (2, 3):
+        path = listing[index].path
+        before = path.stat()
+        content = bytes(255 - b for b in path.read_bytes())
+        if index == 3:  # moved over it
+            (tmp_path / "new").write_bytes(content)
+            (tmp_path / "new").replace(path)
+        path.write_bytes(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert stamp(path)[:2] == (before.st_size, before.st_mtime_ns)
+    with Journal(out, listing, HEADER) as journal:
+        assert np.flatnonzero(~journal.done).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("line", ["5", '["a"]', '[["a", 1]]', '{"a": 1}', "[null]", '"x"'])
+def test_a_line_that_is_no_batch_counts_as_torn(listing, tmp_path, line):
+    out = tmp_path / "preds.csv"
+    with Journal(out, listing, HEADER) as journal:
+        journal.append(rows_of(listing, range(4)))
+    with journal_path(out).open("a") as file:
+        file.write(f"{line}\n")
+    with Journal(out, listing, HEADER) as journal:
+        assert journal.done.tolist() == [True] * 4 + [False] * 4
+        journal.append(rows_of(listing, range(4, 8)))
+    with Journal(out, listing, HEADER) as journal:
+        assert journal.done.all()
+
+
 def test_rows_follow_their_names_when_the_listing_grows(listing, tmp_path):
     out = tmp_path / "preds.csv"
     journal = Journal(out, listing, HEADER)
@@ -443,6 +495,59 @@ def test_another_header_is_another_run(listing, tmp_path):
     assert not other.done.any() and "weights" in other.discarded
     other.close()
     assert not Journal(out, listing, HEADER).done.any()
+
+
+def test_a_journal_that_is_not_used_is_kept_each_time(listing, tmp_path):
+    out = tmp_path / "preds.csv"
+    for number, weights in enumerate(("abc", "def", "abc")):
+        with Journal(out, listing, {"weights": weights}) as journal:
+            kept = tmp_path / ("preds.journal.old.jsonl" if number == 1 else "preds.journal.old2.jsonl")
+            assert journal.discarded.endswith(f"made with another weights; kept as {kept}" if number else "")
+            assert not journal.done.any()
+            journal.append(rows_of(listing, range(8)))
+    # Put back, it is taken up.
+    (tmp_path / "preds.journal.old2.jsonl").replace(journal_path(out))
+    with Journal(out, listing, {"weights": "def"}) as journal:
+        assert journal.done.all() and not journal.discarded
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_journals_of_ranks_that_are_no_more_do_not_come_back(listing, tmp_path, restart):
+    out = tmp_path / "preds.csv"
+    for rank in range(3):
+        with Journal(out, listing, HEADER, rank=rank, ranks=3) as journal:
+            journal.append(rows_of(listing, range(rank, 8, 3)))
+    with Journal(out, listing, HEADER if restart else {"weights": "def"}, ranks=2, restart=restart) as journal:
+        assert not journal.done.any()
+    # Rank 1's own is emptied by itself.
+    assert journal_path(out, 1).exists() and not journal_path(out, 2).exists()
+    assert (tmp_path / "preds.journal.2.old.jsonl").exists() == (not restart)
+    if restart:
+        Journal(out, listing, HEADER, rank=1, ranks=2, restart=True).close()
+        assert not Journal(out, listing, HEADER).done.any()
+
+
+def test_a_rank_with_other_options_is_named(listing, tmp_path):
+    out = tmp_path / "preds.csv"
+    with Journal(out, listing, HEADER, ranks=2) as first:
+        Journal(out, listing, {**HEADER, "batch": 8}, rank=1, ranks=2).close()
+        with pytest.raises(KitError, match=r"preds.journal.1.jsonl: made with another batch"):
+            first.gather(2)
+
+
+def test_one_run_at_a_time_writes_a_journal_and_its_children_do_not_hold_it(listing, tmp_path):
+    out, context = tmp_path / "preds.csv", multiprocessing.get_context("fork")
+    with Journal(out, listing, HEADER) as journal:
+        journal.append(rows_of(listing, range(4)))
+        with pytest.raises(KitError, match="preds.journal.jsonl: another run writes it; .* --out"):
+            Journal(out, listing, HEADER, restart=True)
+        end = context.Event()
+        child = context.Process(target=end.wait)
+        child.start()
+    with Journal(out, listing, HEADER) as journal:
+        assert journal.done.tolist() == [True] * 4 + [False] * 4
+    end.set()
+    child.join()
 
 
 def test_ranks_write_apart_and_are_gathered(listing, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from solution.scoring.files import (
     Track,
     check_submission,
     ensure_writable,
+    listing_record,
     main,
     members_path,
     order_warning,
@@ -116,6 +118,19 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     assert out.read_bytes() == "ä\n".encode()
 
 
+def test_a_write_that_fails_names_its_target(tmp_path):
+    (tmp_path / "x.csv").mkdir()
+    with pytest.raises(IsADirectoryError) as told:
+        write_atomically(tmp_path / "x.csv", "x")
+    assert told.value.filename == str(tmp_path / "x.csv")
+    with pytest.raises(OSError, match="No space") as told, atomic_file(tmp_path / "y.csv"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert told.value.filename == str(tmp_path / "y.csv")
+    with pytest.raises(FileNotFoundError) as told, atomic_file(tmp_path / "y.csv"):
+        (tmp_path / "gone").read_bytes()
+    assert told.value.filename == str(tmp_path / "gone") and os.listdir(tmp_path) == ["x.csv"]
+
+
 def test_a_new_file_has_the_usual_rights_and_a_link_is_kept(tmp_path):
     usual = tmp_path / "usual"
     usual.touch()
@@ -137,6 +152,7 @@ def test_an_unwritable_output_is_known_before_any_work(tmp_path):
         (tmp_path / "no" / "x.csv", "create it first"),
         (tmp_path / "folder.csv", "not a regular file"),
         (tmp_path / "old.csv" / "x.csv", "no folder"),
+        (tmp_path / "old.csv" / "x.csv", "old.csv is there"),
         (tmp_path / ("n" * 300 + ".csv"), "name too long"),
         (Path("/dev/null"), "not a regular file"),
         (Path("/proc/x.csv"), "cannot be written"),
@@ -274,12 +290,12 @@ def test_faces_and_tracks_have_rows_and_columns_of_their_own(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- merging
-def part(folder: Path, index: int, names_, shard="auto", weights="w1", **more) -> str:
+def part(folder: Path, index: int, names_, shard="auto", weights="w1", run=None, **more) -> str:
     path = folder / f"part{index}.csv"
     write_scores([(name, 0.5 + index / 10) for name in names_], path, decimals=4)
     if shard is not None:
-        run = {"shard": f"{index}/3" if shard == "auto" else shard, "weights": weights}
-        write_atomically(run_path(path), json.dumps(run))
+        record = {"shard": f"{index}/3" if shard == "auto" else shard, "weights": weights, **(run or {})}
+        write_atomically(run_path(path), json.dumps(record))
     rows = sidecar(names_, **more)
     write_sidecar(rows, members_path(path), ["global"], frames=more.get("frames", False))
     return str(path)
@@ -334,6 +350,45 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, 
     assert main(["merge", *parts, "--out", str(out)]) == 2
     assert reason in capsys.readouterr().err
     assert not out.exists() and not members_path(out).exists()
+
+
+ALL = {"listing": listing_record(["a.png", "b.png", "c.png"])}
+
+
+@pytest.mark.parametrize(
+    ("names_", "run", "reason"),
+    [
+        (["c.png"], {}, "different listings, of 3 and unknown inputs"),
+        (["c.png"], {"listing": listing_record(["a.png", "b.png", "d.png"])}, "different listings, of 3 and 3 inputs"),
+        ([], ALL, "2 rows, which are not those of the 3 inputs"),
+        (["d.png"], ALL, "3 rows, which are not those of the 3 inputs"),
+        (["c.png"], ALL | {"listing": 5}, "expected an object as 'listing', found 5"),
+        (["c.png"], ALL, ""),
+    ],
+)
+def test_shards_are_of_one_listing_and_have_all_of_it(tmp_path, capsys, names_, run, reason):
+    parts = [part(tmp_path, 1, ["a.png"], run=ALL), part(tmp_path, 2, ["b.png"], run=ALL)]
+    parts.append(part(tmp_path, 3, names_, run=run))
+    out = tmp_path / "preds.csv"
+    assert main(["merge", *parts, "--out", str(out)]) == (2 if reason else 0)
+    assert reason in capsys.readouterr().err and out.exists() == (not reason)
+
+
+@pytest.mark.parametrize("key", ["precision", "frames", "video_mean", "device", "torch", "batch", "input"])
+def test_parts_scored_differently_are_refused_by_what_differs(tmp_path, capsys, key):
+    parts = [part(tmp_path, i, [f"{i}.png"], run={"scoring": {"people": "one", key: f"x{i % 2}"}}) for i in (1, 2, 3)]
+    refused = key in ("precision", "frames", "video_mean")
+    assert main(["merge", *parts, "--out", str(tmp_path / "preds.csv")]) == (2 if refused else 0)
+    assert (f"{key} is 'x1' in one and 'x0' in the other" in capsys.readouterr().err) == refused
+
+
+def test_without_sidecars_it_is_said_that_failures_are_unknown(tmp_path, capsys):
+    parts = [part(tmp_path, i, [f"{i}.png"]) for i in (1, 2, 3)]
+    members_path(parts[1]).unlink()
+    assert main(["merge", *parts, "--out", str(tmp_path / "preds.csv")]) == 0
+    told = capsys.readouterr().out
+    assert told.endswith(f"how many of them failed is unknown: there is no {members_path(parts[1])}\n")
+    assert not members_path(tmp_path / "preds.csv").exists()
 
 
 def test_the_check_command(tmp_path, capsys):
