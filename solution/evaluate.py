@@ -1,7 +1,7 @@
 """Entry: metrics, robustness sweep, report.
 
     python -m solution.evaluate --data MANIFEST --weights BUNDLE --out DIR [--degraded] [--robustness]
-    python -m solution.evaluate --preds preds.csv --labels labels.csv --out DIR
+    python -m solution.evaluate --preds preds.csv --labels labels.csv --out DIR [--split val]
 
 Pictures go in; `evaluation.json` (every number with its protocol), `scores.csv`, `report.html` and `figures/*.png` come
 out. Raw logits of each condition (clean, degraded with a seed, one op at one strength, ...) are kept in `DIR/scores`,
@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from solution.config import VoteConfig
-from solution.data.labels import EXPECTED, LABEL_COLUMNS, PATH_COLUMNS, column_of, label_of
+from solution.data.labels import EXPECTED, LABEL_COLUMNS, OTHER_COLUMNS, PATH_COLUMNS, column_of, label_of, split_of
 from solution.errors import UsageError, door, tell
 from solution.evaluation import report
 from solution.evaluation.conditions import degraded_conditions, limit_frames, limit_items, sweep_conditions
@@ -46,6 +46,11 @@ from solution.scoring.vote import combine
 
 # The last as in DFDC's `filename,label`, whose label is P(fake).
 SCORE_COLUMNS = ("score", "p_fake", "p", "probability", "prob", "prediction", "pred", "label")
+# Options that mean nothing to the other of the two ways, by the option that chooses theirs.
+ONLY_WITH = {
+    "data": ("weights", "degraded", "robustness", "frames", "limit", "device", "fast", "batch_size", "workers"),
+    "preds": ("labels", "logits", "by_name", "threshold"),
+}
 
 
 class Ensemble(Protocol):
@@ -95,13 +100,13 @@ def calibrated(condition: Condition, logits: Logits, ensemble: Ensemble) -> Run:
 
 # ------------------------------------------------------------------------------------------------ anyone's scores
 def read_predictions(
-    preds: Path, labels: Path, *, logits: bool = False, by_name: bool = False
+    preds: Path, labels: Path, *, logits: bool = False, by_name: bool = False, split: str | None = None
 ) -> tuple[Pictures, Run, str]:
     """Scores joined to labels by picture name, and a note on predictions without a label (which are left out).
 
     preds: CSV with a column of names and one of scores (`image,score` as submit.py writes it). labels: CSV with names
     and `label` (0 or real, 1 or fake), and perhaps `source`, `split`, `video`. logits: the scores are logits, not
-    probabilities. by_name: compare file names without their folders.
+    probabilities. by_name: compare file names without their folders. split: rows of these only, as in `read_items`.
     """
     key = (lambda n: n.replace("\\", "/").rpartition("/")[2]) if by_name else str
     scores = _read_scores(preds, key, logits)
@@ -109,6 +114,8 @@ def read_predictions(
     for number, row in _csv(labels):
         columns = columns or (_column(labels, row, PATH_COLUMNS), _column(labels, row, LABEL_COLUMNS))
         rows.append((key(_name(row, columns[0], f"{labels}, line {number}")), row))
+    extra = len(set(scores) - {name for name, _ in rows})
+    rows = _of_splits(labels, rows, split) if split else rows
     names = [name for name, _ in rows]
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
@@ -126,11 +133,29 @@ def read_predictions(
         sources=tuple(row.get("source") or "" for _, row in rows),
         videos=tuple(row.get("video") or "" for _, row in rows),
     )
-    extra = len(set(scores) - set(names))
     note = f"{extra} predictions without a label left out" if extra else ""
     p = np.array([scores[name] for name in names])
     given = Condition("given", "given", "scores as given")
     return pictures, Run(given, {"scores": p}), note
+
+
+def _of_splits(
+    labels: Path, rows: Sequence[tuple[str, dict[str, str]]], wanted: str
+) -> list[tuple[str, dict[str, str]]]:
+    """The rows of the splits `wanted`, with commas between, in any usual spelling; each must have some."""
+    column = column_of(rows[0][1], OTHER_COLUMNS["split"])
+    splits = [split_of(row[column]) if column else "" for _, row in rows]
+    there = sorted(set(splits) - {""})
+    if not there:
+        raise EvaluationError(
+            f"{labels}: no row names a split, and --split {wanted} was asked for; give it a column `split`, or leave "
+            "--split out"
+        )
+    asked = [split_of(part) for part in wanted.split(",")]
+    for part in asked:
+        if part not in there:
+            raise EvaluationError(f"{labels}: no row of split {part!r}; it has {', '.join(there)}")
+    return [row for row, own in zip(rows, splits) if own in asked]
 
 
 def _read_scores(preds: Path, key: Callable[[str], str], logits: bool) -> dict[str, float]:
@@ -272,9 +297,15 @@ def text_table(results: Mapping[str, Any]) -> str:
 @door("evaluate", interrupted="interrupted; the same command goes on where it stopped", refused=(ValueError,))
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a bundle on a manifest, or anyone's scores; 0 done, 2 usage, 3 environment or weights."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     if (arguments.data is None) == (arguments.preds is None):
         raise UsageError("give either --data with --weights, or --preds with --labels")
+    way, other = ("preds", "data") if arguments.data is None else ("data", "preds")
+    for name in ONLY_WITH[other]:
+        if getattr(arguments, name) != parser.get_default(name):
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} goes with --{other} and means nothing with --{way}; leave it out")
     if arguments.preds is not None:
         return _evaluate_predictions(arguments)
     return _evaluate_bundle(arguments)
@@ -286,7 +317,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, help="manifest: CSV, DeepfakeBench JSON, or a folder")
     add("--weights", help="the bundle to evaluate")
     add("--preds", type=Path, help="CSV of anyone's scores, `image,score`")
-    add("--labels", type=Path, help="CSV of their labels, `path,label[,source,video]`")
+    add("--labels", type=Path, help="CSV of their labels, `path,label[,source,split,video]`")
     add("--logits", action="store_true", help="the scores of --preds are logits")
     add("--by-name", action="store_true", help="join --preds by file name alone")
     add("--threshold", type=float, default=0.5, help="of --preds: fake at or above")
@@ -342,12 +373,15 @@ def _evaluate_predictions(arguments: argparse.Namespace) -> int:
         arguments.labels,
         logits=arguments.logits,
         by_name=arguments.by_name,
+        split=arguments.split,
     )
     protocol = {
         "title": arguments.preds.name,
         "origin": f"scores {arguments.preds.name} {_file_hash(arguments.preds)[:12]}, "
-        f"labels {arguments.labels.name} {_file_hash(arguments.labels)[:12]}",
+        f"labels {arguments.labels.name} {_file_hash(arguments.labels)[:12]}"
+        f"{f', split {arguments.split}' if arguments.split else ''}",
         "pictures": len(pictures.names),
+        "split": arguments.split or "all rows",
         "threshold": {"scores": arguments.threshold},
         "bootstrap": _bootstrap_text(arguments),
         **({"left out": note} if note else {}),

@@ -2,12 +2,14 @@
 
 Takes paths; returns `Input` records and (H, W, 3) uint8 RGB arrays, row 0 at the top as a viewer shows the picture.
 Pictures go through Pillow: OpenCV's JPEG decoder gives the same pixels 1.4 times as fast (0.19 ms against 0.27 ms on
-224 px faces), but fills what a truncated file lacks with grey and does not say so.
+224 px faces), but fills what a truncated file lacks with grey and does not say so. With a JPEG that was cut and then
+closed with an end marker (FFD9) both do: libjpeg only warns, and neither Pillow, OpenCV nor torchvision hands that on.
 """
 
 from __future__ import annotations
 
 import codecs
+import errno
 import os
 import re
 import stat
@@ -15,7 +17,7 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, overload
 
@@ -54,6 +56,8 @@ _DRAWN = {
     "prepared.jsonl": re.compile(r"preview\.png|masks"),
 }
 _LABELLED = re.compile(r"(.*?)[\t ,;]+([^\t ,;]+)")  # a path, what separates, and the last word
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # how `https://` begins where pathlib has had it
+_DOWNLOAD = "not a path; nothing is fetched from the net here: download it first and give the file's path"
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -166,11 +170,11 @@ def find_inputs(source: Path) -> Inputs:
     """The pictures and videos that `source` names, sorted by name.
 
     source: a folder (walked with its sub-folders and links), a picture, a video, or a .txt file with one path a line
-        (relative to the list's folder; or one path before each NUL, as `find -print0` writes; blank lines and lines
-        that begin with # are skipped; what it names is taken for a picture unless its suffix says video). Where a line
-        as it stands names no file, blanks at its end and quotes around it are left out and `\\` is read as `/`, if that
-        names one. UTF-8, or UTF-16 with its mark. Labels after the paths (`a.jpg 0`) are left out, and `Inputs.notes`
-        says so.
+        (relative to the list's folder; or one path before each NUL, as `find -print0` writes; blank lines are skipped,
+        and lines that begin with # and name no file; what it names is taken for a picture unless its suffix says
+        video). Where a line as it stands names no file, blanks at its end and quotes around it are left out and `\\`
+        is read as `/`, if that names one. UTF-8, or UTF-16 with its mark. Labels after the paths (`a.jpg 0`) are left
+        out, and `Inputs.notes` says so.
 
     Dot files, dot folders, `__MACOSX` and what this kit itself wrote into a folder are passed over
     (`Inputs.passed_over`).
@@ -178,19 +182,22 @@ def find_inputs(source: Path) -> Inputs:
     folder called x.png included. A name with control characters or bytes that are not UTF-8 is written with \\xNN.
 
     Raises:
-        InputError: nothing there, nothing to score in it, a folder that may not be read, a name listed twice.
+        InputError: nothing there, nothing to score in it, a folder that may not be read, a name listed twice, or an
+            address (`https://...`) in place of a path.
     """
     source = Path(source)
     try:
         mode = source.stat().st_mode
     except OSError as error:
+        if _ADDRESS.match(source.as_posix()):
+            raise InputError(f"{printable(str(source))} is an address, {_DOWNLOAD}") from None
         raise InputError(
             f"{printable(str(source))}: {error.strerror or error}; expected a folder, a picture, a video, "
             "or a .txt list of paths"
         ) from None
     if stat.S_ISDIR(mode):
         passed: Counter[str] = Counter()
-        names = list(_walk(str(source), "", frozenset(), passed))
+        names = _walk(str(source), passed)
         if not names:
             known = " ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
             raise InputError(f"{source}: no pictures or videos in it; looked for {known}")
@@ -233,37 +240,64 @@ def is_output(name: str, siblings: Container[str]) -> bool:
     return any(mark in siblings and drawn.fullmatch(name) for mark, drawn in _DRAWN.items())
 
 
-def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]], passed: Counter[str]) -> Iterator[str]:
-    """POSIX names below `folder`, each with `prefix`; what is no input is counted in `passed`.
+class _Folder(NamedTuple):
+    """A folder to be walked.
 
-    `above` are the folders around it, so that a link cannot loop.
+    prefix: of the names in it. above: device and inode of each folder around it. called_so: which of it and those
+    around it have the suffix of an input, by name.
+    """
+
+    path: str
+    prefix: str
+    above: frozenset[tuple[int, int]]
+    called_so: tuple[str, ...]
+
+
+def _walk(top: str, passed: Counter[str]) -> list[str]:
+    """POSIX names below the folder `top`, relative to it; what is no input is counted in `passed`.
+
+    A link to one of the folders around it is not followed. No recursion: folders may lie in each other by the thousand.
     """
     known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-    try:
-        here = os.stat(folder)
-        inside = above | {(here.st_dev, here.st_ino)}
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        raise InputError(
-            f"{printable(folder)}: {error.strerror or error}; a folder that cannot be read may hide pictures: "
-            "make it readable or take it out"
-        ) from None
-    names = {entry.name for entry in entries}
-    for entry in entries:
-        if is_hidden(entry.name) or is_output(entry.name, names):
-            passed["hidden" if is_hidden(entry.name) else "output"] += 1
-            continue
-        empty, is_folder = True, _is_folder(entry)
-        if is_folder:
-            found = os.stat(entry.path)
-            if (found.st_dev, found.st_ino) not in inside:
-                for name in _walk(entry.path, f"{prefix}{entry.name}/", inside, passed):
-                    empty = False
-                    yield name
-        if empty and _suffix(entry.name) in known:
-            yield prefix + entry.name
-        elif not is_folder:
-            passed[_suffix(entry.name) or "no suffix"] += 1
+    names: list[str] = []
+    called_so: dict[str, tuple[str, ...]] = {}  # by name, folders with the suffix of an input; as `_Folder.called_so`
+    filled: set[str] = set()  # those of them that have an input in them
+    waiting = [_Folder(top, "", frozenset(), ())]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            here = os.stat(folder.path)
+            inside = folder.above | {(here.st_dev, here.st_ino)}
+            entries = list(os.scandir(folder.path)) if inside != folder.above else []
+        except OSError as error:
+            raise InputError(f"{printable(folder.path)}: {_why_not_walked(error)}") from None
+        siblings = {entry.name for entry in entries}
+        for entry in entries:
+            name, suffix = folder.prefix + entry.name, _suffix(entry.name)
+            if is_hidden(entry.name) or is_output(entry.name, siblings):
+                passed["hidden" if is_hidden(entry.name) else "output"] += 1
+            elif _is_folder(entry):
+                around = folder.called_so
+                if suffix in known:
+                    called_so[name] = around
+                    around = (*around, name)
+                waiting.append(_Folder(entry.path, f"{name}/", inside, around))
+            elif suffix in known:
+                names.append(name)
+                filled.update(folder.called_so)
+            else:
+                passed[suffix or "no suffix"] += 1
+    for name, around in reversed(called_so.items()):  # the inner ones first
+        if name not in filled:
+            names.append(name)
+            filled.update(around)
+    return names
+
+
+def _why_not_walked(error: OSError) -> str:
+    if error.errno == errno.ENAMETOOLONG:
+        return "longer than a path may be here; move what is in it further up, or give its folders shorter names"
+    return f"{error.strerror or error}; a folder that cannot be read may hide pictures: make it readable or take it out"
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -291,8 +325,11 @@ def _read_list(source: Path) -> tuple[list[str], list[str]]:
     lines = []
     for number, line in enumerate(text.split("\0" if "\0" in text else "\n"), start=1):
         line = as_file(source.parent, line.strip("\n") if "\0" in text else line.rstrip("\r"))
-        if line.strip() and not line.startswith("#"):
-            lines.append((number, line))
+        if not line.strip() or _is_comment(source.parent, line):
+            continue
+        if "://" in line and not os.path.exists(source.parent / line):
+            raise InputError(f"{source}, line {number}: {printable(line)!r} is an address, {_DOWNLOAD}")
+        lines.append((number, line))
     lines, notes = _without_labels(source, lines)
     seen: dict[str, int] = {}
     for number, line in lines:
@@ -306,6 +343,11 @@ def _read_list(source: Path) -> tuple[list[str], list[str]]:
     if not seen:
         raise InputError(f"{source}: the list is empty; expected one path a line")
     return list(seen), notes
+
+
+def _is_comment(folder: Path, line: str) -> bool:
+    """Whether a line begins with # and is not the name of a file in `folder`, with or without a label behind it."""
+    return line.startswith("#") and not any(os.path.isfile(folder / name) for name in (line, labelled(line)[0]))
 
 
 def _without_labels(source: Path, lines: list[tuple[int, str]]) -> tuple[list[tuple[int, str]], list[str]]:
@@ -369,13 +411,16 @@ def decode_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
     max_pixels: larger pictures are refused before they are decoded (Pillow itself refuses above 179 M).
 
     Raises:
-        UnreadableInput: no regular file, no picture, truncated (never a part of a picture), damaged, too large.
+        UnreadableInput: no regular file, no picture, truncated (never a part of a picture), damaged, too large. What
+            the decoder conceals is not told: of a JPEG that was cut and then closed with an end marker, the lost part
+            comes grey (of a progressive one, blurred).
     """
     with open_regular(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Pillow warns of is either harmless or refused here
         ImageFile.LOAD_TRUNCATED_IMAGES = False  # a process-wide switch that some libraries leave on
         try:
-            with Image.open(file, formats=_formats(path, file)) as image:
+            formats = _formats(path, file)
+            with Image.open(file, formats=formats) as image:
                 if image.width * image.height > max_pixels:
                     raise UnreadableInput(
                         path,
@@ -386,6 +431,9 @@ def decode_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
         except UnreadableInput:
             raise
         except Image.UnidentifiedImageError:
+            if formats != FORMATS:
+                kind = {"AVIF": "AVIF", "HEIF": "HEIC"}[formats[-1]]
+                raise UnreadableInput(path, f"damaged or truncated {kind} picture") from None
             raise UnreadableInput(path, f"not a picture of a kind read here ({', '.join(FORMATS)})") from None
         except Image.DecompressionBombError as error:
             raise UnreadableInput(path, f"too large: {error}") from None

@@ -2,6 +2,12 @@
 
 Takes paths; returns frame numbers from 0 with (H, W, 3) uint8 RGB arrays, upright as a player shows them. Decoding is
 OpenCV's FFmpeg, fed from an opened file.
+
+Damage is told where a frame is missing, not where it is wrong: what FFmpeg cannot decode of a frame it fills from the
+frames around it, and says so in its log alone. OpenCV opens the decoder without options (`err_detect` in
+OPENCV_FFMPEG_CAPTURE_OPTIONS reaches the container's reader only) and hands no mark of it on. With 4,000 random bytes
+among its data a video in MPEG-4, VP8 or VP9 is read as if it were sound, and so is one in Motion JPEG unless they hit
+the beginning of a frame.
 """
 
 from __future__ import annotations
@@ -51,7 +57,8 @@ def sample_frames(path: Path | str, count: int) -> list[tuple[int, np.ndarray]]:
     frames, 6 MB each at 1920x1080.
 
     Raises:
-        UnreadableInput: no regular file, no video, sound alone, no frames, or more than 2 % of what the header promises is missing.
+        UnreadableInput: no regular file, no video, sound alone, no frames, more than 2 % of what the header promises is
+            missing, or the decoder gives no frame where one is wanted (it conceals most damage: see above).
     """
     if count < 1:
         raise ValueError(f"count is {count}; at least one frame must be asked for")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
+import shutil
 import sys
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -92,6 +96,28 @@ def test_odd_lists_are_read_where_their_files_are(tmp_path):
     (tmp_path / "list.txt").write_bytes(b"\xff\xfea")
     with pytest.raises(InputError, match="begins as UTF-16 does"):
         find_inputs(tmp_path / "list.txt")
+
+
+def test_a_line_that_begins_with_a_hash_is_a_comment_unless_a_file_is_called_so(tmp_path):
+    touch(tmp_path, "#1.jpg", "a.jpg", "#folder/b.jpg")
+    (tmp_path / "list.txt").write_text("# a.jpg\n#1.jpg\na.jpg\n#gone.jpg\n#folder\n# of https://example.com\n")
+    assert [f.name for f in find_inputs(tmp_path / "list.txt")] == ["#1.jpg", "a.jpg"]
+    (tmp_path / "list.txt").write_text("# image label\n#1.jpg 0\na.jpg 1\n")
+    assert [f.name for f in find_inputs(tmp_path / "list.txt")] == ["#1.jpg", "a.jpg"]
+
+
+def test_an_address_is_refused_and_not_made_a_path(tmp_path):
+    touch(tmp_path, "a.jpg", "odd:/b.jpg")
+    for line in ("https://example.com/a.jpg", "s3://store/a.jpg 1", '"http://example.com/a.jpg"'):
+        (tmp_path / "list.txt").write_text(f"a.jpg\n{line}\n")
+        with pytest.raises(
+            InputError, match="list.txt, line 2: .*://.* is an address, not a path; .*download it first"
+        ):
+            find_inputs(tmp_path / "list.txt")
+    with pytest.raises(InputError, match="https:/example.com/a.jpg is an address, not a path; .*download it first"):
+        find_inputs(Path("https://example.com/a.jpg"))
+    (tmp_path / "list.txt").write_text("odd://b.jpg\n")  # a path as it stands
+    assert [f.name for f in find_inputs(tmp_path / "list.txt")] == ["odd:/b.jpg"]
 
 
 def test_hidden_files_are_no_inputs_and_what_is_passed_over_is_counted(tmp_path):
@@ -190,6 +216,55 @@ def test_folders_named_like_files_and_links_in_circles(tmp_path):
     ]
 
 
+def test_only_the_innermost_empty_folder_of_a_files_name_is_listed(tmp_path):
+    for folder in ("a.png/b.png", "c.png/d", "e.png/f/g.mp4/h.gif"):
+        (tmp_path / folder).mkdir(parents=True)
+    touch(tmp_path, "e.png/f/g.mp4/notes.md", "i.jpg/j/k.png")
+    assert [f.name for f in find_inputs(tmp_path)] == ["a.png/b.png", "c.png", "e.png/f/g.mp4/h.gif", "i.jpg/j/k.png"]
+
+
+@contextlib.contextmanager
+def nested(top: Path, name: str, levels: int) -> Iterator[None]:
+    """Folders called `name`, each in the one before, made from within: their path may be longer than any may be.
+
+    They are taken away here: pytest's own removal of them recurses.
+    """
+    here = os.open(top, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir(name, dir_fd=here)
+        inner = os.open(name, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(os.open("a.png", os.O_WRONLY | os.O_CREAT, dir_fd=here))
+    os.close(here)
+    try:
+        yield
+    finally:
+        for _ in range(levels - 1):
+            (top / name / name).rename(top / "inner")
+            (top / name).rmdir()
+            (top / "inner").rename(top / name)
+        shutil.rmtree(top / name)
+
+
+def test_folders_lie_in_each_other_by_the_thousand(tmp_path):
+    with nested(tmp_path, "d", 1100):
+        assert [f.name for f in find_inputs(tmp_path)] == ["d/" * 1100 + "a.png"]
+
+
+def test_names_longer_than_the_system_takes_are_refused_in_words(tmp_path):
+    said = "longer than a path may be here; move what is in it further up"
+    with nested(tmp_path, 200 * "d", 25), pytest.raises(InputError, match=said):  # 5,000 characters; Linux takes 4,096
+        find_inputs(tmp_path)
+    long = 300 * "a" + ".png"
+    with pytest.raises(InputError, match="File name too long; expected a folder"):
+        find_inputs(tmp_path / long)
+    (tmp_path / "list.txt").write_text(f"{long}\n#{long}\n")
+    (listed,) = find_inputs(tmp_path / "list.txt")
+    with pytest.raises(UnreadableInput, match="File name too long"):
+        decode_image(listed.path)
+
+
 def test_a_million_inputs_cost_their_names_only():
     inputs = Inputs(Path("/data"), [f"{i:07d}.png" for i in range(50_000)], {})
     sum(len(f.path.name) for f in inputs)  # pathlib interns names in one table of the process, which may grow
@@ -226,6 +301,26 @@ def test_a_heic_picture_says_what_reads_it(tmp_path, monkeypatch):
         with pytest.raises(UnreadableInput, match="a HEIC picture; to read it: pip install pillow-heif"):
             decode_image(tmp_path / name)
     assert len(find_inputs(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "HEIC"])
+def test_a_truncated_avif_or_heic_is_called_so(tmp_path, monkeypatch, kind):
+    path = tmp_path / "x.jpg"
+    if kind == "AVIF":
+        if not features.check("avif"):
+            pytest.skip("this Pillow reads no AVIF")
+        content = save(tmp_path / "x.avif", small_face()).read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+    else:
+
+        def refuse(*_):  # as pillow_heif does
+            raise SyntaxError("Invalid input")
+
+        monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=lambda: None))
+        monkeypatch.setitem(Image.OPEN, "HEIF", (refuse, None))
+        path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    with pytest.raises(UnreadableInput, match=f"x.jpg: damaged or truncated {kind} picture$"):
+        decode_image(path)
 
 
 def test_forty_odd_files_each_decode_or_name_their_reason(tmp_path):
@@ -346,6 +441,13 @@ def test_a_truncated_file_is_an_error_or_complete(tmp_path, kind, options, monke
         except UnreadableInput:
             refused += 1
     assert refused >= 39
+
+
+def test_a_jpeg_that_was_closed_after_its_cut_is_read_with_grey_as_the_docstring_owns(tmp_path):
+    content = save(tmp_path / "x.jpg", data.astronaut(), quality=90).read_bytes()
+    (tmp_path / "x.jpg").write_bytes(content[: len(content) // 2] + b"\xff\xd9")
+    picture = decode_image(tmp_path / "x.jpg")
+    assert (picture[-100:] == 128).all()  # should this fail, libjpeg's warning reaches us: refuse the file
 
 
 def test_too_many_pixels_are_refused_before_decoding(tmp_path):
@@ -491,6 +593,28 @@ def test_a_truncated_video_says_so_and_nothing_else(tmp_path, name, part, capfd)
     with pytest.raises(UnreadableInput, match="truncated|empty"):
         sample_frames(path, 8)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("name", "codec", "told"), [("a.avi", "MJPG", True), ("a.mp4", "mp4v", False)])
+def test_damage_is_told_where_a_frame_is_missing_and_not_where_it_is_concealed(tmp_path, name, codec, told):
+    path = tmp_path / name
+    noise = np.random.default_rng(0)
+    with videos._quiet():
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 25.0, (320, 240))
+    for _ in range(40):
+        writer.write(noise.integers(0, 256, (240, 320, 3), np.uint8))
+    writer.release()
+    content = bytearray(path.read_bytes())
+    start = len(content) // 3
+    if told:
+        start = content.index(b"\xff\xd8", start)  # a frame's beginning
+    content[start : start + 4000] = noise.bytes(4000)
+    path.write_bytes(content)
+    if told:
+        with pytest.raises(UnreadableInput, match="frame .* of 40 cannot be decoded; the video is damaged"):
+            sample_frames(path, 40)
+    else:
+        assert len(sample_frames(path, 40)) == 40  # should this fail, OpenCV tells of it: correct videos.py
 
 
 def test_a_text_called_mp4_and_a_name_that_is_not_utf8(tmp_path):

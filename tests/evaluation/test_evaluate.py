@@ -19,7 +19,7 @@ from PIL import Image
 from solution import evaluate
 from solution.config import MEMBERS, OPS, DegradationConfig, VoteConfig
 from solution.data.manifest import Item
-from solution.evaluation import fit, measure, metrics, report
+from solution.evaluation import fit, kept, measure, metrics, report
 from solution.evaluation.conditions import degraded_conditions, limit_frames, limit_items, sweep_conditions
 from solution.evaluation.measure import CLEAN
 from solution.models.calibration import Calibrator, sigmoid
@@ -279,6 +279,32 @@ def test_other_weights_pictures_or_seeds_score_anew(tmp_path):
     evaluated(tmp_path, conditions=[CLEAN], scorer=scorer, ensemble=again)
 
 
+def test_other_code_or_another_file_of_the_same_name_and_size_scores_anew(tmp_path, monkeypatch):
+    one = tmp_path / "0.png"
+    one.write_bytes(b"the picture")
+    given = [dataclasses.replace(item, path=one) if i == 0 else item for i, item in enumerate(items())]
+
+    def asked():
+        scorer = Scorer()
+        evaluated(tmp_path / "out", conditions=[CLEAN], items=given, scorer=scorer)
+        return scorer.asked
+
+    assert (asked(), asked()) == (120, 0)
+    one.write_bytes(b"another one")
+    assert (asked(), asked()) == (120, 0)
+    kept.code_hash.cache_clear()
+    monkeypatch.setattr(kept, "source_hash", lambda *modules: f"changed {modules}")
+    assert (asked(), asked()) == (120, 0)
+    kept.code_hash.cache_clear()  # of the changed sources
+
+
+def test_the_hash_of_the_code_covers_every_wing_that_makes_a_score(monkeypatch):
+    named = []
+    monkeypatch.setattr(kept, "source_hash", lambda *modules: named.extend(modules) or "")
+    kept.code_hash.__wrapped__("studies.drift")
+    assert named == ["data", "models", "bundles", "scoring", "studies.drift"]
+
+
 def test_a_damaged_score_file_is_named(tmp_path):
     evaluated(tmp_path, conditions=[CLEAN])
     (path,) = (tmp_path / "scores").glob("*.npz")
@@ -489,6 +515,63 @@ def test_scores_that_do_not_fit_their_labels_refuse(tmp_path, capsys):
     assert "none of the columns score" in run()[1]
     rewrite([["image", "score"]])
     assert "no rows" in run()[1]
+
+
+def test_given_scores_are_measured_on_the_splits_asked_for(tmp_path, capsys):
+    _, preds = scores_and_labels(tmp_path)
+    words = ("train", "Validation", "unseen", "")
+    labels = [[i.name, k // 4 % 2, words[k % 4]] for k, i in enumerate(items(60))]
+
+    def run(*more, header="Subset"):
+        with (tmp_path / "labels.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["path", "label", header], *labels])
+        files = f"--preds {tmp_path}/preds.csv --labels {tmp_path}/labels.csv --out {tmp_path}/out --draws 20"
+        code = evaluate.main([*files.split(), *more])
+        return code, capsys.readouterr().err
+
+    def measured():
+        results = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+        return results["protocol"], row_of(results, who="scores", condition="given", scope="all")
+
+    assert run() == (0, "")
+    assert (measured()[0]["split"], measured()[1]["n"]) == ("all rows", 60)
+    with (tmp_path / "preds.csv").open("w", newline="") as file:  # those of `unseen` are enough for it
+        csv.writer(file).writerows([["image", "score"], *preds[2::4]])
+    assert "no score for" in run("--split", "val,unseen")[1]
+    assert run("--split", "unseen") == (0, "")
+    protocol, row = measured()
+    y, p = np.array([label for _, label, _ in labels[2::4]]), np.array([score for _, score in preds[2::4]])
+    assert (row["n"], row["auc"]) == (15, metrics.auc(y, p))
+    assert (
+        protocol["split"] == "unseen" and protocol["origin"].endswith(", split unseen") and "left out" not in protocol
+    )
+    code, error = run("--split", "unseen,test")
+    assert code == 2 and "labels.csv: no row of split 'test'; it has train, unseen, val" in error
+    code, error = run("--split", "val", header="remark")
+    assert code == 2 and "no row names a split, and --split val was asked for" in error
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--weights w", "--degraded", "--robustness", "--frames 3", "--limit 9", "--device cpu", "--fast", "--batch-size 2"]
+    + ["--workers 0"],
+)
+def test_options_of_a_bundle_are_refused_with_given_scores(tmp_path, capsys, option):
+    scores_and_labels(tmp_path)
+    command = f"--preds {tmp_path}/preds.csv --labels {tmp_path}/labels.csv --out {tmp_path}/out {option}"
+    assert evaluate.main(command.split()) == 2
+    name = option.split()[0]
+    assert (
+        capsys.readouterr().err == f"evaluate: {name} goes with --data and means nothing with --preds; leave it out\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--labels l.csv", "--logits", "--by-name", "--threshold .7"])
+def test_options_of_given_scores_are_refused_with_a_bundle(tmp_path, kit, capsys, option):
+    command = f"--data {manifest(tmp_path, items(20))} --weights w --out {tmp_path / 'out'} {option}"
+    assert evaluate.main(command.split()) == 2
+    assert f"{option.split()[0]} goes with --preds and means nothing with --data" in capsys.readouterr().err
 
 
 def test_swapped_labels_are_suspected_and_what_was_taken_as_fake_is_said(tmp_path, capsys):
