@@ -107,13 +107,16 @@ def assemble(
 def member_logits(
     bundle: Bundle, items: list, conditions: Sequence[Any], folder: Path, settings: Settings
 ) -> list[dict]:
-    """Raw logits (N,) of every member under each condition, kept in `folder` by the member's own weights: a member that
-    is trained anew is scored alone, and the others' are taken from there."""
+    """Raw logits (N,) of every member under each condition, kept in `folder` by the member's own weights and the device: a
+    member that is trained anew is scored alone, and the others' are taken from there."""
     from solution.bundles.bundle import member_hash
     from solution.evaluation.kept import keep_logits, kept_logits, score
+    from solution.models.merging import pick_device
     from solution.scoring.ensemble import load_ensemble, score_pictures
 
-    keys = {name: {"key": member_hash(bundle, name), "folder": folder} for name in bundle.configs}
+    place = pick_device(settings.device).type
+    depends = {name: {"member": member_hash(bundle, name), "device": place} for name in bundle.configs}
+    keys = {name: {"key": key, "folder": folder} for name, key in depends.items()}
 
     @functools.cache  # the same members are missing under most conditions
     def loaded(*members: str) -> Any:

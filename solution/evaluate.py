@@ -54,11 +54,14 @@ ONLY_WITH = {
 
 
 class Ensemble(Protocol):
-    """What evaluation needs to know of a bundle; `predict.load_ensemble` gives it."""
+    """What evaluation needs to know of a bundle; `scoring.ensemble.load_ensemble` gives it."""
 
     vote: VoteConfig
     calibrators: Mapping[str, Calibrator]
     hash: str
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """What a logit depends on, beside the picture."""
 
 
 # ------------------------------------------------------------------------------------------------ scoring
@@ -80,7 +83,7 @@ def score_conditions(
     with tqdm(total=total, unit="picture", disable=not progress) as bar:
         for condition in conditions:
             bar.set_description(condition.name)
-            key = f"{ensemble.hash}-{way}" if way else ensemble.hash
+            key = [dict(ensemble.fingerprint()), way]
             logits = condition_logits(items, condition, scorer=scorer, key=key, folder=folder, done=bar.update)
             runs.append(calibrated(condition, logits, ensemble))
     return runs

@@ -98,6 +98,7 @@ def _giant(member: str) -> MemberConfig:
             optim=optim,
             train=train,
         )
+    require(member == "vlaforge", f"the preset giant has no member {member!r}")
     optim = OptimConfig(lr=2e-5, schedule="constant", warmup_steps=0)
     train = TrainConfig(epochs=60, steps_per_epoch=300, batch=32, accumulate=1)
     view = ViewConfig("face", 256, 256)  # the ForgePerceiver sees 256 px; the member resizes that to CLIP's 224 itself
@@ -223,6 +224,7 @@ def _compact(member: str) -> MemberConfig:
         shared["optim"] = replace(decayed, head_lr=5e-4)
         shared["qtfp"] = replace(QTFP_LIVE, readout="each", raal_warmup=500)
         return MemberConfig("qtfp", whole, _compact_tower("qtfp"), full, **shared)
+    require(member == "vlaforge", f"the preset compact has no member {member!r}")
     vlaforge = VlaforgeConfig(
         width=96,
         blocks=4,

@@ -181,7 +181,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_sha256(path: Path, expected: str, what: str = "") -> None:
+def check_sha256(path: Path, expected: str) -> None:
     """Refuse a file whose SHA-256 is not `expected`.
 
     Raises:
@@ -190,6 +190,6 @@ def check_sha256(path: Path, expected: str, what: str = "") -> None:
     found = sha256(path)
     if found != expected:
         raise WeightsError(
-            f"{what or path}: SHA-256 is {found}, expected {expected}; the file was changed or is damaged: fetch it "
+            f"{path}: SHA-256 is {found}, expected {expected}; the file was changed or is damaged: fetch it "
             "again (python -m solution.weights pull --force ...) or restore it"
         )

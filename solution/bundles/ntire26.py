@@ -64,8 +64,8 @@ _CLIP_BLOCK = ("layer_norm1.{w}", "layer_norm2.{w}", "mlp.fc1.{w}", "mlp.fc2.{w}
 _CLIP_BLOCK += tuple(f"self_attn.{p}_proj.{{w}}" for p in ("q", "k", "v", "out"))
 
 
-def published_keys(member: str, dino: Dinov2Arch, clip: ClipArch | None = None) -> dict[str, tuple[str, str]]:
-    """Every key of a member's published file -> (group, key there), for towers of the given geometry."""
+def published_keys(dino: Dinov2Arch, clip: ClipArch | None = None) -> dict[str, tuple[str, str]]:
+    """Every key of a stream's published file -> (group, key there), for towers of the given geometry; clip: fusion's."""
     table: dict[str, tuple[str, str]] = {}
 
     def add(prefix: str, group: str, pattern: str) -> None:
@@ -177,7 +177,7 @@ def sort_keys(
     Raises:
         WeightsError: missing or unknown keys, by the file's own names.
     """
-    table = published_keys(member, dino, clip)
+    table = published_keys(dino, clip)
     missing, unknown = sorted(set(table) - set(state)), sorted(set(state) - set(table))
     if missing or unknown:
         raise WeightsError(

@@ -114,13 +114,7 @@ class SelfTest:
         return "\n".join([f"self-test on {self.where}, tolerance {self.tolerance:g}", *lines])
 
 
-def run_selftest(
-    bundle: Bundle,
-    device: str | torch.device = "cpu",
-    *,
-    dtype: torch.dtype = torch.float32,
-    towers_from: Mapping[str, str] | None = None,
-) -> SelfTest:
+def run_selftest(bundle: Bundle, device: str | torch.device = "cpu", *, dtype: torch.dtype = torch.float32) -> SelfTest:
     """Recompute the bundle's golden logits on `device` and compare.
 
     Raises:
@@ -145,7 +139,7 @@ def run_selftest(
             f"{path}: of {sorted(golden['logits'])}, expected {sorted(bundle.configs)}; make it again: "
             f"python -m solution.weights golden {bundle.folder}"
         )
-    members = load_members(bundle, device=device, dtype=dtype, towers_from=towers_from)
+    members = load_members(bundle, device=device, dtype=dtype)
     worst = {}
     for name, found in golden_logits(members).items():
         pairs = zip(found, golden["logits"][name], strict=True)

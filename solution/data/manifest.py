@@ -31,6 +31,7 @@ from solution.data.labels import (
     split_of,
 )
 from solution.data.lists import ManifestError, clips, mask_beside, read_json, read_table
+from solution.data.ties import tied
 from solution.data.videos import middle_places
 
 # The splits that training draws from and is judged on; `unseen` has generators that training has not.
@@ -310,23 +311,12 @@ def _names_of(rows: Sequence[Item], units: Sequence[int], places: Sequence[str])
 
 def _together(rows: Sequence[Item], files: Sequence[Any], places: Sequence[str]) -> list[int]:
     """A unit number a row: the same for rows that share a file, a group or a video, or, without these, a place."""
-    parent: dict[tuple, tuple] = {}
-
-    def root(key: tuple) -> tuple:
-        parent.setdefault(key, key)
-        while parent[key] != key:
-            parent[key] = key = parent[parent[key]]
-        return key
-
-    first = []
+    keys = []
     for item, file, place in zip(rows, files, places):
-        named = _keys(item)
-        keys = [*_keys(item, file), *([] if named else [("place", place)])]
-        for key in keys[1:]:
-            parent[root(key)] = root(keys[0])
-        first.append(keys[0])
+        keys.append([*_keys(item, file), *([] if _keys(item) else [("place", place)])])
+    unit = tied(keys)
     numbers: dict[tuple, int] = {}
-    return [numbers.setdefault(root(key), len(numbers)) for key in first]
+    return [numbers.setdefault(unit[of_row[0]], len(numbers)) for of_row in keys]
 
 
 def _folders(rows: Sequence[Item]) -> list[str]:

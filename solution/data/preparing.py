@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from solution.data.cropping import Cropper, CropSettings, Record, stamp
+from solution.data.degradation import use_one_opencv_thread
 from solution.data.images import decode_image, resize_image
 from solution.data.processes import Apart, Killed, alone, limit_memory, set_alarm
 from solution.data.raw import JOURNAL, WHOLE, Entry
@@ -175,7 +176,7 @@ def _remove(out: Path, record: Record | None) -> None:
 def _start(root: Path, out: Path, settings: CropSettings, limit: int) -> None:
     global _cropper, _limit
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    cv2.setNumThreads(1)
+    use_one_opencv_thread()
     limit_memory()
     _cropper, _limit = Cropper(root, out, settings), limit
 
@@ -195,7 +196,7 @@ def _work(job: Job) -> list[Record]:
 
 def _run(jobs: Sequence[Job], setup: Setup, workers: int) -> Iterator[list[Record]]:
     if workers < 1:
-        cv2.setNumThreads(1)  # a forked process would inherit more, and hang
+        use_one_opencv_thread()  # a forked process would inherit more, and hang
         with Apart(_work, start=partial(_start, *setup)) as apart:
             for job in jobs:
                 try:
@@ -255,7 +256,7 @@ def _one_by_one(job: Job, setup: Setup) -> list[Record]:
 
 
 def _prepare_one(setup: Setup, entry: Entry, place: Record | None) -> Record:
-    cv2.setNumThreads(1)
+    use_one_opencv_thread()
     return Cropper(*setup[:3]).prepare(entry, place)
 
 

@@ -18,9 +18,10 @@ import cv2
 import numpy as np
 
 from solution.config import FaceConfig
-from solution.data.faces import FaceLocator, choose_face
+from solution.data.degradation import use_one_opencv_thread
+from solution.data.faces import FaceLocator
 from solution.data.images import UnreadableInput, decode_image, find_inputs, stable_seed
-from solution.errors import KitError, door, tell
+from solution.errors import FAILURES, KitError, door, tell
 from solution.records import FaceBox
 
 # A frontal face in units of the eye distance, origin between the eyes, x to the viewer's right, y down.
@@ -321,9 +322,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Write the examples; exit codes: 0 done, 2 usage, 3 no face detector or no place, 4 done with unreadable pictures."""
     args = parse(argv)
-    cv2.setNumThreads(1)
-    config = FaceConfig()
-    locator, failed, written = FaceLocator(config), 0, 0
+    from solution.data.views import find_face  # with torch: --help answers at once
+
+    use_one_opencv_thread()
+    locator, failed, written = FaceLocator(FaceConfig()), 0, 0
     inputs = [i for i in find_inputs(args.input) if i.kind == "image"]
     args.out.mkdir(parents=True, exist_ok=True)
     for number, item in enumerate(inputs[: args.count]):
@@ -333,16 +335,14 @@ def main(argv: list[str] | None = None) -> int:
             tell(f"self_blend: {error}")
             failed += 1
             continue
-        faces = locator.locate(image)
-        face = choose_face(faces, *image.shape[:2], config)
         rng = np.random.default_rng([args.seed, number])
-        panel = side_by_side(image, *self_blend(image, face, rng))
+        panel = side_by_side(image, *self_blend(image, find_face(image, locator), rng))
         path = args.out / f"{item.name.replace('/', '_')}.png"
         if not cv2.imwrite(str(path), panel[:, :, ::-1]):
             raise KitError(f"{path}: cannot be written")
         written += 1
     print(f"{written} examples in {args.out}, {failed} pictures unreadable")
-    return 4 if failed else 0
+    return FAILURES if failed else 0
 
 
 if __name__ == "__main__":

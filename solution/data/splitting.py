@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from solution.data.raw import Entry, PassedOver
+from solution.data.ties import tied
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 _FEW = 1.5  # people in test's share, below which train needs them more
@@ -95,20 +96,11 @@ def _no_shared_people(entries: list[Entry], passed: PassedOver, remarks: list[st
 # ---------------------------------------------------------------------------------------------------- dealing
 def components(entries: Iterable[Entry]) -> dict[str, str]:
     """Person -> the first (by name) of all that entries tie together, directly or through others."""
-    parent: dict[str, str] = {}
-
-    def root(person: str) -> str:
-        parent.setdefault(person, person)
-        while parent[person] != person:
-            parent[person] = parent[parent[person]]
-            person = parent[person]
-        return person
-
-    for entry in entries:
-        for person in entry.people:
-            first, second = sorted((root(entry.people[0]), root(person)))
-            parent[second] = first
-    return {person: root(person) for person in parent}
+    one_of = tied(entry.people for entry in entries)
+    first: dict[str, str] = {}
+    for person, one in one_of.items():
+        first[one] = min(person, first.get(one, person))
+    return {person: first[one] for person, one in one_of.items()}
 
 
 def _group_names(entries: list[Entry]) -> list[str]:

@@ -284,8 +284,8 @@ def share_outside(map_: np.ndarray, covered: np.ndarray) -> float:
 def place(map_: np.ndarray, rect: Rect, size: tuple[int, int]) -> np.ndarray:
     """A map (h, w) laid over the picture where its view saw it: (H, W) float32, 0 where the view did not reach."""
     height, width = size
-    x = _positions(rect[0], rect[2], map_.shape[1], width)
-    y = _positions(rect[1], rect[3], map_.shape[0], height)
+    x = _positions(rect[0], rect[2], width)
+    y = _positions(rect[1], rect[3], height)
     xs, ys = np.meshgrid(x, y)
     grid = torch.from_numpy(np.stack([xs, ys], axis=-1)).float()[None]  # (1, H, W, 2)
     source = torch.from_numpy(np.ascontiguousarray(map_)).float()[None, None]
@@ -294,6 +294,6 @@ def place(map_: np.ndarray, rect: Rect, size: tuple[int, int]) -> np.ndarray:
     return np.where(inside, laid[0, 0].numpy(), 0).astype(np.float32)
 
 
-def _positions(low: float, high: float, n: int, size: int) -> np.ndarray:
+def _positions(low: float, high: float, size: int) -> np.ndarray:
     """Pixel centres 0.5 .. size - 0.5 as positions in [low, high], -1 at its start and 1 at its end."""
     return 2 * (np.arange(size) + 0.5 - low) / (high - low) - 1

@@ -22,6 +22,7 @@ from solution.evaluation import metrics
 
 ENSEMBLE = "ensemble"
 WORST = 16  # pictures shown per kind of error
+CURVE_POINTS = 200  # of a ROC
 
 
 class EvaluationError(UsageError):
@@ -364,10 +365,10 @@ def _figures(pictures: Pictures, headline: Mapping[str, Sequence[Run]]) -> dict[
     return found
 
 
-def _thinned(curve: metrics.Roc, points: int = 200) -> dict[str, list[float]]:
-    """The curve at `points` places, evenly spaced along its length, both ends kept."""
+def _thinned(curve: metrics.Roc) -> dict[str, list[float]]:
+    """The curve at `CURVE_POINTS` places, evenly spaced along its length, both ends kept."""
     along = curve.fpr + curve.tpr  # rises from 0 to 2
-    places = np.unique(np.searchsorted(along, np.linspace(0, 2 - 1e-12, points)))
+    places = np.unique(np.searchsorted(along, np.linspace(0, 2 - 1e-12, CURVE_POINTS)))
     return {"fpr": curve.fpr[places].tolist(), "tpr": curve.tpr[places].tolist()}
 
 

@@ -18,6 +18,8 @@ import numpy as np
 
 # Entries of one block of bootstrap counts (draws x distinct scores): 2**21 float64 are 16 MiB.
 BLOCK = 2**21
+BINS = 15  # of the calibration error
+FLOOR_DRAWS = 1000  # of the labels of a calibrated scorer
 Scorer = TypeVar("Scorer")
 
 
@@ -227,7 +229,7 @@ def tpr_at_fpr(labels: np.ndarray, scores: np.ndarray, fpr: float) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ probabilities
-def reliability(labels: np.ndarray, p: np.ndarray, bins: int = 15) -> Reliability:
+def reliability(labels: np.ndarray, p: np.ndarray, bins: int = BINS) -> Reliability:
     """The reliability diagram of p = P(fake): per bin [k / bins, (k + 1) / bins), the last one closed."""
     labels, p = _checked(labels, p, both_classes=False, probability=True)
     which = np.minimum((p * bins).astype(int), bins - 1)
@@ -238,13 +240,13 @@ def reliability(labels: np.ndarray, p: np.ndarray, bins: int = 15) -> Reliabilit
     return Reliability(np.linspace(0, 1, bins + 1), counts, mean_p, share)
 
 
-def ece(labels: np.ndarray, p: np.ndarray, bins: int = 15) -> float:
+def ece(labels: np.ndarray, p: np.ndarray, bins: int = BINS) -> float:
     """Expected calibration error of P(fake): |share of fakes - mean p| over equal-width bins, weighted by count."""
     _, counts, mean_p, share = reliability(labels, p, bins)
     return float(np.sum(counts * np.abs(share - mean_p)) / counts.sum())
 
 
-def ece_floor(p: np.ndarray, bins: int = 15, *, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+def ece_floor(p: np.ndarray) -> tuple[float, float]:
     """What `ece` shows of a perfectly calibrated scorer with these P(fake), (N,): its mean and 95 % quantile.
 
     Labels are drawn from p itself. The estimate is biased upwards: a bin of n pictures strays by about
@@ -252,22 +254,22 @@ def ece_floor(p: np.ndarray, bins: int = 15, *, draws: int = 1000, seed: int = 0
     """
     p = np.asarray(p, dtype=np.float64)
     _checked(np.zeros(len(p)), p, both_classes=False, probability=True)
-    which = np.minimum((p * bins).astype(int), bins - 1)
-    member = which == np.arange(bins)[:, None]  # (bins, N)
+    which = np.minimum((p * BINS).astype(int), BINS - 1)
+    member = which == np.arange(BINS)[:, None]  # (BINS, N)
     expected = member @ p
-    rng = np.random.default_rng(seed)
-    drawn = np.empty(draws)
+    rng = np.random.default_rng(0)
+    drawn = np.empty(FLOOR_DRAWS)
     block = max(1, BLOCK // len(p))
-    for start in range(0, draws, block):
-        size = min(block, draws - start)
+    for start in range(0, FLOOR_DRAWS, block):
+        size = min(block, FLOOR_DRAWS - start)
         fakes = (rng.random((size, len(p))) < p) @ member.T.astype(np.float64)
         drawn[start : start + size] = np.abs(fakes - expected).sum(axis=1) / len(p)
     return float(drawn.mean()), float(np.quantile(drawn, 0.95))
 
 
-def ece_floors(runs: Sequence[np.ndarray], bins: int = 15) -> dict[str, float]:
+def ece_floors(runs: Sequence[np.ndarray]) -> dict[str, float]:
     """`ece_floor` of several runs, averaged: `ece_floor` and, its 95 % quantile, `ece_floor_high`."""
-    mean, high = np.mean([ece_floor(p, bins) for p in runs], axis=0)
+    mean, high = np.mean([ece_floor(p) for p in runs], axis=0)
     return {"ece_floor": float(mean), "ece_floor_high": float(high)}
 
 
@@ -347,7 +349,6 @@ def summarize(
     threshold: float = 0.5,
     seed: int = 0,
     draws: int = 1000,
-    bins: int = 15,
 ) -> Summary:
     """Every number of this room for p = P(fake), (N,), or the mean of each over S runs (S, N); both classes present."""
     labels, runs = _checked_runs(labels, p, probability=True)
@@ -375,7 +376,7 @@ def summarize(
         accuracy=mean(accuracy, threshold),
         accuracy_real=accuracy_of(real),
         accuracy_fake=accuracy_of(fake),
-        ece=mean(ece, bins),
+        ece=mean(ece),
         log_loss=mean(log_loss),
         brier=mean(brier),
     )

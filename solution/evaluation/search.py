@@ -60,12 +60,13 @@ def search_weights(
     return VoteSearch(dict(zip(names, weights)), found, objective, len(candidates))
 
 
-def stack_weights(
-    p_by_member: Mapping[str, np.ndarray], labels: np.ndarray, importance: np.ndarray, *, ridge: float = 1e-3
-) -> dict[str, int]:
+RIDGE = 1e-3  # on the squared weights of stacking
+
+
+def stack_weights(p_by_member: Mapping[str, np.ndarray], labels: np.ndarray, importance: np.ndarray) -> dict[str, int]:
     """Votes in hundredths of the largest, for the `logit` mean: logistic stacking with weights of at least 0.
 
-    labels, importance (N,): each row's share of the cross-entropy. ridge: on the squared weights.
+    labels, importance (N,): each row's share of the cross-entropy.
     """
     from scipy.optimize import minimize
 
@@ -78,8 +79,8 @@ def stack_weights(
         weights, bias = parameters[:-1], parameters[-1]
         z = x @ weights + bias
         slope = share * (sigmoid(z) - labels)
-        value = float(np.sum(share * (np.logaddexp(0, z) - labels * z)) + ridge * np.sum(weights**2))
-        return value, np.append(x.T @ slope + 2 * ridge * weights, slope.sum())
+        value = float(np.sum(share * (np.logaddexp(0, z) - labels * z)) + RIDGE * np.sum(weights**2))
+        return value, np.append(x.T @ slope + 2 * RIDGE * weights, slope.sum())
 
     start = np.append(np.full(len(names), 1 / len(names)), 0.0)
     bounds = [(0, None)] * len(names) + [(None, None)]

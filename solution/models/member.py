@@ -88,7 +88,12 @@ class Member(nn.Module):
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters outside the towers, by name."""
-        return {n: p for n, p in self.named_parameters() if not n.startswith(("tower.", "clip."))}
+        return {n: p for n, p in self.named_parameters() if not n.startswith(self._in_towers())}
+
+    def _in_towers(self) -> tuple[str, ...]:
+        """What the names of everything in a tower begin with, under whatever name the member has it."""
+        found = self.named_modules(remove_duplicate=False)
+        return tuple(f"{name}." for name, module in found if isinstance(module, Tower))
 
     def trained_tower_keys(self) -> list[str]:
         """Stable keys of the tower that this member changes in place and therefore stores: all, its LayerNorms, or none."""
@@ -102,8 +107,8 @@ class Member(nn.Module):
 
         `own.*`: heads, queries, buffers; `adapter.*`: LoRA or Effort; `tower.*`: what it trained of the tower itself.
         """
-        own = self.state_dict(keep_vars=True)
-        state = {f"own.{n}": t for n, t in own.items() if not n.startswith(("tower.", "clip."))}
+        own, towers = self.state_dict(keep_vars=True), self._in_towers()
+        state = {f"own.{n}": t for n, t in own.items() if not n.startswith(towers)}
         if self.adapter is not None:
             state |= {f"adapter.{n}": t for n, t in adapter_state(self.tower, self.adapter).items()}
         keys = self.trained_tower_keys()

@@ -241,11 +241,10 @@ def _by_role(name: str, model: nn.Module, side: int) -> TimmArch:
     )
 
 
-def named_tower(name: str, *, image_side: int = 0) -> TowerConfig:
+def named_tower(name: str) -> TowerConfig:
     """The tower of a pre-trained model of timm, such as `vit_base_patch16_dinov3.lvd1689m`: its geometry, repository,
-    statistics and licence as the library has them; nothing is downloaded.
-
-    image_side: of its learned positions; 0: the side that it was pre-trained at.
+    statistics and licence as the library has them, learned positions of the side that it was pre-trained at; nothing is
+    downloaded.
 
     Raises:
         UsageError: no such model, or one without weights on the Hub. WeightsError: no vision transformer that fits.
@@ -258,7 +257,7 @@ def named_tower(name: str, *, image_side: int = 0) -> TowerConfig:
             f"{name}: timm {timm.__version__} has no such pre-trained model; expected a name with its tag, such as "
             "vit_base_patch16_dinov3.lvd1689m, of those that timm.list_pretrained() gives"
         )
-    side = image_side or given.input_size[-1]
+    side = given.input_size[-1]
     with torch.device("meta"):
         geometry = _by_role(given.architecture, _create(given.architecture, img_size=side), side)
     statistics = [key for key, known in STATISTICS.items() if known == (tuple(given.mean), tuple(given.std))]

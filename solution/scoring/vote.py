@@ -56,6 +56,8 @@ def combine(p_by_member: Mapping[str, np.ndarray], vote: VoteConfig) -> np.ndarr
     if vote.mean == "noisy_or":  # a level of 1 keeps a quarter step of doubt, or it would silence the others
         doubt = np.maximum(1 - levels(p, vote.step), vote.step / 4)
         return 1 - np.exp(np.average(np.log(doubt), axis=0, weights=weights))
+    if vote.mean not in ("levels", "levels_rounded"):
+        raise ValueError(f"vote.mean is {vote.mean!r}: nothing here combines members so")
     votes = np.asarray(weights) @ multiples(p, vote.step)  # (N,) whole steps
     mean = _grid_values(votes, Fraction(repr(float(vote.step))) / sum(weights))
     if vote.mean == "levels":

@@ -8,10 +8,7 @@ of the pictures under `MEMBER|QUANTITY`, nan where there is nothing to measure; 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +25,9 @@ from solution.data.manifest import Item
 from solution.data.views import open_picture, quiet_worker
 from solution.evaluation import maps
 from solution.evaluation.explainer import ATTENTION, CAM, Seen, locators_of, see
+from solution.evaluation.kept import kept_path, read_arrays, write_arrays
 from solution.evaluation.maps import Probe
-from solution.evaluation.measure import CLEAN, ENSEMBLE, Condition, EvaluationError, Pictures
-from solution.io import atomic_file, source_hash
+from solution.evaluation.measure import CLEAN, ENSEMBLE, Condition, Pictures
 from solution.models.streams import Stream
 from solution.scoring.ensemble import Ensemble
 from solution.scoring.vote import combine
@@ -279,42 +276,25 @@ def measure_all(
     for condition in found:
         path = stored_path(folder, ensemble, items, condition, chosen, settings)
         if path.exists():
-            arrays = _read(path)
+            arrays = read_arrays(path)
         else:
             task = Measurement(ensemble, items, condition, chosen, settings, done)
             arrays = task.run(workers)
-            with atomic_file(path, binary=True) as file:
-                np.savez_compressed(file, **arrays)
+            write_arrays(path, arrays)
         measured[condition.name] = arrays
         chosen = replace(chosen, faces=measured[CLEAN.name]["faces"])
     return measured
 
 
-_CODE = ("studies.drift", "evaluation.explainer", "evaluation.maps", "data.degradation", "data.degradation_ops")
-_CODE += ("data.faces", "data.views")
-
-
 def stored_path(folder, ensemble, items, condition, chosen, settings) -> Path:
     """Where a condition's arrays are kept: the name hashes all that they depend on, this code included."""
-    degradation = condition.degradation
     key = {
         "bundle": ensemble.fingerprint(),
-        "pictures": Pictures.of(items).fingerprint(),
-        "degradation": degradation and dataclasses.asdict(degradation),
         "settings": dataclasses.asdict(settings),
         "cam": np.flatnonzero(chosen.cam).tolist(),
-        "code": source_hash(*_CODE),
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return folder / f"{condition.name.replace(' ', '-')}-{digest[:16]}.npz"
-
-
-def _read(path: Path) -> Arrays:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise EvaluationError(f"{path}: not a file of measurements ({error}); delete it and run again") from None
+    code = ("studies.drift", "evaluation.explainer", "evaluation.maps")
+    return kept_path(folder, condition, Pictures.of(items), key, *code)
 
 
 # ------------------------------------------------------------------------------------------------ likeness

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from solution.errors import DeviceError, UsageError
+from solution.errors import FAILURES, DeviceError, UsageError
 from solution.studies import gpu_pipeline, gpu_towers
 from solution.studies.gpu_bench import TINY, Bench, Sizes
 
@@ -33,7 +33,7 @@ def add_gpu(stages: argparse._SubParsersAction) -> None:
 
 
 def run_gpu(args: argparse.Namespace) -> int:
-    """Run the stages, print their table; 1 when one of them failed, 3 without a GPU."""
+    """Run the stages, print their table; 4 when one of them failed, 3 without a GPU."""
     begun = time.monotonic()
     import torch
 
@@ -64,7 +64,7 @@ def run_gpu(args: argparse.Namespace) -> int:
     bench.write()
     print(table(bench.found))
     states = [stage["state"] for stage in bench.found["stages"].values()]
-    return 1 if "failed" in states else 0
+    return FAILURES if "failed" in states else 0
 
 
 # Name -> (stage, seconds without which it is not begun).

@@ -88,10 +88,10 @@ def loader_only(bench: Bench, views: Sequence, batches: list) -> float:
     from torch.utils.data import DataLoader
 
     from solution.data.views import quiet_worker
-    from solution.scoring import ensemble as predict
+    from solution.scoring.ensemble import Reader
 
     loader = DataLoader(
-        predict.Reader(views),
+        Reader(views),
         sampler=batches,
         batch_size=None,
         num_workers=bench.workers,
@@ -124,9 +124,9 @@ def towers_only(bench: Bench, ensemble: Any) -> float:
 
 def both(bench: Bench, ensemble: Any, batches: list) -> float:
     """Pictures/s of files to logits, as submit.py does it."""
-    from solution.scoring import ensemble as predict
+    from solution.scoring.ensemble import Reader, stream
 
-    rows = predict.stream(ensemble, batches, predict.Reader(ensemble.views), workers=bench.workers)
+    rows = stream(ensemble, batches, Reader(ensemble.views), workers=bench.workers)
     skip = min(bench.workers, max(1, len(batches) // 4))
     return steady_rate((len(done) for done in rows), skip)
 
@@ -149,9 +149,9 @@ def pipeline(bench: Bench, entry: dict, ensemble: Any, inputs: list, count: int)
 
 def trained(bench: Bench, **options) -> Any:
     """The trained bundle's ensemble."""
-    from solution.scoring import ensemble as predict
+    from solution.scoring.ensemble import load_ensemble
 
-    return predict.load_ensemble(
+    return load_ensemble(
         bench.weights,
         str(bench.device),
         members=bench.sizes.bundle_members,
@@ -190,7 +190,7 @@ def stage_pipeline_giant(bench: Bench, entry: dict) -> None:
 
     from solution.config import VoteConfig
     from solution.models.calibration import Calibrator
-    from solution.scoring import ensemble as predict
+    from solution.scoring.ensemble import Ensemble, make_fast
 
     prepare_exact(bench)
     inputs = draw_files(bench)
@@ -200,7 +200,7 @@ def stage_pipeline_giant(bench: Bench, entry: dict) -> None:
         calibrators[name] = Calibrator("platt", (slope, -slope * float(np.median(exact))))
 
     def ensemble(names, members, kind, batch):
-        return predict.Ensemble(
+        return Ensemble(
             members=members,
             configs={name: bench.configs[name] for name in names},
             vote=VoteConfig(dict.fromkeys(names, 1)),
@@ -214,7 +214,7 @@ def stage_pipeline_giant(bench: Bench, entry: dict) -> None:
     for name, looks in (("without_second_looks", False), ("with_second_looks", True)):
         bench.need(20, name)
         made = ensemble(STREAMS, copy.deepcopy(bench.exact), "float16", bench.batch)
-        predict.make_fast(made, second_look=looks)
+        make_fast(made, second_look=looks)
         pipeline(bench, entry.setdefault(name, {}), made, inputs, bench.sizes.giant_files)
         del made
     spent = 0.0
@@ -243,7 +243,7 @@ def stage_compact_parity(bench: Bench, entry: dict) -> None:
     """The trained bundle on the bundled photographs, degraded many ways: default and plain half against float32."""
     from solution.config import DegradationConfig
     from solution.data.manifest import Item
-    from solution.scoring import ensemble as predict
+    from solution.scoring.ensemble import score_pictures
 
     need_bundle(bench)
     photos = sorted(PHOTOS.glob("*")) if PHOTOS.is_dir() else []
@@ -262,7 +262,7 @@ def stage_compact_parity(bench: Bench, entry: dict) -> None:
     for way, options in ways.items():
         bench.need(8, way)
         ensemble = trained(bench, **options)
-        logits = predict.score_pictures(
+        logits = score_pictures(
             ensemble,
             items,
             degradation=engine(DegradationConfig(global_p=1.0)),

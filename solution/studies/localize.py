@@ -11,25 +11,29 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
-from solution.config import DegradationConfig, MemberConfig
-from solution.data.faces import FaceLocator, large_enough, make_view
+from solution.config import MemberConfig
+from solution.data.faces import share_locators
 from solution.data.manifest import Item, ManifestError, draw_items, read_manifest
-from solution.data.self_blend import blend_draws, self_blend, side_by_side
+from solution.data.self_blend import side_by_side
 from solution.errors import UsageError, door
 from solution.evaluation import metrics
+from solution.evaluation.conditions import degraded_conditions
+from solution.evaluation.measure import CLEAN, Condition
 
 # What needs torch is imported inside functions: --help answers at once.
 if TYPE_CHECKING:
     from solution.bundles.bundle import Bundle
     from solution.models.member import Member
 
+# Of a member's evidence: what is compared with the mask, and what is drawn beside it where there is one.
+MAPS = ("localization", "vla")
 THRESHOLD = 0.5  # of map and mask, for the intersection over union
 
 
@@ -43,36 +47,24 @@ class Blend:
     mask: np.ndarray
 
 
-def blends(
-    items: Sequence[Item],
-    config: MemberConfig,
-    seed: int,
-    degradation: DegradationConfig | None = None,
-) -> Iterator[Blend]:
-    """A fake of every item, drawn from (seed, name) alone; the mask is moved like the picture and never degraded.
+def blends(items: Sequence[Item], config: MemberConfig, how: Condition, seed: int) -> Iterator[Blend]:
+    """Every item and a fake of it, drawn from (seed, name) alone, under a condition (see `blended_twins`)."""
+    from solution.data.views import View
+    from solution.studies.blends import blended_twins
 
-    degradation: None for clean pictures.
-    """
-    from solution.data.views import degraded_picture, find_face, open_picture
-
-    locator = FaceLocator(replace(config.face, min_area=0.0))
+    locators = share_locators([config.face])  # for the blend, where the member needs none
+    views = [View(config.view, config.face if config.view.source == "face" else None)]
     for item in items:
-        image = open_picture(item.path, item.name)
-        blended = find_face(image, locator)
-        face = large_enough(blended, *image.shape[:2], config.face)
-        rng = blend_draws(seed, item.name)
-        fake, mask = self_blend(image, blended, rng)
-        views = []
-        for picture in (image, fake):
-            if degradation is not None:
-                picture = degraded_picture(picture, item.name, degradation, seed)
-            views.append(make_view(picture, config.view, face, config.face))
-        mask = make_view(mask, config.view, face, config.face).clip(0, 1)
-        yield Blend(item.name, *views, mask)
+        (real,), (fake,), (mask,) = blended_twins(item, views, locators, how, seed)
+        yield Blend(item.name, real, fake, mask)
 
 
 def maps_of(member: Member, views: Sequence[np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Logits (B,) and the evidence maps at the views' size, each (B, side, side) in [0, 1]."""
+    """Logits (B,) and, of `MAPS`, what the member has at the views' size, each (B, side, side) in [0, 1].
+
+    Raises:
+        UsageError: a member without a localisation map.
+    """
     import torch
     from torch.nn import functional as F
 
@@ -82,7 +74,11 @@ def maps_of(member: Member, views: Sequence[np.ndarray]) -> tuple[np.ndarray, di
         maps = {
             name: F.interpolate(m, images.shape[-2:], mode="bilinear", align_corners=False)
             for name, m in output.evidence.items()
+            if name in MAPS
         }
+    if MAPS[0] not in maps:
+        has = ", ".join(output.evidence) or "none"
+        raise UsageError(f"member {member.config.name} has no map {MAPS[0]!r} to compare with a mask; its maps: {has}")
     return output.logit.cpu().numpy(), {n: m[:, 0].cpu().numpy() for n, m in maps.items()}
 
 
@@ -100,7 +96,7 @@ def compare(map_: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
 
 
 def measure(member: Member, faces: Iterator[Blend], out: Path, *, batch: int, pictures: int) -> dict[str, float]:
-    """Compare every map with its mask, draw the first `pictures`, and return the figures by name."""
+    """Compare every localisation map with its mask, draw the first `pictures`, and return the figures by name."""
     overlaps, aucs, false, fakes, reals = [], [], [], [], []
     pending: list[Blend] = []
 
@@ -108,13 +104,12 @@ def measure(member: Member, faces: Iterator[Blend], out: Path, *, batch: int, pi
         logits, maps = maps_of(member, [b.fake for b in pending])
         real_logits, real_maps = maps_of(member, [b.real for b in pending])
         fakes.extend(logits), reals.extend(real_logits)
-        false.extend((real_maps["localization"] > THRESHOLD).mean(axis=(1, 2)))
+        false.extend((real_maps[MAPS[0]] > THRESHOLD).mean(axis=(1, 2)))
         for i, blend in enumerate(pending):
-            found = maps["localization"][i]
-            overlap, area = compare(found, blend.mask)
+            overlap, area = compare(maps[MAPS[0]][i], blend.mask)
             overlaps.append(overlap), aucs.append(area)
             if len(overlaps) <= pictures:
-                panel = side_by_side(blend.fake, blend.mask, found, maps["vla"][i])
+                panel = side_by_side(blend.fake, blend.mask, *(maps[name][i] for name in MAPS if name in maps))
                 _write(out / f"{len(overlaps):03d}.png", panel)
         pending.clear()
 
@@ -196,8 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     name = localizer(bundle, args.member)
     member = load_members(bundle, [name], device=device)[name]
     args.out.mkdir(parents=True, exist_ok=True)
-    degradation = DegradationConfig(global_p=1.0) if args.degraded else None
-    faces = blends(chosen, member.config, args.seed, degradation)
+    how = degraded_conditions([args.seed])[0] if args.degraded else CLEAN
+    faces = blends(chosen, member.config, how, args.seed)
     figures = measure(member, faces, args.out, batch=args.batch, pictures=args.pictures)
     record = {
         "bundle": bundle.hash,

@@ -5,7 +5,7 @@
 The pictures of every split, and beside them self-blended fakes of its real ones, go clean and degraded through every
 member as it is and under each intervention. Leaves in DIR `mechanisms.json`, the same as tables (`mechanisms.md`, also
 printed) and a figure a set. `BUNDLE/claims.json`, a JSON list of `MEMBER/MECHANISM` in the table's words (`ensemble`
-counts as a member), says what the bundle's card claims: exit code 1 when something claimed is dead or not measured.
+counts as a member), says what the bundle's card claims: exit code 4 when something claimed is dead or not measured.
 
 Logits are (N,) float64, positive = fake, by member and mechanism; the member as it is goes by `BUILT`.
 """
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from solution.data.manifest import read_manifest
-from solution.errors import door, tell, whole
+from solution.errors import FAILURES, door, tell, whole
 from solution.evaluation.conditions import degraded_conditions, limit_items
 from solution.evaluation.measure import CLEAN
 from solution.io import write_atomically
@@ -120,7 +120,7 @@ def write(results: Mapping[str, Any], out: Path) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write and print; 1 when something claimed is dead, else 0."""
+    """Measure, write and print; 4 when something claimed is dead, else 0."""
     from solution.bundles.bundle import load_members
     from solution.bundles.store import open_bundle
     from solution.data.degradation import use_one_opencv_thread
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     failed = [f"{claim} ({word})" for claim, word in words.items() if word in FAILED]
     for claim in failed:
         tell(f"mechanisms: claimed, but not alive: {claim}")
-    return 1 if failed else 0
+    return FAILURES if failed else 0
 
 
 # ------------------------------------------------------------------------------------------------ entry
@@ -174,7 +174,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @door("mechanisms", interrupted="interrupted; nothing was written")
 def main(argv: list[str] | None = None) -> int:
-    """0 done, 1 a claim is dead, 2 usage, 3 environment, weights or an unreadable picture, 130 interrupted."""
+    """0 done, 2 usage, 3 environment, weights or an unreadable picture, 4 a claim is dead, 130 interrupted."""
     return run(parse(argv))
 
 

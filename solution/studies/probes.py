@@ -18,12 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from solution.bundles.members import CLASSES
-from solution.config import AdapterConfig, FaceConfig, MemberConfig
-from solution.data.faces import choose_face, locate_once, make_view
-from solution.data.images import decode_image
+from solution.config import AdapterConfig, MemberConfig
 from solution.data.manifest import Item
-from solution.data.self_blend import blend_draws, self_blend
-from solution.data.views import View, degraded_picture
+from solution.data.views import View, open_picture
 from solution.evaluation import metrics
 from solution.evaluation.explainer import locators_of, see
 from solution.evaluation.measure import Condition, EvaluationError
@@ -32,6 +29,7 @@ from solution.models.qtfp import Qtfp, QtfpOutput, fake_likelihood_weights, over
 from solution.models.streams import Fusion, Stream, as_two_class, two_class_logit
 from solution.models.vlaforge import Vlaforge, mix_scores
 from solution.scoring.ensemble import ScoringError
+from solution.studies.blends import blended_twins
 
 BUILT = ""
 FORGED_SHARE = 0.1  # of a patch's area: forged from there on, as the VLAForge code has it
@@ -355,36 +353,14 @@ class Eyes:
 
     def plain(self, item: Item, how: Condition) -> list[Shown]:
         """A picture under a condition, faces located in it as it is then."""
-        picture = _changed(decode_image(item.path), item, how)
+        picture = open_picture(item.path, item.name, how.degradation, how.seed)
         cut = see(picture, self.views, self.locators).views
         return [Shown(item.name, item.label, cut)]
 
     def blended(self, item: Item, how: Condition, seed: int) -> list[Shown]:
         """A real picture and a self-blended fake of it, drawn from (seed, name), degraded and cut alike."""
-        picture = decode_image(item.path)
-        found = locate_once(self.locators, picture)
-        size = picture.shape[:2]
-        faces = {config: choose_face(f, *size, config) for config, f in found.items()}
-        config, first = next(iter(found.items()))
-        face = choose_face(first, *size, replace(config, min_area=0.0))  # the blend is there, whoever cuts it out
-        rng = blend_draws(seed, item.name)
-        fake, mask = self_blend(picture, face, rng)
-
-        def cut(image: np.ndarray) -> list[np.ndarray]:
-            return [make_view(image, view, faces.get(config), config or FaceConfig()) for view, config in self.views]
-
-        # Resizing may overshoot.
-        masks = [m.clip(0, 1) for m in cut(mask)]
-        return [
-            Shown(item.name, 0, cut(_changed(picture, item, how)), masks),
-            Shown(item.name, 1, cut(_changed(fake, item, how)), masks),
-        ]
-
-
-def _changed(picture: np.ndarray, item: Item, how: Condition) -> np.ndarray:
-    if how.degradation is None:
-        return picture
-    return degraded_picture(picture, item.name, how.degradation, how.seed)
+        real, fake, masks = blended_twins(item, self.views, self.locators, how, seed)
+        return [Shown(item.name, 0, real, masks), Shown(item.name, 1, fake, masks)]
 
 
 def others(names: Sequence[str], rng: np.random.Generator) -> np.ndarray:

@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 
 from solution.data.cropping import inner_square, save_picture
+from solution.data.degradation import use_one_opencv_thread
 from solution.data.images import VIDEO_SUFFIXES, decode_image, resize_image, stable_seed
 from solution.data.manifest import TRAIN, Item, ManifestError, manifest_splits, read_manifest
 from solution.data.preparing import COLUMNS, write_manifest
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     from solution.data.training import locate_faces
     from solution.studies.decoders import train
 
-    cv2.setNumThreads(1)
+    use_one_opencv_thread()
     parts = {
         split: read_manifest(args.data, split=split, videos=True)[0] for split in sorted(manifest_splits(args.data))
     }

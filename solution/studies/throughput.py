@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from solution.data.drawn import drawn_face
-from solution.errors import KitError, UsageError
+from solution.errors import FAILURES, KitError, UsageError
 
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 
@@ -93,7 +93,7 @@ def _ours(args: argparse.Namespace) -> dict:
     """Every stage of the pipeline alone, then all of them overlapped."""
     import torch
 
-    from solution.scoring import ensemble as predict
+    from solution.scoring.ensemble import Plan, Reader, _parameters, judge, stream
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -109,21 +109,21 @@ def _ours(args: argparse.Namespace) -> dict:
         inputs = _draw_files(Path(folder), count, args.side)
         views = _preparation(ensemble, inputs)
         _members(ensemble, views, rate)
-        reader = predict.Reader(ensemble.views)
-        plan = predict.Plan(inputs, batch).pending(np.ones(count, bool))
+        reader = Reader(ensemble.views)
+        plan = Plan(inputs, batch).pending(np.ones(count, bool))
         rows, begun = [], 0.0
-        for done in predict.stream(ensemble, plan, reader, workers=args.workers):
+        for done in stream(ensemble, plan, reader, workers=args.workers):
             begun = begun or time.perf_counter()  # workers have started
             rows.append(done)
         speed = (count - len(rows[0])) / (time.perf_counter() - begun)
     scored = [row for done in rows for row in done]
     begun = time.perf_counter()
-    predict.judge(scored, ensemble.vote, ensemble.calibrators)
+    judge(scored, ensemble.vote, ensemble.calibrators)
     _line("vote", len(scored) / (time.perf_counter() - begun))
     memory = peak_memory(ensemble.device)
     looks = sum(ensemble.looks.values()) / len(scored) / len(ensemble.members)
     told = f", {looks:.1%} looked at again" if ensemble.exact else ""
-    parameters = predict._parameters(ensemble.members)
+    parameters = _parameters(ensemble.members)
     held = sum(p.numel() * p.element_size() for p in parameters) / 1e9
     _line("end to end", speed, f"overlapped{told}; peak memory {memory:.2f} GB")
     return {"speed": speed, "memory": memory, "held": held}
@@ -199,12 +199,12 @@ def _authors(args: argparse.Namespace) -> dict:
 
     from solution.bundles.members import build_member, random_towers
     from solution.data.views import View, locators_for, open_picture, see, stack_views
-    from solution.models import merging as fastpath
+    from solution.models.merging import pick_device
     from solution.presets import preset
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = fastpath.pick_device(args.device)
+    device = pick_device(args.device)
     names = args.members.split(",")
     spent, held = 0.0, 0
     with tempfile.TemporaryDirectory() as folder:
@@ -250,34 +250,34 @@ def _ensemble(args: argparse.Namespace):
 
     from solution.bundles.members import build_member, random_towers
     from solution.config import VoteConfig
-    from solution.models import merging as fastpath
     from solution.models.calibration import Calibrator
+    from solution.models.merging import pick_device, pick_precision
     from solution.presets import preset
-    from solution.scoring import ensemble as predict
+    from solution.scoring.ensemble import Ensemble, automatic_batch, load_ensemble, make_fast, narrow_early
 
     names = args.members.split(",")
     if args.weights:
-        return predict.load_ensemble(
+        return load_ensemble(
             args.weights,
             args.device,
             members=names,
             precision=args.precision,
             batch_size=args.batch,
         )
-    device = fastpath.pick_device(args.device)
+    device = pick_device(args.device)
     precision = args.precision
     if precision == "auto":
-        precision = fastpath.pick_precision(device)
+        precision = pick_precision(device)
     configs = {name: preset(args.preset, name) for name in names}
     towers = random_towers(configs.values(), device="meta")
-    early = predict.narrow_early(configs.values(), device, precision)
+    early = narrow_early(configs.values(), device, precision)
     for name, dtype in early.items():
         for module in towers[name].matrices():
             module.to(dtype)
     members = {name: build_member(c, towers).eval() for name, c in configs.items()}
     for member in members.values():
         materialize(member, device)
-    ensemble = predict.Ensemble(
+    ensemble = Ensemble(
         members=members,
         configs=configs,
         vote=VoteConfig(dict.fromkeys(names, 1)),
@@ -285,9 +285,9 @@ def _ensemble(args: argparse.Namespace):
         hash="random",
         device=torch.device(device),
         precision=precision,
-        batch_size=args.batch or predict.automatic_batch(members, device),
+        batch_size=args.batch or automatic_batch(members, device),
     )
-    return predict.make_fast(ensemble, second_look=False)
+    return make_fast(ensemble, second_look=False)
 
 
 def materialize(module, device) -> None:
@@ -322,8 +322,8 @@ def _draw_files(folder: Path, count: int, side: int):
     return find_inputs(folder)
 
 
-def timed(call: Callable, device, *, least: float = 0.5, runs: int = 3) -> float:
-    """Seconds a call takes: the best of several, as many as fill `least` seconds but `runs` at least."""
+def timed(call: Callable, device, *, least: float = 0.5) -> float:
+    """Seconds a call takes: the best of several, as many as fill `least` seconds but three at least."""
     import torch
 
     def wait():
@@ -333,7 +333,7 @@ def timed(call: Callable, device, *, least: float = 0.5, runs: int = 3) -> float
     call()
     wait()
     best, spent, done = float("inf"), 0.0, 0
-    while done < runs or spent < least:
+    while done < 3 or spent < least:
         begun = time.perf_counter()
         call()
         wait()
@@ -389,13 +389,13 @@ def add_parity(stages: argparse._SubParsersAction) -> None:
 
 
 def run_parity(args: argparse.Namespace) -> int:
-    """Score the same views in float32, in half precision without second looks, and by default; 1 when that departs too far.
+    """Score the same views in float32, in half precision without second looks, and by default; 4 when that departs too far.
 
     Too far: the levels of more than 0.1 % of the pictures differ (any member's), or an AUC by more than 0.0005. Pictures/s
     are those of the towers and second looks, decoded views waiting in memory.
     """
     from solution.bundles.store import open_bundle
-    from solution.scoring import ensemble as predict
+    from solution.scoring.ensemble import load_ensemble
 
     bundle = open_bundle(args.weights)
     options = {"precision": args.precision, "batch_size": args.batch}
@@ -403,7 +403,7 @@ def run_parity(args: argparse.Namespace) -> int:
     ways |= {"fast": {**options, "second_look": False}, "default": options}
     found, batches, labels = {}, [], np.empty(0)
     for way, given in ways.items():
-        ensemble = predict.load_ensemble(bundle, args.device, **given)
+        ensemble = load_ensemble(bundle, args.device, **given)
         if not batches:
             batches, labels = _views_in_memory(args, ensemble)
         if args.compile and way != "float32":
@@ -424,7 +424,7 @@ def run_parity(args: argparse.Namespace) -> int:
         fits = told(way, found[way], found["float32"], labels, ensemble, looked if way == "default" else {})
         within &= fits or way == "fast"
     print("within bounds" if within else "the default departs too far from float32")
-    return 0 if within else 1
+    return 0 if within else FAILURES
 
 
 def _views_in_memory(args: argparse.Namespace, ensemble) -> tuple[list, np.ndarray]:
@@ -435,7 +435,7 @@ def _views_in_memory(args: argparse.Namespace, ensemble) -> tuple[list, np.ndarr
     from solution.data.images import Input
     from solution.data.manifest import draw_items, read_manifest
     from solution.data.views import quiet_worker
-    from solution.scoring import ensemble as predict
+    from solution.scoring.ensemble import Reader
 
     items = []
     for split in args.split.split(","):
@@ -443,7 +443,7 @@ def _views_in_memory(args: argparse.Namespace, ensemble) -> tuple[list, np.ndarr
     listed = [(i, Input(item.name, item.path, "image")) for i, item in enumerate(items)]
     size, batches, labels = ensemble.batch_size, [], []
     for degradation in (None, DegradationConfig(global_p=1.0))[: 1 + args.degraded]:
-        reader = predict.Reader(ensemble.views, degradation=degradation, seed=7)
+        reader = Reader(ensemble.views, degradation=degradation, seed=7)
         parts = [listed[i : i + size] for i in range(0, len(listed), size)]
         how = {"batch_size": None, "num_workers": args.workers, "worker_init_fn": quiet_worker}
         for prepared in DataLoader(reader, sampler=parts, **how):

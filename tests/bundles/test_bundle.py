@@ -17,6 +17,7 @@ from solution.bundles.members import (
     build_member,
     dump_tower,
     fill_tower,
+    load_member,
     pack_tower,
     random_towers,
     save_member,
@@ -109,6 +110,19 @@ def test_save_perturb_load_gives_equal_scores(tmp_path):
     assert logits({"face": member}) != before
     made = write_bundle(tmp_path, ["face"], VoteConfig({"face": 1}), {})
     assert logits(load_members(made)) == before
+
+
+def test_a_weight_beyond_float16_is_stored_as_it_is(tmp_path):
+    config = preset("tiny", "face")
+    towers = random_towers([config])
+    member = build_member(config, towers).eval()
+    with torch.no_grad():
+        member.head.weight[0, 0] = 1e6
+    save_member(member, tmp_path / "face")
+    again = load_member(tmp_path / "face", towers)
+    torch.testing.assert_close(again.head.weight, member.head.weight, atol=0, rtol=0)
+    stored = load_file(tmp_path / "face/model.safetensors")
+    assert stored["own.head.weight"].dtype == torch.float32 and stored["own.head.bias"].dtype == torch.float16
 
 
 def test_half_precision_weights_see_full_precision_pictures(made):
@@ -515,6 +529,15 @@ def test_the_selftest_sees_not_a_number(copy):
     change(copy / "global/model.safetensors")
     rehash(copy)
     assert not selftest.run_selftest(open_bundle(str(copy))).passed
+
+
+def test_the_selftest_sees_one_logit_that_is_not_a_number(made, monkeypatch):
+    """After one that is right, whose departure of 0 it does not compare as larger than."""
+    given = json.loads((made.folder / "golden.json").read_text())["logits"]
+    given["face"][1] = float("nan")
+    monkeypatch.setattr(selftest, "golden_logits", lambda members: given)
+    result = selftest.run_selftest(made)
+    assert not result.passed and [name for name, worst in result.worst.items() if worst] == ["face"]
 
 
 def test_the_selftest_says_what_it_lacks(copy):

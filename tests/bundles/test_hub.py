@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -260,6 +261,20 @@ def test_a_revision_and_a_subfolder(server, packed):
     assert open_bundle("hf:tests/many").configs.keys() == {"face"}
 
 
+def test_a_branch_that_moves_during_a_download_changes_nothing(server, packed, monkeypatch):
+    server.add("tests/own", packed.own)
+    server.add("tests/own", packed.public, OLDER)
+    pin = hub.pin
+
+    def moved(*given):
+        server.branches["main"] = OLDER
+        return pin(*given)
+
+    monkeypatch.setattr(hub, "pin", moved)
+    opened = open_bundle("hf:tests/own")
+    assert opened.hash == bundle.read_bundle(packed.own).hash and COMMIT in opened.folder.parts
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -335,6 +350,18 @@ def test_a_tower_with_another_hash_is_refused_when_it_arrives(server, packed):
     wrong = TowerConfig("x", "dinov2", tower.arch, tower.source, "main", sha256="0" * 64)
     with pytest.raises(WeightsError, match="SHA-256 is .*, expected 0000"):
         bundle.tower_weights(wrong)
+
+
+def test_pull_checks_a_tower_that_the_cache_has_already(server, packed, tmp_path, capsys):
+    server.add("tests/tower", packed.tower)
+    tower = bundle.read_bundle(packed.public).towers["public"]
+    tower = replace(tower, sha256=hub.sha256(packed.tower / "model.safetensors"))
+    made = pack_member(tmp_path / "made", MemberConfig("face", preset("tiny", "face").view, tower, LORA))
+    assert weights.main(["pull", str(made.folder)]) == 0
+    cached = hub.cached(hub.HubRef("tests/tower"), "model.safetensors").resolve()
+    cached.write_bytes(cached.read_bytes()[:-1] + b"!")
+    assert weights.main(["pull", str(made.folder)]) == 3
+    assert f"expected {tower.sha256}" in capsys.readouterr().err
 
 
 def test_a_clip_repository_gives_whichever_file_it_has(server, packed, tmp_path):

@@ -4,19 +4,26 @@ import csv
 import json
 
 import huggingface_hub
+import numpy as np
 import pytest
+import torch
 from make_smoke_data import write
-from tiny import make_pictures
+from tiny import make_bundle, make_pictures
 
 import submit
 from solution import assemble, evaluate, train
+from solution.bundles.bundle import load_members
 from solution.bundles.card import model_card, show
 from solution.bundles.members import CLASSES
 from solution.bundles.selftest import run_selftest
 from solution.bundles.store import open_bundle
 from solution.config import KINDS, MEMBERS, override
+from solution.data.manifest import Item
 from solution.models import flops
 from solution.presets import preset
+from solution.scoring.ensemble import load_ensemble, score_pictures
+from solution.training.processes import Machine
+from solution.training.validation import score_items
 
 
 def words(*given):
@@ -119,6 +126,23 @@ def test_every_kind_has_its_class_and_what_it_needs():
     assert [kind for kind, config in renamed.items() if config.needs_masks] == ["vlaforge"]
     still = {k: override(c, ["augment.self_blend_p=0", "view.source=image"]) for k, c in renamed.items()}
     assert [kind for kind, config in still.items() if config.needs_faces] == ["vlaforge"]
+
+
+def test_every_kind_scores_from_one_bundle_what_training_validated(tmp_path):
+    """The seven of them on towers that some share: each by its own class, its own way, and the same by both doors."""
+    kinds = tuple(KINDS)
+    bundle = make_bundle(tmp_path / "bundle", kinds)
+    members = load_members(bundle)
+    assert {kind: type(member) for kind, member in members.items()} == CLASSES
+    items = [Item(path.name, path, 0) for path in sorted(make_pictures(tmp_path / "in", 2).iterdir())]
+    scored = score_pictures(load_ensemble(bundle, "cpu", exact=True), items, progress=False)
+    assert set(scored) == set(kinds)
+    machine = Machine(torch.device("cpu"), progress=False)
+    for kind, member in members.items():
+        validated = score_items(member, items, None, machine=machine, bf16=False)
+        np.testing.assert_allclose(scored[kind], validated, atol=1e-4)
+    logits = np.concatenate([scored[kind] for kind in kinds])
+    assert np.isfinite(logits).all() and np.diff(np.sort(logits)).min() > 1e-5
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import signal
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -248,6 +249,24 @@ def test_caps_drops_and_frames(tmp_path):
         select(items, SamplingConfig(cap=("drawn9/fake=3",)), 0)
 
 
+def test_a_generator_that_is_left_out_loses_its_fakes_alone():
+    """A real picture stays, though its row names the generator of the fakes beside it."""
+    made = [(0, ""), (0, "gan"), (1, "gan"), (1, "diffusion"), (1, "gan")]
+    items = [Item(f"{n}.png", Path(), label, generator=generator) for n, (label, generator) in enumerate(made)]
+    kept, report = select(items, SamplingConfig(leave_out=("gan",)), 0)
+    assert kept == [items[0], items[1], items[3]]
+    assert report.dropped == [(name, "generator gan is left out") for name in ("2.png", "4.png")]
+    with pytest.raises(ConfigError, match=r"leave_out names \['vae'\]; the manifest has \['diffusion', 'gan'\]"):
+        select(items, SamplingConfig(leave_out=("gan", "vae")), 0)
+
+
+def test_a_real_and_a_fake_video_of_one_name_are_two_videos():
+    """Each keeps its own middle frame of two stretches."""
+    items = [Item(f"{label}/{n}.png", Path(), label, "s", video="000") for label in (0, 1) for n in range(6)]
+    kept, _ = select(items, SamplingConfig(frames=2), 0)
+    assert [item.name for item in kept] == ["0/1.png", "0/4.png", "1/1.png", "1/4.png"]
+
+
 def plan_of(labels, sources=None, **changes):
     settings = {"sampling": SamplingConfig(), "blend_p": 0.0, "batch": 8, "seed": 0}
     sources = sources or ["s"] * len(labels)
@@ -398,6 +417,26 @@ def test_masks_lie_on_a_face_that_is_too_small_to_be_cut_out(tmp_path):
         y, x = np.nonzero(mask > 0.5)
         assert known and x.min() > 0.7 * side and y.max() < 0.4 * side
     assert not seen(1, False, None)[1]
+
+
+def test_a_mask_is_cut_with_the_face(tmp_path):
+    """What is forged is white in the picture too: view and mask show the same."""
+    forged = np.zeros((200, 200), np.uint8)
+    forged[40:75, 110:135] = 255
+    cv2.imwrite(str(tmp_path / "a.png"), np.repeat(forged[:, :, None], 3, axis=2))
+    cv2.imwrite(str(tmp_path / "mask.png"), forged)
+    still = ["augment.flip_p=0", "augment.rotate_p=0", "augment.crop_p=0", "augment.colour_p=0"]
+    config = override(preset("tiny", "vlaforge"), [*still, "augment.sharpness_p=0", "degradation.global_p=0"])
+    assert config.view.source == "face"
+    views = TrainingViews(
+        [Item("a.png", tmp_path / "a.png", 1, mask=str(tmp_path / "mask.png"))],
+        config,
+        {"a.png": FaceBox(100, 30, 160, 90, 0.9)},
+        seed=3,
+    )
+    image, _, mask, known, _ = views[Sample(0, 0, 0, False)]
+    assert known and 0.05 < mask.mean() < 0.5  # 2 % of the whole picture
+    np.testing.assert_allclose(image[:, :, 0] / 255, mask, atol=0.1)  # bytes are clipped at every resize
 
 
 @pytest.mark.parametrize("name", ["global", "face", "vlaforge"])

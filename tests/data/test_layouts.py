@@ -10,6 +10,7 @@ from solution.data.layouts import LAYOUTS, find_entries
 from solution.data.lists import ManifestError
 from solution.data.raw import LayoutError, PassedOver, folder_meaning
 from solution.data.splitting import components, split_entries
+from solution.data.ties import tied
 
 
 def by_name(found):
@@ -498,6 +499,15 @@ def test_groups_are_dealt_whole_and_stratified(tmp_path):
     assert counts == {"train": [32, 16], "val": [4, 2], "test": [4, 2]}
     assert placed == split_entries(found.entries, "group", 3, PassedOver())[0]
     assert placed != split_entries(found.entries, "group", 4, PassedOver())[0]
+
+
+def test_what_is_tied_through_others_is_one():
+    stands_for = tied([("a", "b"), ("c",), (), ("d", "e"), ("b", "e"), ("f", "c")])
+    parts = {}
+    for key, one in stands_for.items():
+        parts.setdefault(one, set()).add(key)
+    assert sorted(map(sorted, parts.values())) == [["a", "b", "d", "e"], ["c", "f"]]
+    assert list(stands_for) == [*"abcdef"]
 
 
 def test_people_who_are_all_tied_together_are_cut_apart(tmp_path):

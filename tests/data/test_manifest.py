@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from solution.data.images import find_inputs
+from solution.data.images import find_inputs, stable_seed
 from solution.data.labels import label_of, split_of
 from solution.data.manifest import HIDDEN, OUTPUT, DropReport, ManifestError, manifest_splits, read_manifest
 
@@ -185,6 +185,17 @@ def test_a_copy_under_another_name_is_the_same_picture(tmp_path):
     assert report.dropped == [("a.png", "a copy of it is in split 'val', which keeps it")]
 
 
+def test_pictures_that_only_end_alike_are_no_copies(tmp_path):
+    """Files of one size whose last bytes are the same, as uncompressed pictures on one ground are."""
+    end = bytes(1000)
+    for name, start in (("a.bmp", b"one" * 20), ("b.bmp", b"two" * 20), ("c.bmp", b"two" * 20), ("d.bmp", b"end" * 20)):
+        (tmp_path / name).write_bytes(start + end)
+    rows = [("a.bmp", 0, "train"), ("b.bmp", 1, "train"), ("c.bmp", 1, "val"), ("d.bmp", 0, "val")]
+    items, report = read_manifest(table(tmp_path, *rows, header="path,label,split"), split="train")
+    assert [i.name for i in items] == ["a.bmp"]
+    assert report.dropped == [("b.bmp", "a copy of it is in split 'val', which keeps it")]
+
+
 def test_a_file_with_two_labels_is_refused_in_every_spelling(tmp_path):
     pictures(tmp_path, "a.png", "b.png", "c/d.png")
     source = table(tmp_path, ("a.png", 0), ("b.png", 1), ("c/../a.png", "fake"), header="path,label")
@@ -225,6 +236,16 @@ def test_sub_folders_whose_names_say_nothing_stay_apart(tmp_path):
     assert not folders[0] & folders[1] and len(folders[0] | folders[1]) == 20
     for some in (train, val):
         assert {i.label for i in some} == {0, 1}
+
+
+def test_no_class_is_held_out_whole(tmp_path):
+    """Names whose number would hold them out: one video of all reals, and both fakes that there are."""
+    drawn = [text for n in range(60) if stable_seed(text := f"{n}.png") % 10 == 0][:2]
+    video = next(text for n in range(60) if stable_seed(text := f"v{n}") % 10 == 0)
+    rows = [*((f"r{n}.png", 0, video) for n in range(3)), *((name, 1, "") for name in drawn)]
+    pictures(tmp_path, *(row[0] for row in rows))
+    train, val = parts(table(tmp_path, *rows, header="path,label,video"))
+    assert [i.label for i in train] == [0, 0, 0, 1] and [i.label for i in val] == [1]
 
 
 @pytest.mark.parametrize("column", ["video", "group"])

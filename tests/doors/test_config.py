@@ -105,3 +105,10 @@ def test_impossible_configs_are_refused():
         DegradationConfig(jpeg_quality=(95, 10))
     with pytest.raises(ConfigError, match="unknown; known"):
         preset("huge", "global")
+
+
+@pytest.mark.parametrize("name", ["giant", "compact", "tiny"])
+def test_a_preset_makes_no_member_that_it_has_no_branch_for(name, monkeypatch):
+    monkeypatch.setitem(PRESET_MEMBERS, name, (*PRESET_MEMBERS[name], "another"))
+    with pytest.raises(ConfigError, match="has no member 'another'"):
+        preset(name, "another")

@@ -72,7 +72,9 @@ def items(n=120, folder=Path("nowhere"), videos=False):
 def bundle(members=MEMBERS[:3], **vote):
     calibrators = {m: Calibrator("platt", (0.4, -0.4), fitted_on="a drawing", n_real=5, n_fake=6) for m in members}
     vote = VoteConfig(dict.fromkeys(members, 1), **vote)
-    return SimpleNamespace(vote=vote, calibrators=calibrators, hash="ab" * 32)
+    made = SimpleNamespace(vote=vote, calibrators=calibrators, hash="ab" * 32, precision="float32")
+    made.fingerprint = lambda: {"weights": made.hash, "precision": made.precision}
+    return made
 
 
 def evaluated(out, *, drawn=False, **changes):
@@ -263,8 +265,11 @@ def test_other_weights_pictures_or_seeds_score_anew(tmp_path):
     evaluated(tmp_path, conditions=[CLEAN])
     other = bundle()
     other.hash = "cd" * 32
+    rougher = bundle()
+    rougher.precision = "bfloat16"
     changes = [
         {"ensemble": other},
+        {"ensemble": rougher},
         {"items": items(110)},
         {"conditions": degraded_conditions([1])},
         {"conditions": degraded_conditions([2])},

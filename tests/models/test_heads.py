@@ -11,11 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import TIMM, timm_tower
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from solution.bundles.members import build_member, load_member, random_towers, save_member
 from solution.config import AdapterConfig, ConfigError, FeatureLossConfig, InferenceConfig, override
 from solution.models.feature_losses import alignment, feature_losses, supervised_contrast, uniformity
 from solution.models.flops import at_side, member_flops, scoring_flops
+from solution.models.streams import as_two_class, focal_loss
 from solution.models.towers import count_parameters
 from solution.presets import preset
 from solution.records import Batch
@@ -126,6 +129,24 @@ def test_topk_is_the_mean_of_the_highest_patches():
     all_of_them = member_of(on_timm("topk", "siglip2", "topk.share=1"))
     with torch.no_grad():
         torch.testing.assert_close(all_of_them(pictures()).logit, logits.mean(1))
+
+
+@pytest.mark.parametrize("kind", ["global", "fusion", "topk"])
+def test_the_focal_loss_is_the_configured_one(kind):
+    settings = ["stream.focal_gamma=3", "stream.focal_alpha=0.25"]
+    member = member_of(override(preset("tiny", kind), settings))
+    batch = Batch(pictures(member.config.view.side), LABELS)
+    output = member(batch.images)
+    loss, _ = member.loss(output, batch)
+    torch.testing.assert_close(loss, focal_loss(as_two_class(output.logit), LABELS, gamma=3.0, alpha=0.25))
+
+
+@pytest.mark.parametrize("kind", ["layers", "topk"])
+def test_flops_of_the_new_kinds_are_those_of_the_forward(kind):
+    member = member_of(preset("tiny", kind))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        member(pictures(member.config.view.side, count=1))
+    assert counter.get_total_flops() == member_flops(member.config)
 
 
 @pytest.mark.parametrize("kind", ["layers", "topk"])

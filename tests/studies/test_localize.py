@@ -16,7 +16,6 @@ from solution.bundles.members import build_member, dump_tower, fill_tower, save_
 from solution.config import (
     DINOV2_IN_CLIP,
     AdapterConfig,
-    DegradationConfig,
     Dinov2Arch,
     FaceConfig,
     MemberConfig,
@@ -25,7 +24,11 @@ from solution.config import (
     VoteConfig,
 )
 from solution.data.manifest import read_manifest
+from solution.errors import UsageError
+from solution.evaluation.conditions import degraded_conditions
+from solution.evaluation.measure import CLEAN
 from solution.models.towers import build_tower, tower_state
+from solution.records import MemberOutput
 from solution.studies import localize
 
 
@@ -99,7 +102,7 @@ def test_the_mask_lies_where_the_view_was_changed(manifest, source):
     )
     source_changed = 0
     for seed in range(6):
-        for blend in localize.blends(items[:2], chosen, seed):
+        for blend in localize.blends(items[:2], chosen, CLEAN, seed):
             assert blend.real.shape == blend.fake.shape == (80, 80, 3)
             assert blend.mask.shape == (80, 80) and blend.mask.max() > 0.5
             change = np.abs(blend.fake.astype(int) - blend.real).mean(axis=2)
@@ -112,10 +115,24 @@ def test_the_mask_lies_where_the_view_was_changed(manifest, source):
 
 def test_degradation_leaves_the_mask_alone(manifest):
     items, _ = read_manifest(manifest, split="val")
-    engine = DegradationConfig(global_p=1.0)
-    clean, degraded = (list(localize.blends(items[:2], config(), 1, d)) for d in (None, engine))
+    conditions = (CLEAN, *degraded_conditions([1]))
+    clean, degraded = (list(localize.blends(items[:2], config(), how, 1)) for how in conditions)
     for a, b in zip(clean, degraded):
         assert np.array_equal(a.mask, b.mask) and not np.array_equal(a.fake, b.fake)
+
+
+def test_a_member_that_maps_no_forgery_is_named(bundle, monkeypatch):
+    _, member = bundle
+    views = [np.zeros((64, 64, 3), np.uint8)] * 2
+
+    def maps(*names):
+        evidence = {name: torch.rand(2, 1, 4, 4) for name in names}
+        monkeypatch.setattr(member, "forward", lambda _: MemberOutput(torch.zeros(2), torch.zeros(2, 3), evidence))
+        return localize.maps_of(member, views)[1]
+
+    assert list(maps("localization", "other")) == ["localization"]
+    with pytest.raises(UsageError, match="member vlaforge has no map 'localization' .* its maps: other"):
+        maps("other")
 
 
 def test_the_command_writes_figures_and_pictures(manifest, bundle, tmp_path, capsys):

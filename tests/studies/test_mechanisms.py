@@ -22,7 +22,7 @@ from solution.evaluation.measure import CLEAN, EvaluationError
 from solution.models.calibration import Calibrator
 from solution.models.towers import tower_state
 from solution.presets import preset
-from solution.scoring import ensemble as predict
+from solution.scoring.ensemble import load_ensemble, score_pictures
 from solution.studies import mechanism_tables, mechanisms, probes
 from solution.studies.mechanism_tables import Draws, Scores
 from solution.studies.probes import BUILT, Given, Pool
@@ -409,11 +409,11 @@ def bundle(tmp_path_factory):
 @needs_detector
 def test_members_are_measured_as_they_are_scored(bundle, manifest):
     items, _ = read_manifest(manifest, split="val")
-    ensemble = predict.load_ensemble(bundle, "cpu", exact=True)
+    ensemble = load_ensemble(bundle, "cpu", exact=True)
     eyes = probes.Eyes(bundle.configs)
     for how in (CLEAN, *degraded_conditions([3])):
         found = probes.measure_pool(ensemble.members, eyes, Pool("val", tuple(items)), how, seed=0, batch=4)
-        expected = predict.score_pictures(ensemble, items, degradation=how.degradation, seed=how.seed, progress=False)
+        expected = score_pictures(ensemble, items, degradation=how.degradation, seed=how.seed, progress=False)
         assert found.labels.tolist() == [item.label for item in items]
         for name, logits in expected.items():
             assert np.allclose(found.logits[name][BUILT], logits, atol=1e-4)
@@ -451,7 +451,7 @@ def test_the_command_calls_the_dead_dead_and_holds_claims_to_it(bundle, manifest
 
     monkeypatch.setattr(mechanism_tables, "draw", lambda *_: None)
     claims.write_text('["reads/maps of another picture", "asks/telepathy"]')
-    assert mechanisms.main([*call, "--limit", "4"]) == 1
+    assert mechanisms.main([*call, "--limit", "4"]) == 4
     error = capsys.readouterr().err
     assert "reads/maps of another picture (dead)" in error
     assert "asks/telepathy (not measured)" in error

@@ -20,14 +20,17 @@ from safetensors.torch import load_file
 
 from solution import train
 from solution.bundles.members import build_member, load_member, random_towers, read_config
-from solution.config import ConfigError, OptimConfig, override
-from solution.data.manifest import read_manifest
+from solution.config import AdapterConfig, ConfigError, DegradationConfig, OptimConfig, override
+from solution.data.manifest import DropReport, Item, read_manifest
 from solution.errors import WeightsError
-from solution.models.optimization import parameter_groups, phases, rate_factor
+from solution.models.adapters import adapter_state
+from solution.models.optimization import Average, make_optimizer, parameter_groups, phases, rate_factor
 from solution.presets import preset
+from solution.training import loop
 from solution.training.loop import Budget, Run, TrainingError, TrainingSet
 from solution.training.processes import Machine, World
 from solution.training.start import start_from
+from solution.training.validation import score_items, split_aucs, validation_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
 STILL = [
@@ -124,6 +127,30 @@ def test_layer_decay_slows_the_early_blocks():
     assert decays[id(member.head.weight)] == 0.05 and decays[id(member.head.bias)] == 0
 
 
+def test_the_average_forgets_its_start():
+    """After one step it keeps 2/11 of the start, after two 3/12 of that; its own decay comes with the steps."""
+    parameter = torch.nn.Parameter(torch.tensor([8.0]))
+    average = Average([parameter], decay=0.9)
+    for step, value in ((1, 19.0), (2, 4.0)):
+        parameter.data.fill_(value)
+        average.update(step)
+    first = 8 * 2 / 11 + 19 * 9 / 11
+    assert average.values[0].item() == pytest.approx(first / 4 + 4 * 3 / 4)
+    average.update(10_000)
+    assert average.values[0].item() == pytest.approx((first / 4 + 3) * 0.9 + 4 * 0.1)
+
+
+def test_efforts_starting_part_is_stored_and_not_trained():
+    config = replace(preset("tiny", "face"), adapter=AdapterConfig("effort", rank=1, dropout=0.0))
+    member = build_member(config, random_towers([config]))
+    state = adapter_state(member.tower, member.adapter)
+    start = {id(p) for key, p in state.items() if key.endswith("0")}
+    trained = {id(p) for group in make_optimizer(member, phases(config)[0]).param_groups for p in group["params"]}
+    assert len(state) == 2 * len(start) > 0  # u, s, v and what each started from
+    assert not trained & start and {id(p) for p in state.values()} - start < trained
+    assert not any(p.requires_grad for p in state.values() if id(p) in start)
+
+
 def test_a_budget_is_spent_on_steps():
     """Ten steps of warm-up, the first two slow: 1 s each from the third on; the budget counts from the first step's end."""
     budget, ends = Budget(100.0, warmup_steps=10), itertools.chain([50, 60], itertools.count(61))
@@ -153,6 +180,32 @@ def test_accumulation_equals_the_big_batch(tmp_path):
     # A tenth of one step: where a gradient is nearly 0, Adam steps by the last digits of a sum.
     assert_same(weights(big), weights(small), atol=1e-4, rtol=0)
     assert any(not torch.equal(before[k], weights(big)[k]) for k in before)
+
+
+def test_the_gradient_that_is_stepped_by_is_clipped(tmp_path):
+    run = make_run(tmp_path, settings=["train.max_steps=1", "optim.clip_norm=0.01"])
+    run.run()
+    left = [p.grad for p in run.member.parameters() if p.grad is not None]
+    assert run.history[0]["grad_norm"] > 0.02  # as it was
+    assert torch.nn.utils.get_total_norm(left).item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_dropout_differs_between_ranks_and_steps_and_not_between_runs(tmp_path):
+    def drawn(folder, rank):
+        """What the generator gives in each of two steps of a process that is alone, whatever its rank."""
+        run, seen = make_run(tmp_path / folder, settings=["train.max_steps=2"], world=World(rank, 1)), []
+
+        def step(*_):
+            seen.append(torch.rand(1).item())
+            return {"loss": 0.0}, 4
+
+        run._optimizer_step = step
+        run.run()
+        return seen
+
+    first, second = drawn("a", 0), drawn("b", 1)
+    assert len(set(first + second)) == 4
+    assert drawn("c", 0) == first
 
 
 @pytest.mark.parametrize("name", ["fusion", "qtfp"])
@@ -207,6 +260,15 @@ def test_other_pictures_or_processes_do_not_resume(tmp_path):
     shared = make_run(tmp_path, settings=["train.max_steps=1"], world=World(1, 2))
     with pytest.raises(ConfigError, match="another number of processes"):
         shared.run()
+
+
+def test_other_validation_pictures_do_not_resume(tmp_path):
+    """The best figure so far would be compared with figures of other pictures."""
+    items, _ = read_manifest(write(tmp_path / "data", val=8), split="val")
+    settings = ["train.max_steps=1"]
+    make_run(tmp_path, "face", settings, validation=items).run()
+    with pytest.raises(ConfigError, match="another validation set; go on"):
+        make_run(tmp_path, "face", settings, validation=items[2:]).run()
 
 
 def test_unreadable_pictures_are_dropped_and_named(tmp_path, capsys):
@@ -290,6 +352,89 @@ def test_best_weights_are_validated_saved_and_reload_to_the_same_scores(tmp_path
     own = {k: t for k, t in twin.stored_state().items() if not k.startswith("tower.")}
     assert set(stored) == set(own)
     assert all(torch.equal(stored[k].float(), t.float()) for k, t in own.items())
+    with (run.folder / "validation.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == [item.name for item in items]
+    conditions = {"clean": None, "degraded": DegradationConfig(global_p=1.0)}
+    for condition, how in conditions.items():
+        told = np.array([float(row[condition]) for row in rows])
+        scores = score_items(twin, items, how, machine=run.machine, bf16=False)
+        np.testing.assert_allclose(scores, told, atol=1e-3)  # float16 on disk
+        assert np.ptp(told) > 0.02
+
+
+def scripted(monkeypatch, *areas):
+    """Validations of alternately real and fake pictures that find these AUCs, 1 or 0.5, one after the other."""
+    drawn = iter([area for area in areas for _ in ("clean", "degraded")])
+
+    def score(member, items, how, **_):
+        return np.array([float(item.label) for item in items]) * (next(drawn) - 0.5)
+
+    monkeypatch.setattr(loop, "score_items", score)
+
+
+def test_the_best_of_all_validations_stays_and_of_equals_the_first(tmp_path, monkeypatch):
+    items, _ = read_manifest(write(tmp_path / "data", val=8), split="val")
+    run = make_run(tmp_path, "face", ["train.validate_every=1", "train.max_steps=4"], validation=items)
+    scripted(monkeypatch, 0.5, 1.0, 1.0, 0.5)
+    saved, validate = [], run.validate
+
+    def watched():
+        validate()
+        saved.append((run.folder / "model.safetensors").read_bytes())
+
+    run.validate = watched
+    run.run()
+    assert saved[0] != saved[1] == saved[2] == saved[3]
+    assert json.loads((run.folder / "config.json").read_text())["training"]["best"]["step"] == 2
+
+
+def test_the_average_is_what_is_validated_and_saved(tmp_path, monkeypatch):
+    items, _ = read_manifest(write(tmp_path / "data", val=8), split="val")
+    run = make_run(tmp_path, "face", ["train.max_steps=3", "train.average=0.9", "optim.head_lr=0.1"], validation=items)
+    seen = []
+
+    def score(member, *_, **__):
+        seen.append(member.head.weight.detach().clone())
+        return np.arange(len(items))
+
+    monkeypatch.setattr(loop, "score_items", score)
+    run.run()
+    last = run.member.head.weight
+    (average,) = (v for v, p in zip(run.average.values, run.average.parameters) if p is last)
+    assert (average - last).abs().max() > 0.01
+    stored = load_file(run.folder / "model.safetensors")
+    torch.testing.assert_close(stored["own.head.weight"], average.half())
+    assert len(seen) == 2 and all(torch.equal(weight, average) for weight in seen)
+
+
+def test_unseen_generators_count_by_source_and_seen_ones_together():
+    """Both splits are ranked right within each of two sources, and wrong between them."""
+
+    def of(split):
+        return [Item("", Path(), label, source, split) for source in ("a", "b") for label in (0, 1)]
+
+    scores = np.array([0.0, 1.0, 2.0, 3.0])
+    found = split_aucs([*of("val"), *of("unseen")], {"clean": np.tile(scores, 2)})
+    assert found == {"clean": 0.75, "unseen_clean": 1.0, "mean": 0.875}
+
+
+def test_the_validation_seed_draws_degradations_and_pictures(tmp_path):
+    data = write(tmp_path, train=0, val=24)
+    configs = [override(preset("tiny", "face"), [f"train.validation_seed={seed}"]) for seed in (7, 8)]
+    machine = Machine(torch.device("cpu"), progress=False)
+    drawn = [validation_pictures(data, c, DropReport(), limit=6, machine=machine)[0] for c in configs]
+    assert len(drawn[0]) == len(drawn[1]) == 6 and drawn[0] != drawn[1]
+    member = build_member(configs[0], random_towers(configs[:1]))
+
+    def scores(config, how):
+        member.config = config
+        return score_items(member, drawn[0], how, machine=machine, bf16=False)
+
+    degraded = [scores(config, DegradationConfig(global_p=1.0)) for config in configs]
+    assert np.abs(degraded[0] - degraded[1]).max() > 1e-3
+    np.testing.assert_array_equal(scores(configs[0], DegradationConfig(global_p=1.0)), degraded[0])
+    np.testing.assert_array_equal(scores(configs[0], None), scores(configs[1], None))
 
 
 def arguments(out, data, *more, member="wide"):
