@@ -504,23 +504,24 @@ def test_an_interrupt_is_told_and_resumable(tmp_path):
     assert b"goes on from here" in run.stderr.read()
 
 
+def in_two_processes(words):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*command, "-m", "solution.train", *words],
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_two_processes_train_what_no_loss_reads(tmp_path):
     """Weights of 0 leave heads without a gradient, as the compact and tiny vlaforge's maps are trained first."""
     data = write(tmp_path / "data", train=16)
     sets = ["train.batch=4", "train.max_steps=2", "vlaforge.w_global=0", "vlaforge.w_local=0"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "solution.train",
-    ]
-    command += arguments(tmp_path / "out", data, *(word for s in sets for word in ("--set", s)), member="vlaforge")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, cwd=ROOT, env=env, capture_output=True, text=True)
+    more = (word for s in sets for word in ("--set", s))
+    done = in_two_processes(arguments(tmp_path / "out", data, *more, member="vlaforge"))
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -549,17 +550,7 @@ def test_two_processes_equal_one_with_the_batch_of_both(tmp_path):
     sets = [word for s in settings for word in ("--set", s)]
     one = arguments(tmp_path / "one", data, *sets, "--set", "train.batch=8")
     assert train.main(one) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "solution.train"]
-    command += arguments(tmp_path / "two", data, *sets, "--set", "train.batch=4")
-    done = subprocess.run(
-        command,
-        check=False,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = in_two_processes(arguments(tmp_path / "two", data, *sets, "--set", "train.batch=4"))
     assert done.returncode == 0, done.stderr[-2000:]
     a, b = (torch.load(tmp_path / n / "wide/checkpoint.pt", weights_only=True)["weights"] for n in ("one", "two"))
     assert_same(a, b, atol=1e-4, rtol=0)
