@@ -34,7 +34,7 @@ COLOURS = {
 # quantity -> (title, unit of the vertical axis)
 PANELS = {
     "attention_entropy": ("Entropy of attention", "nats"),
-    "feature_cosine": ("Class token (others: features): degraded against clean", "cosine"),
+    "feature_cosine": ("Class token, against clean", "cosine"),
     "score_change": ("Scores: mean change of P(fake)", ""),
     f"outside_{ATTENTION}": ("Attention outside the face", "share of mass"),
     f"outside_{CAM}": ("Score-CAM outside the face", "share of mass"),
