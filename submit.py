@@ -529,6 +529,7 @@ def write_report(args, ensemble, bundle, inputs, maps) -> None:
     table = verdicts.verdict_section(
         judged,
         threshold=threshold,
+        unsure=ensemble.vote.unsure,
         meaning=meaning(threshold_record(bundle, ensemble.vote)),
         frames=args.frames,
         why={

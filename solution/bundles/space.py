@@ -46,7 +46,7 @@ def card(bundle: Bundle, title: str) -> str:
 
 Scores faces in pictures and clips with the bundle `{bundle.name}` (`{bundle.hash[:12]}`). A score is evidence and no proof;
 the page says what its threshold is worth and what it does not know. What is dropped is read on the machine that serves
-the page, sent no further, and deleted once it was read.
+the page, sent no further, and deleted once it was judged.
 
 {bundle.about.data}
 """

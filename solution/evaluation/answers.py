@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,13 +26,14 @@ from solution.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Input, Unreadab
 from solution.data.processes import Apart, Killed
 from solution.data.videos import duration, sample_frames
 from solution.data.views import View, choose_faces, close_views, cut_views, quiet_worker
+from solution.evaluation.pages import Mark, marked
 from solution.evaluation.report import render
 from solution.evaluation.verdicts import Judged, face_of, read_judged, shown, timeline
 from solution.records import FaceBox
 from solution.scoring.ensemble import Ensemble, Prepared, Reader, computed, judge
-from solution.scoring.files import write_sidecar
+from solution.scoring.files import SidecarRow, write_sidecar
 from solution.scoring.journal import Scored
-from solution.scoring.verdict import meaning, threshold_record, verdict_of
+from solution.scoring.verdict import band, meaning, rates_in_words, threshold_record, verdict_of
 
 TEMPLATE = "answer_template.html"
 FRAMES = 32  # of a clip
@@ -40,11 +41,12 @@ LONGEST = 600.0  # seconds of a clip
 READING = 120  # seconds for one file
 EXAMINED = 6  # faces of one file that are examined further, the most fake-looking ones
 _ORIENTATION = 0x0112  # EXIF
+FORMULA = "=+-@\t\r"  # how a cell begins that a spreadsheet computes
 WORDS = {
     "fake": "Looks fake",
     "real": "No sign of a fake found",
     "unsure": "Unsure",
-    "no_face": "No face found: the score means nothing",
+    "no_face": "No face found: nothing to judge",
     "failed": "Could not be read",
 }
 LIMITS = (
@@ -93,29 +95,55 @@ class FaceAnswer:
     """What is said of one face, of one person's track, or of a picture without a face.
 
     picture: where it is seen best, the picture or the most telling frame; face: its box there, or None. several: it is
-    one of several. held: by degraded copy (score, verdict); empty when it was not examined further.
-    maps: what the members looked at, as `pages.card` has them; None until asked for.
+    one of several. row: the sidecar's line of what is seen there, a track's of that frame. held: by degraded copy of it
+    (score, verdict); empty when it was not examined further. maps: what the members looked at, as `pages.card` has them;
+    None until asked for.
     """
 
     judged: Judged
     picture: np.ndarray
     face: FaceBox | None
     several: bool
+    row: Mapping[str, str]
     held: dict[str, tuple[float, str]] = field(default_factory=dict)
     maps: dict[str, Any] | None = None
 
 
 @dataclass
 class Answer:
-    """What is said of one file. error: why it could not be read. notes: what was done with an odd file."""
+    """What is said of one file. rows: of the sidecar. error: why it could not be read. notes: what was done with an odd
+    file. where: a small picture with every face marked, as a data URI. pace: of a clip, the seconds of a frame.
+    """
 
     name: str
     verdict: str
     score: float
+    rows: Sequence[SidecarRow] = ()
     faces: list[FaceAnswer] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     error: str = ""
+    where: str = ""
+    pace: float = 0.0
     timeline: dict[str, Any] | None = None
+
+    @property
+    def examined(self) -> list[FaceAnswer]:
+        """The faces that are examined further; where none was found, nothing is."""
+        return [] if self.verdict == "no_face" else self.faces[:EXAMINED]
+
+    def time(self, frame: Any) -> str:
+        """When a frame of a clip is shown, as m:ss.t; its number where the clip has no times."""
+        if not self.pace:
+            return f"frame {frame}"
+        minutes, tenths = divmod(round(10 * self.pace * int(frame)), 600)
+        return f"{minutes}:{tenths / 10:04.1f}"
+
+
+def announced(answer: Answer) -> str:
+    """An answer in a line: `NAME: looks fake, score 0.97`."""
+    words = WORDS[answer.verdict]
+    score = "" if answer.verdict in ("no_face", "failed") else f", score {answer.score:.2f}"
+    return f"{answer.name}: {words[0].lower()}{words[1:]}{score}"
 
 
 class _Files:
@@ -137,12 +165,15 @@ class _Files:
         prepared = self.reader[[(0, item)]]
         return prepared, [] if prepared.rows[0].error else _notes(item)
 
-    def show(self, item: Input, numbers: set[int | None]) -> dict[int | None, np.ndarray]:
-        """Frames of a video by number, or under None the picture: (H, W, 3) uint8."""
+    def show(self, item: Input, numbers: set[int | None]) -> tuple[dict[int | None, np.ndarray], float]:
+        """Frames of a video by number, or under None the picture: (H, W, 3) uint8; and the seconds of a frame."""
         if item.kind != "video":
-            return {None: decode_image(item.path)}
+            return {None: decode_image(item.path)}, 0.0
         frames = sample_frames(item.path, self.reader.frames)
-        return {number: frame for number, frame in frames if number in numbers}
+        # The middles of equal parts, or all there are: the last one is as far from the end as the first from the beginning.
+        steps = frames[0][0] + frames[-1][0]
+        pace = duration(item.path) / steps if steps else 0.0
+        return {number: frame for number, frame in frames if number in numbers}, pace
 
 
 class Examiner:
@@ -157,11 +188,6 @@ class Examiner:
         use_one_opencv_thread()
         self.files = Apart(_Files(self.reader), start=partial(quiet_worker, 0), seconds=READING)
         self.files.begin()
-        self.rows: list[Any] = []  # of the sidecar, since `start`
-
-    def start(self) -> None:
-        """Forget the files before: the CSV is of what comes now."""
-        self.rows = []
 
     def examine(self, path: Path, name: str) -> Answer:
         """Score the file: its answer without degraded copies and maps. `name` is shown for it."""
@@ -176,9 +202,8 @@ class Examiner:
         except UnreadableInput as error:
             rows = [Scored(0, name, -1, -1, error=error.reason)]
         judged = judge(rows, self.ensemble.vote, self.ensemble.calibrators)
-        self.rows += judged
         whole = judged[0]
-        answer = Answer(name, whole.verdict, whole.score, error=whole.error)
+        answer = Answer(name, whole.verdict, whole.score, judged, error=whole.error)
         if not whole.error:
             answer.notes = notes
             self._add_faces(answer, item, judged)
@@ -195,17 +220,17 @@ class Examiner:
             sidecar = Path(folder) / "one.members.csv"
             write_sidecar(rows, sidecar, list(self.ensemble.members), frames=True, people=True)
             people = read_judged(sidecar, [item])
-        if item.kind == "video":
-            answer.timeline = timeline(people, self.threshold["threshold"])
-        shown = []
-        for judged in people:
-            (row,) = judged.telling(1, self.threshold["threshold"]) if judged.frames else [judged.row]
-            shown.append((judged, row, int(row["frame"]) if judged.frames else None))
-        pictures = self._files("show", item, {number for _, _, number in shown})
-        for judged, row, number in shown:
+        threshold = self.threshold["threshold"]
+        lines = [judged.telling(1, threshold)[0] if judged.frames else judged.row for judged in people]
+        numbers = [int(line["frame"]) if judged.frames else None for judged, line in zip(people, lines)]
+        pictures, answer.pace = self._files("show", item, set(numbers))
+        for judged, line, number in zip(people, lines, numbers):
             several = judged.who is not None and (item.kind == "video" or len(people) > 1)
-            answer.faces.append(FaceAnswer(judged, pictures[number], face_of(row), several))
+            answer.faces.append(FaceAnswer(judged, pictures[number], face_of(line), several, line))
         answer.faces.sort(key=lambda a: -a.judged.score)
+        if item.kind == "video" and answer.verdict != "no_face":
+            answer.timeline = timeline(people, threshold, self.threshold["unsure"], answer.time)
+        answer.where = marked(answer.faces[0].picture, _marks(answer.faces))
 
     def views_of(self, picture: np.ndarray, face: FaceBox | None, several: bool) -> tuple[list[View], dict]:
         """The views that the members have of a face, and the face by the views' configurations."""
@@ -226,59 +251,74 @@ class Examiner:
             found = 0 if answer.judged.verdict == "no_face" else 1
             answer.held[what] = score, verdict_of(score, self.ensemble.vote, found)
 
-    def csv(self) -> str:
-        """The sidecar of all files since `start`."""
+    def csv(self, answers: Sequence[Answer]) -> str:
+        """The sidecar of the answers' files, for a spreadsheet: no name is a formula in it."""
+        rows = [
+            row._replace(image=f"'{row.image}") if row.image.startswith(tuple(FORMULA)) else row
+            for answer in answers
+            for row in answer.rows
+        ]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "scores.members.csv"
-            write_sidecar(self.rows, path, list(self.ensemble.members), frames=True, people=True)
+            write_sidecar(rows, path, list(self.ensemble.members), frames=True, people=True)
             return path.read_text(encoding="utf-8")
 
-    def html(self, answers: Sequence[Answer], *, pending: str = "") -> str:
-        """The answers as a part of a page; pending: what is still being done."""
+    def html(self, answers: Sequence[Answer], *, pending: bool = False) -> str:
+        """The answers as a part of a page; pending: more is being done, the scores are not yet to be downloaded."""
+        low, high = band(self.threshold)
         page = {
             "answers": [self._shown(answer) for answer in answers],
+            "rule": _rule(low, high),
+            "rates": rates_in_words(self.threshold),
             "meaning": meaning(self.threshold),
-            "threshold": self.threshold["threshold"],
-            "unsure": self.threshold["unsure"],
+            "low": f"{100 * max(0.0, low):.1f}",
+            "high": f"{100 * min(1.0, high):.1f}",
+            "unsure": high > low,
+            "words": WORDS,
             "limits": LIMITS,
-            "pending": pending,
             "faces": self.faces,
-            "csv": "" if pending or not answers else base64.b64encode(self.csv().encode()).decode(),
+            "csv": "" if pending or not answers else base64.b64encode(self.csv(answers).encode()).decode(),
         }
         return render(TEMPLATE, page)
 
     def _shown(self, answer: Answer) -> dict[str, Any]:
+        nothing = answer.verdict in ("no_face", "failed")
         return {
             "name": answer.name,
             "verdict": answer.verdict,
             "words": WORDS[answer.verdict],
-            "score": "" if answer.error else f"{answer.score:.2f}",
+            "score": "" if nothing else f"{answer.score:.2f}",
             "error": answer.error,
             "notes": answer.notes,
             "timeline": answer.timeline,
-            "faces": [self._shown_face(face, len(answer.faces)) for face in answer.faces],
+            "where": answer.where,
+            "seen": f"Shown is {_seen(answer.faces[0], answer)}." if answer.timeline else "",
+            "faces": [] if nothing else [self._shown_face(face, answer) for face in answer.faces],
         }
 
-    def _shown_face(self, answer: FaceAnswer, count: int) -> dict[str, Any]:
-        judged, row = answer.judged, answer.judged.row
-        title = "" if count == 1 else f"{'Person' if judged.frames else 'Face'} {judged.who}"
+    def _shown_face(self, face: FaceAnswer, answer: Answer) -> dict[str, Any]:
+        judged, row, clip = face.judged, face.judged.row, bool(face.judged.frames)
         votes = self.ensemble.vote.weights
         track = ""
         if row["frames"]:
-            share = float(row["share_fake"])
-            track = f"In {row['frames']} of the sampled frames, {row['first_frame']} to {row['last_frame']}; {share:.0%} of them fake."
+            first, last = (answer.time(row[f"{end}_frame"]) for end in ("first", "last"))
+            track = (
+                f"In {row['frames']} of the sampled frames, {first} to {last}; {float(row['share_fake']):.0%} of them score "
+                f"{self.threshold['threshold']:.2g} or above."
+            )
         held = [
             {"what": what, "score": f"{score:.2f}", "verdict": verdict, "words": WORDS[verdict]}
-            for what, (score, verdict) in answer.held.items()
+            for what, (score, verdict) in face.held.items()
         ]
         return {
-            "title": title,
+            "title": "" if len(answer.faces) == 1 else f"{'Person' if clip else 'Face'} {judged.who}",
             "verdict": judged.verdict,
             "words": WORDS[judged.verdict],
             "score": f"{judged.score:.2f}",
             "share": f"{100 * judged.score:.1f}",
             "track": track,
-            "uri": shown(answer.picture, answer.face, 220),
+            "uri": shown(face.picture, face.face, 220),
+            "seen": f"Shown is {_seen(face, answer)}: score {float(face.row['score']):.2f}." if clip else "",
             "colour": f"var(--s{((judged.who or 1) - 1) % 5})",
             "members": [
                 {
@@ -290,9 +330,37 @@ class Examiner:
                 for m in self.ensemble.members
             ],
             "held": held,
-            "holds": all(h["verdict"] == judged.verdict for h in held),
-            "maps": answer.maps,
+            "copied": f"Of {_seen(face, answer)}: {WORDS[face.row['verdict']]}." if clip else "",
+            "holds": all(h["verdict"] == face.row["verdict"] for h in held),
+            "maps": face.maps,
         }
+
+
+def _seen(face: FaceAnswer, answer: Answer) -> str:
+    """Which frame of a clip is shown."""
+    return f"the frame at {answer.time(face.row['frame'])}" if answer.pace else answer.time(face.row["frame"])
+
+
+def _marks(faces: Sequence[FaceAnswer]) -> list[Mark]:
+    """The faces in the picture or frame that the first one is shown in, numbered where there are several."""
+    frame = faces[0].row.get("frame")
+    marks = []
+    for face in faces:
+        for row in face.judged.frames or [face.judged.row]:
+            if row.get("frame") == frame and (box := face_of(row)):
+                number = "" if len(faces) == 1 else str(face.judged.who)
+                marks.append(Mark(box[:4], number, face.judged.verdict))
+    return marks
+
+
+def _rule(low: float, high: float) -> str:
+    """Which score gets which words."""
+    if low == high:
+        return f"“{WORDS['fake']}” is said of a score of {high:.3g} or above, “{WORDS['real']}” of one below."
+    return (
+        f"“{WORDS['fake']}” is said of a score of {high:.3g} or above, “{WORDS['real']}” of one below {low:.3g}, "
+        f"“{WORDS['unsure']}” of one between them."
+    )
 
 
 def _notes(item: Input) -> list[str]:

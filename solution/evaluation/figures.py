@@ -25,7 +25,7 @@ LIGHT = {
     "surface": "#ffffff",
     "accent": "#2f6fcf",
     "real": "#2f7f86",
-    "fake": "#c9562b",
+    "fake": "#b84a20",
     "s0": "#2f6fcf",
     "s1": "#d1701b",
     "s2": "#1f8f6b",

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -25,7 +25,9 @@ COLOURS = "inferno"  # of equal perceived steps
 SHOWN = 100  # pictures on a page
 PLACES = 2000  # whose place is remembered for another page: the first ones
 SOURCE, TILE, THUMBNAIL = 220, 140, 160  # px
+MARKED = 480  # px, a picture with marks
 OPACITY = 0.6  # of a map over the grey picture
+MARKS = {"fake": (184, 74, 32), "real": (35, 116, 123)}  # RGB of a verdict, others grey
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,32 @@ def _with_face(picture: np.ndarray, face, side: int) -> np.ndarray:
         for colour, width in (((0, 0, 0), 3), ((255, 255, 255), 1)):
             cv2.rectangle(small, (x0, y0), (x1, y1), colour, width)
     return small
+
+
+class Mark(NamedTuple):
+    """A face in a picture: its box (x0, y0, x1, y1) in px, what is written at it, and its verdict."""
+
+    box: Sequence[float]
+    text: str
+    verdict: str
+
+
+def marked(picture: np.ndarray, marks: Sequence[Mark]) -> str:
+    """A data URI of the whole picture, at most `MARKED` px, every box in the colour of its verdict."""
+    small = _fitted(picture, min(MARKED, max(picture.shape[:2]))).copy()
+    scale = small.shape[1] / picture.shape[1]
+    for mark in marks:
+        x0, y0, x1, y1 = (round(v * scale) for v in mark.box)
+        own = MARKS.get(mark.verdict, (92, 97, 104))
+        for colour, width in (((255, 255, 255), 5), (own, 3)):
+            cv2.rectangle(small, (x0, y0), (x1, y1), colour, width)
+        if mark.text:
+            font = cv2.FONT_HERSHEY_SIMPLEX, 0.6
+            (width, height), _ = cv2.getTextSize(mark.text, *font, 2)
+            x, y = min(max(x0, 0), small.shape[1] - width - 8), min(max(y0, 0), small.shape[0] - height - 8)
+            cv2.rectangle(small, (x, y), (x + width + 8, y + height + 8), own, -1)
+            cv2.putText(small, mark.text, (x + 4, y + height + 4), *font, (255, 255, 255), 2, cv2.LINE_AA)
+    return _uri(small)
 
 
 def _uri(picture: np.ndarray) -> str:
@@ -245,7 +273,9 @@ def _member(seen: MemberView) -> dict[str, Any]:
     maps = []
     for m in seen.maps:
         drawn = overlay(_fitted(seen.view, TILE), m.values, m.top)
-        maps.append({"title": m.title, "uri": _uri(drawn), "note": m.note})
+        # Without what is said in nats, which is for those who know the word.
+        plain = "; ".join(part for part in m.note.split("; ") if not part.endswith(" nats"))
+        maps.append({"title": m.title, "uri": _uri(drawn), "note": m.note, "plain": plain})
     votes = {0: "no vote", 1: "1 vote"}.get(seen.votes, f"{seen.votes} votes")
     return {
         "name": seen.name,

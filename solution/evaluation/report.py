@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from solution.data.images import VIDEO_SUFFIXES
 from solution.evaluation.figures import (
     LARGE,
     SMALL,
@@ -378,42 +379,52 @@ def write_submission_report(
 ) -> Path:
     """`report.html`, `report.json` and `figures/*.png` about scores whose labels nobody knows; returns the page's path.
 
-    rows: one per picture, as the members' sidecar has them: `image`, `score`, `NAME_p` per member, `error` (empty where
-    there is none), and `path` of the file where a thumbnail is wanted. Failures keep out of every figure. verdicts: of
-    `verdicts.verdict_section`, for the table of verdicts and the videos.
+    rows: one per file, as the members' sidecar has them: `image`, `score`, `NAME_p` per member, `error` (empty where
+    there is none), `verdict`, and `path` of the file where a thumbnail is wanted. Failures, and files without a face,
+    whose scores mean nothing, keep out of every figure. verdicts: of `verdicts.verdict_section`, for the table of verdicts
+    and the videos.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     failures = [row for row in rows if row.get("error")]
-    scored = [row for row in rows if not row.get("error")]
+    scored = [row for row in rows if not row.get("error") and row.get("verdict") != "no_face"]
+    nobody = len(rows) - len(failures) - len(scored)
     members = [k.removesuffix("_p") for k in (scored or [{}])[0] if k.endswith("_p")]
     scores = np.array([float(row["score"]) for row in scored])
     p = {m: np.array([float(row[f"{m}_p"]) for row in scored]) for m in members}
     figures = Figures(out / "figures")
+    clips = any(Path(row["image"]).suffix.lower() in VIDEO_SUFFIXES for row in rows)
+    unit = "files" if clips else "pictures"
     sections = [
-        _spread_section(scored, scores, p, figures),
+        _spread_section(scores, p, figures, unit),
         _gallery(
-            "Most uncertain pictures",
+            f"Most uncertain {unit}",
             f"Nearest to the threshold {threshold:.3g}.",
             [scored[i] for i in np.argsort(np.abs(scores - threshold), kind="stable")],
             members,
         ),
-        _disagreement_section(scored, p, figures),
+        _disagreement_section(scored, p, figures, unit),
         _failures_section(failures),
     ]
     above = float(np.mean(scores >= threshold)) if len(scores) else None
     words = verdicts["counts"] if verdicts else {}
+    by_face = "each face counted" if verdicts and verdicts["faces"] else ""
     page = {
         "title": title,
         "lead": "No labels are known here: this says how the scores lie, not whether they are right.",
         "tiles": [
-            {"label": "Pictures", "value": f"{len(rows):,}"},
+            {"label": unit.capitalize(), "value": f"{len(rows):,}"},
             {"label": "Failures", "value": f"{len(failures):,}"},
+            *([{"label": "No face found", "value": f"{nobody:,}", "note": "not in what follows"}] if nobody else []),
             {
                 "label": f"Scores of {threshold:.3g} or above",
                 "value": "none scored" if above is None else f"{above:.1%}",
             },
-            *({"label": f"Called {word}", "value": f"{words[word]:,}"} for word in ("fake", "unsure") if word in words),
+            *(
+                {"label": f"Called {word}", "value": f"{words[word]:,}", "note": by_face}
+                for word in ("fake", "unsure")
+                if word in words
+            ),
         ],
         "verdicts": verdicts,
         "sections": [s for s in sections if s is not None],
@@ -422,6 +433,7 @@ def write_submission_report(
         "title": title,
         "pictures": len(rows),
         "threshold": threshold,
+        "no_face": nobody,
         "above_threshold": above,
         "histogram": {n: histogram(x) for n, x in {"score": scores, **p}.items()},
         "members": members,
@@ -434,17 +446,14 @@ def write_submission_report(
 
 
 def _spread_section(
-    scored: Sequence[Any],
-    scores: np.ndarray,
-    p: Mapping[str, np.ndarray],
-    figures: Figures,
+    scores: np.ndarray, p: Mapping[str, np.ndarray], figures: Figures, unit: str
 ) -> dict[str, Any] | None:
-    if not len(scored):
+    if not len(scores):
         return None
     panels = [("score", draw_histogram(histogram(scores)))]
     panels += [(name, draw_histogram(histogram(x))) for name, x in p.items()]
     drawn = figures.group("histograms", panels, SMALL)
-    text = f"Shares of {len(scored):,} scored pictures."
+    text = f"Shares of {len(scores):,} scored {unit}."
     return {
         "title": "Scores",
         "text": text,
@@ -453,7 +462,7 @@ def _spread_section(
 
 
 def _disagreement_section(
-    scored: Sequence[Mapping[str, Any]], p: Mapping[str, np.ndarray], figures: Figures
+    scored: Sequence[Mapping[str, Any]], p: Mapping[str, np.ndarray], figures: Figures, unit: str
 ) -> dict[str, Any] | None:
     if len(p) < 2 or len(scored) < 2:
         return None
@@ -471,7 +480,7 @@ def _disagreement_section(
     gallery = _gallery("", "", widest, list(p))
     return {
         "title": "Member disagreement",
-        "text": f"How far the members' P(fake) lie apart; mean {spread.mean():.2f}. Below, the pictures they disagree on most.",
+        "text": f"How far the members' P(fake) lie apart; mean {spread.mean():.2f}. Below, the {unit} they disagree on most.",
         "blocks": [
             {"figures": figures.group("disagreement", panels, LARGE)},
             *(gallery["blocks"] if gallery else []),
@@ -504,7 +513,7 @@ def _failures_section(failures: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
     rows = [{"cells": [{"text": row["image"]}, {"text": str(row["error"])}]} for row in failures[:SHOWN_FAILURES]]
     table = {"style": "", "head": ["image", "reason"], "rows": rows, "text": ["reason"]}
     shown = f", the first {SHOWN_FAILURES} of them below" if len(failures) > len(rows) else ""
-    text = f"{len(failures):,} pictures got the neutral score{shown}."
+    text = f"{len(failures):,} files got the neutral score{shown}."
     return {"title": "Failures", "text": text, "blocks": [{"table": table}]}
 
 

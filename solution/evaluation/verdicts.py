@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from solution.config import FaceConfig
 from solution.data.faces import crop_box, crop_square
 from solution.data.images import Input, UnreadableInput, decode_image, resize_image
 from solution.data.videos import sample_frames
+from solution.evaluation.pages import Mark, marked
 from solution.records import FaceBox
 from solution.scoring.files import VERDICTS
 
@@ -27,6 +28,7 @@ LISTED = 2000  # rows of the table; the sidecar has them all
 PICTURED = 200  # of them with a thumbnail
 THUMBNAIL = 96  # px
 VIDEOS = 24  # with a timeline
+GROUPS = 24  # pictures of several faces, with their numbers
 TELLING = 3  # frames of each person
 WIDTH, HEIGHT = 640, 150  # of a timeline, in its own units
 URGENCY = {word: place for place, word in enumerate(("fake", "unsure", "real", "no_face", "failed"))}
@@ -98,16 +100,17 @@ def verdict_section(
     meaning: str,
     frames: int,
     why: Mapping[tuple[str, int | None], Mapping[str, str]],
+    unsure: float | None = None,
 ) -> dict[str, Any]:
     """What `verdict_table.html` draws.
 
     meaning: of the threshold, in words. frames: how many a video was sampled at. why: by `Judged.key` the address of
-    its maps and a small picture of them, as `href` and `uri`.
+    its maps and a small picture of them, as `href` and `uri`. unsure: how near to the threshold nothing is decided.
     """
     members = [name.removesuffix("_p") for name in judged[0].row if name.endswith("_p")] if judged else []
     ranked = sorted(judged, key=lambda j: (URGENCY[j.verdict], -j.score, j.item.name, j.who or 0))
     listed = ranked[:LISTED]
-    videos = _videos(ranked, threshold, frames)
+    videos = _videos(ranked, threshold, unsure, frames)
     seen = {(video["name"], p["who"]): p["telling"][0]["uri"] for video in videos for p in video["people"]}
     counts = {word: sum(j.verdict == word for j in judged) for word in VERDICTS}
     return {
@@ -117,21 +120,24 @@ def verdict_section(
         "meaning": meaning,
         "total": len(judged),
         "rows": [
-            _row(j, members, why.get(j.key)) | {"uri": seen.get(j.key) or (_picture_of(j) if k < PICTURED else "")}
+            _row(j, members, why.get(j.key), threshold)
+            | {"uri": seen.get(j.key) or (_picture_of(j) if k < PICTURED else "")}
             for k, j in enumerate(listed)
         ],
         "faces": any(j.who is not None for j in judged),
         "why": bool(why),
+        "groups": _groups(ranked),
         "videos": videos,
     }
 
 
-def _row(judged: Judged, members: Sequence[str], why: Mapping[str, str] | None) -> dict[str, Any]:
+def _row(judged: Judged, members: Sequence[str], why: Mapping[str, str] | None, threshold: float) -> dict[str, Any]:
     row = judged.row
     failed = judged.verdict == "failed"
     note = row["error"]
     if row.get("frames"):
-        note = f"{row['frames']} frames, {row['first_frame']} to {row['last_frame']}; {float(row['share_fake']):.0%} of them fake"
+        share = f"{float(row['share_fake']):.0%} of them score {threshold:.3g} or above"
+        note = f"{row['frames']} frames, {row['first_frame']} to {row['last_frame']}; {share}"
     return {
         "name": judged.item.name,
         "who": "" if judged.who is None else judged.who,
@@ -168,8 +174,26 @@ def shown(picture: np.ndarray, face: FaceBox | None, side: int = THUMBNAIL) -> s
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
 
 
+def _groups(ranked: Sequence[Judged]) -> list[dict[str, str]]:
+    """The pictures of several faces, in which each face is marked with its number and verdict."""
+    by_picture: dict[str, list[Judged]] = {}
+    for judged in ranked:
+        if judged.who is not None and not judged.frames:
+            by_picture.setdefault(judged.item.name, []).append(judged)
+    result = []
+    for name, faces in by_picture.items():
+        if len(faces) > 1 and len(result) < GROUPS:
+            try:
+                picture = decode_image(faces[0].item.path)
+            except UnreadableInput:
+                continue  # as above
+            marks = [Mark(box[:4], str(j.who), j.verdict) for j in faces if (box := face_of(j.row))]
+            result.append({"name": name, "uri": marked(picture, marks)})
+    return result
+
+
 # ------------------------------------------------------------------------------------------------ videos
-def _videos(ranked: Sequence[Judged], threshold: float, frames: int) -> list[dict[str, Any]]:
+def _videos(ranked: Sequence[Judged], threshold: float, unsure: float | None, frames: int) -> list[dict[str, Any]]:
     by_video: dict[str, list[Judged]] = {}
     for judged in ranked:
         if judged.frames:
@@ -185,7 +209,7 @@ def _videos(ranked: Sequence[Judged], threshold: float, frames: int) -> list[dic
         result.append(
             {
                 "name": name,
-                "timeline": timeline(people, threshold),
+                "timeline": timeline(people, threshold, unsure),
                 "people": [_person(j, pictures, threshold) for j in people],
             }
         )
@@ -209,8 +233,16 @@ def _person(judged: Judged, pictures: Mapping[int, np.ndarray], threshold: float
     }
 
 
-def timeline(people: Sequence[Judged], threshold: float) -> dict[str, Any]:
-    """Lines of score against frame number, a person each, in a box of `WIDTH` x `HEIGHT` with the threshold across."""
+def timeline(
+    people: Sequence[Judged],
+    threshold: float,
+    unsure: float | None = None,
+    time: Callable[[int], str] = "frame {}".format,
+) -> dict[str, Any]:
+    """Lines of score against frame number, a person each, in a box of `WIDTH` x `HEIGHT` with the threshold across.
+
+    unsure: how near to the threshold nothing is decided, drawn as a band; None: not known. time: what a frame is called.
+    """
     numbers = [int(row["frame"]) for judged in people for row in judged.frames]
     low, high = min(numbers), max(numbers)
     lines = []
@@ -230,8 +262,10 @@ def timeline(people: Sequence[Judged], threshold: float) -> dict[str, Any]:
         "width": WIDTH,
         "height": HEIGHT,
         "threshold": f"{(1 - threshold) * HEIGHT:.1f}",
-        "level": f"{threshold:.2g}",
-        "first": low,
-        "last": high,
+        "band": f"{2 * (unsure or 0) * HEIGHT:.1f}",
+        "top": f"{(1 - threshold - (unsure or 0)) * HEIGHT:.1f}",
+        "level": f"threshold {threshold:.3g}" if unsure is None else f"fake from {threshold + unsure:.3g}",
+        "first": time(low),
+        "last": time(high),
         "lines": lines,
     }

@@ -76,12 +76,17 @@ def threshold_record(bundle: Bundle, vote: VoteConfig) -> dict[str, Any]:
     }
 
 
+def band(record: Mapping[str, Any]) -> tuple[float, float]:
+    """Of a `threshold_record`: the score below which the word is `real`, and that from which it is `fake`."""
+    return record["threshold"] - record["unsure"], record["threshold"] + record["unsure"]
+
+
 def meaning(record: Mapping[str, Any]) -> str:
     """A `threshold_record` in a few sentences."""
-    threshold, unsure = record["threshold"], record["unsure"]
+    threshold, (low, high) = record["threshold"], band(record)
     text = f"Fake at {threshold:.3g} or above, else real."
-    if unsure:
-        text = f"Fake from {threshold + unsure:.3g}, real below {threshold - unsure:.3g}, between them unsure."
+    if low < high:
+        text = f"Fake from {high:.3g}, real below {low:.3g}, between them unsure."
     if record["asked"] is not None:
         text += f" Set so that of the real pictures it was fitted on at most {100 * record['asked']:.3g} in 100 are above {threshold:.3g}."
     if not record["measured"]:
@@ -92,6 +97,31 @@ def meaning(record: Mapping[str, Any]) -> str:
         source, rate = max(record["by_source"].items(), key=lambda pair: pair[1])
         text += f" Of the worst source of real pictures, {source}, {rate:.1%} are above {threshold:.3g}."
     return f"{text} On: {record['on'] or 'not stated'}."
+
+
+def rates_in_words(record: Mapping[str, Any]) -> str:
+    """False alarms and misses of a `threshold_record` in one plain sentence."""
+    measured = list((record["measured"] or {}).values())
+    if not measured:
+        return "How often it errs was not measured."
+    if all("called" in rates for rates in measured):
+        alarms = [rates["called"]["real"]["fake"] for rates in measured]
+        misses = [rates["called"]["fake"]["real"] for rates in measured]
+        said = "were taken for fakes", "passed unnoticed"
+    else:
+        alarms = [rates["false_alarms"] for rates in measured]
+        misses = [1 - rates["fakes_found"] for rates in measured if rates.get("fakes_found") is not None]
+        said = f"scored {record['threshold']:.3g} or above", "scored less"
+    text = f"Of 100 real pictures {_spread(alarms)} {said[0]}"
+    if misses:
+        text += f", of 100 fakes {_spread(misses)} {said[1]}"
+    return f"{text}, by generator and by how degraded the pictures were."
+
+
+def _spread(rates: Sequence[float]) -> str:
+    """From the lowest to the highest, of 100."""
+    low, high = (f"{100 * rate:.0f}" for rate in (min(rates), max(rates)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _rates(rates: Mapping[str, Any]) -> str:

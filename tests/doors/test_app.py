@@ -2,11 +2,17 @@
 
 import asyncio
 import importlib.util
+import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import cv2
@@ -20,6 +26,7 @@ from solution.config import VoteConfig
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LACKING = [name for name in ("gradio", "selenium") if importlib.util.find_spec(name) is None]
+with_gradio = pytest.mark.skipif("gradio" in LACKING, reason="not installed: gradio")
 LACKING += [] if CHROMIUM and shutil.which("chromedriver") else ["chromium and chromedriver"]
 in_a_browser = pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)}")
 WAIT = 300  # seconds at most, of a busy machine
@@ -74,35 +81,148 @@ def test_every_answer_of_the_server_forbids_outside_sources():
     assert b"http" not in headers[b"content-security-policy"]
 
 
-def test_a_drop_is_answered_at_once_then_in_full_and_is_deleted(weights, files, monkeypatch):
-    monkeypatch.setattr(app, "CHANNELS", 2)
-    monkeypatch.setattr(app, "FILES", 3)
-    monkeypatch.setattr("solution.evaluation.answers.EXAMINED", 2)
-    room = app.Room(str(weights), "cpu")
+def test_only_the_uploads_of_dead_processes_are_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name in (f"{app.UPLOADS}{ended.pid}-a", f"{app.UPLOADS}{os.getpid()}-b", f"{app.UPLOADS}x"):
+        (tmp_path / name / "inside").mkdir(parents=True)
+    app._delete_stale()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{app.UPLOADS}{os.getpid()}-b", f"{app.UPLOADS}x"]
+
+
+# ------------------------------------------------------------------------------------------------ what a drop does
+@pytest.fixture(scope="module")
+def room(weights):
+    """A room that takes as uploads what lies in the test's folder: set `uploads`."""
+    room = app.Room(str(weights), "cpu", Path())
     room.examiner.files.close()
     room.examiner.reader.frames = 8
-    dropped = [str(files / name) for name in ("four.png", "broken.jpg", "two.mp4", "extra.png")]
+    return room
+
+
+@pytest.fixture
+def drop(room, files):
+    """What drops files of the test's folder by name and takes them: the visit that they wait in."""
+    room.uploads = files.resolve()
+
+    def dropped(*names, visit=None):
+        emptied, visit, said = room.take([str(files / name) for name in names], visit or app.Visit())
+        assert emptied is None and all(upload.name in said for upload in visit.waiting)
+        return visit
+
+    return dropped
+
+
+def left(folder):
+    """The files in a folder and in those in it."""
+    return sorted(p.name for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_drop_is_answered_at_once_then_in_full_and_is_deleted(room, drop, files, monkeypatch):
+    monkeypatch.setattr(app, "FILES", 3)
+    monkeypatch.setattr("solution.evaluation.answers.EXAMINED", 2)
+    dropped = ("four.png", "broken.jpg", "two.mp4", "extra.png")
     shutil.copy(files / "four.png", files / "extra.png")
-    steps = list(room.dropped(dropped))
-    assert not any(Path(path).exists() for path in dropped)
-    first, last = steps[0][0], steps[-1][0]
+    visit = drop(*dropped)
+    steps = list(room.dropped(visit, []))
+    assert not any((files / name).exists() for name in dropped) and not left(files)
+    told = [said for _, _, said in steps]
+    assert told[0] == "Reading four.png (1 of 3) ...<br>broken.jpg waits.<br>two.mp4 waits."
+    assert told[1].startswith("four.png: ") and told[1].endswith("Reading broken.jpg (2 of 3) ...<br>two.mp4 waits.")
+    assert "Looking closer at four.png (1 of 3)" in told[3] and "Looking closer" not in told[-1]
+    assert "broken.jpg: could not be read<br>" in told[-1] and "1 more files were not judged" in told[-1]
+    first, last = steps[1][0], steps[-1][0]
     assert first.count("<article data-verdict") == 1 and first.count('class="face"') == 4
-    assert "Looking closer" in first and "degraded copies" not in first and "text/csv" not in first
+    assert "degraded copies" not in first and "text/csv" not in first
     assert last.count("<article data-verdict") == 3 and last.count("on degraded copies") == 4
-    assert "broken.jpg" in last and "Could not be read" in last and "1 more files were not judged" in last
+    assert "broken.jpg" in last and "Could not be read" in last
     for words in ("global: attention", "vlaforge: localisation", "qtfp: query attention", "text/csv"):
         assert words in last
-    assert "Score-CAM" not in last
-    why = [html for html, _ in room.asked_why(steps[-1][1])]
-    assert "global: Score-CAM" in why[-1] and "all Score-CAMs" in why[-1] and "text/csv" in why[-1]
-    ((nothing, _),) = room.asked_why([])
-    assert "Drop a picture first" in nothing
+    assert "Score-CAM" not in last and " nats" not in last
 
 
-# ------------------------------------------------------------------------------------------------ in a browser
+def test_score_cam_says_at_once_that_it_works(room, drop, monkeypatch):
+    monkeypatch.setattr(room.thorough, "channels", 2)
+    visit = drop("four.png")
+    *_, (_, kept, _) = room.dropped(visit, [])
+    steps = list(room.asked_why(visit, kept))
+    assert "Score-CAM of four.png, face 1 of 4" in steps[0][2] and "global: Score-CAM" not in steps[0][0]
+    why = steps[-1][0]
+    assert "global: Score-CAM" in why and "all Score-CAMs" in why and "text/csv" in why
+    ((nothing, _, said),) = room.asked_why(visit, [])
+    assert "Drop a picture first" in said and "<article data-verdict" not in nothing
+
+
+def test_a_second_drop_leaves_the_first_one_as_it_is(room, drop, files):
+    visit = drop("broken.jpg")
+    *_, (_, kept, _) = room.dropped(visit, [])
+    # While the second is read a third one comes, with a file that is gone; its own event finds nothing left to do.
+    (files / "more.jpg").write_bytes(b"no picture")
+    (files / "late.jpg").write_bytes(b"no picture")
+    drop("more.jpg", visit=visit)
+    steps = room.dropped(visit, kept)
+    next(steps)
+    drop("late.jpg", "broken.jpg", visit=visit)
+    *_, (shown, kept, said) = steps
+    assert [answer.name for answer in kept] == ["more.jpg", "late.jpg", "broken.jpg"]
+    assert [shown.index(f">{name}<") for name in ("more.jpg", "late.jpg", "broken.jpg")] == sorted(
+        shown.index(f">{name}<") for name in ("more.jpg", "late.jpg", "broken.jpg")
+    )
+    assert "broken.jpg" not in said
+    assert list(room.dropped(visit, kept)) == [app.SAME]
+
+
+def test_equal_files_of_two_people_are_each_read(room, drop, files):
+    """Gradio lays the second over the first."""
+    mine = drop("four.png")
+    picture, _ = collage()
+    cv2.imwrite(str(files / "again.png"), picture[:, :, ::-1])
+    (files / "again.png").replace(files / "four.png")
+    *_, (_, (answer,), _) = room.dropped(mine, [])
+    assert answer.verdict != "failed" and (files / "four.png").exists()
+    *_, (_, (answer,), _) = room.dropped(drop("four.png"), [])
+    assert answer.verdict != "failed" and not (files / "four.png").exists()
+
+
+def test_nothing_but_uploads_is_taken(room, drop, files, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "secret.png"
+    shutil.copy(files / "four.png", elsewhere)
+    (files / "link.png").symlink_to(elsewhere)
+    visit = drop(str(elsewhere), "link.png", "/dev/zero", "https://example.org/a.png", "../secret.png", ".")
+    assert not visit.waiting and elsewhere.exists()
+
+
+def test_what_a_broken_upload_left_goes_with_the_next_drop(drop, files):
+    for name, age in (("old.part", 3600), ("new.part", 0)):
+        (files / name).touch()
+        os.utime(files / name, (time.time() - age,) * 2)
+    drop()
+    assert not (files / "old.part").exists() and (files / "new.part").exists()
+
+
+def test_a_stop_keeps_what_was_read_and_a_clear_nothing(room, drop, files):
+    for end in ("stop", "clear"):
+        for name in ("a.jpg", "b.jpg"):
+            (files / name).write_bytes(b"no picture")
+        visit = drop("a.jpg", "b.jpg")
+        steps = room.dropped(visit, [])
+        next(steps), next(steps)
+        getattr(room, end)(visit)
+        rest = list(steps)
+        assert not {"a.jpg", "b.jpg"} & set(left(files)) and not visit.waiting
+        if end == "clear":
+            assert rest == [app.SAME]
+        else:
+            html, kept, said = rest[-1]
+            assert [answer.name for answer in kept] == ["a.jpg"] and "text/csv" in html and "b.jpg" not in said
+    assert room.clear(visit)[1:] == ([], "")
+
+
+# ------------------------------------------------------------------------------------------------ served
 @pytest.fixture
-def served(weights, tmp_path):
-    """The address of a running page, and the folder that its uploads go to."""
+def server(weights, tmp_path):
+    """A running page: its process, address, the folder that its uploads go to, and its log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -121,12 +241,45 @@ def served(weights, tmp_path):
                         break
                 assert server.poll() is None and time.monotonic() < until, (tmp_path / "server.log").read_text()
                 time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}", uploads
+            yield server, f"http://127.0.0.1:{port}", uploads, tmp_path / "server.log"
         finally:
             server.terminate()
             server.wait(WAIT)
 
 
+def asked(address, body=None):
+    """The text of an answer, of a refusal too."""
+    request = urllib.request.Request(address, body and json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=WAIT) as answer:
+            return answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
+
+
+@with_gradio
+def test_a_client_names_no_file_of_this_machine_and_ctrl_c_closes_open_pages(server, files):
+    process, address, uploads, log = server
+    took = next(d for d in json.loads(asked(f"{address}/config"))["dependencies"] if d["targets"][0][1] == "upload")
+    for path, told in (
+        (str(files / "four.png"), "was not uploaded by a user"),
+        ("/dev/zero", "was not uploaded by a user"),
+        ("https://example.org/a.png", "no addresses"),
+    ):
+        data = [[{"path": path, "meta": {"_type": "gradio.FileData"}}], None]
+        body = {"data": data, "fn_index": took["id"], "session_hash": "someone"}
+        assert told in asked(f"{address}/gradio_api/run/predict", body)
+    assert all("Not Found" in asked(f"{address}/{page}") for page in ("docs", "redoc", "openapi.json"))
+    with urllib.request.urlopen(f"{address}/gradio_api/heartbeat/someone") as page:
+        assert b"ALIVE" in page.readline()
+        told = len(log.read_text())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(WAIT) == 130
+    assert log.read_text()[told:].strip() == "app: closed"
+    assert not list(uploads.glob(f"{app.UPLOADS}*"))
+
+
+# ------------------------------------------------------------------------------------------------ in a browser
 @pytest.fixture
 def browser(tmp_path):
     """Headless Chromium that notes every request and saves downloads in `tmp_path / "saved"`."""
@@ -147,14 +300,12 @@ def browser(tmp_path):
 
 
 @in_a_browser
-def test_in_a_browser_uploads_get_verdicts_and_a_download(served, browser, files, tmp_path):
-    import json
-
+def test_in_a_browser_uploads_get_verdicts_and_a_download(server, browser, files, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
 
-    address, uploads = served
+    _, address, uploads, _ = server
     wait = WebDriverWait(browser, WAIT)
     browser.set_window_size(500, 900)
     browser.get(address)
@@ -178,6 +329,15 @@ def test_in_a_browser_uploads_get_verdicts_and_a_download(served, browser, files
     saved = tmp_path / "saved" / "scores.members.csv"
     wait.until(lambda _: saved.exists())
     assert saved.read_text().count("four.png") == 5
+    # Spoken to who does not see it; a second drop goes above the first, and a clear takes both.
+    said = browser.find_element(By.ID, "said")
+    assert said.get_attribute("aria-live") == "polite" and "broken.jpg: could not be read" in said.text
+    browser.find_element(By.CSS_SELECTOR, "#files input[type=file]").send_keys(str(files / "broken.jpg"))
+    names = "return [...document.querySelectorAll('#answers article[data-verdict] h2')].map((e) => e.textContent)"
+    wait.until(lambda d: len(d.execute_script(names)) == 4 and d.find_elements(By.CSS_SELECTOR, "#answers a.download"))
+    assert browser.execute_script(names) == ["broken.jpg", "four.png", "broken.jpg", "two.mp4"]
+    browser.find_element(By.ID, "clear").click()
+    wait.until(lambda d: not d.execute_script(names))
     # Nothing was loaded from elsewhere, and nothing that was uploaded is still there.
     asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]

@@ -20,12 +20,12 @@ from solution.config import MEMBERS, AdapterConfig, DegradationConfig, ViewConfi
 from solution.data.images import find_inputs
 from solution.data.manifest import read_manifest
 from solution.evaluation import explainer, maps
-from solution.evaluation import pages as explain_page
 from solution.evaluation.measure import Condition
+from solution.evaluation.pages import Explained, Map, MemberView, Pages, overlay
 from solution.models.calibration import Calibrator
 from solution.presets import preset
 from solution.records import Batch
-from solution.scoring import ensemble as predict
+from solution.scoring.ensemble import load_ensemble, score_pictures
 from solution.studies import drift, drift_figures
 
 
@@ -319,7 +319,7 @@ def manifest(tmp_path_factory):
 
 
 def test_equal_pictures_have_cosine_1_and_no_drift_for_every_member(bundle, manifest):
-    ensemble = predict.load_ensemble(bundle, "cpu", exact=True)
+    ensemble = load_ensemble(bundle, "cpu", exact=True)
     items, _ = read_manifest(manifest)
     same = Condition("same", "drift", "", 0.5, 0, DegradationConfig(global_p=0.0))
     settings = drift.Settings(cam=0, faces=False)
@@ -347,7 +347,7 @@ def test_the_engine_of_drift_fires_every_op_but_the_distractor():
 
 
 def test_the_votes_share_is_the_members_by_their_votes(bundle):
-    ensemble = predict.load_ensemble(bundle, "cpu", exact=True, members=["global", "face"])
+    ensemble = load_ensemble(bundle, "cpu", exact=True, members=["global", "face"])
     assert ensemble.vote.weights == {"global": 1, "face": 2}
     arrays = {
         "faces": np.zeros((3, 4)),
@@ -409,7 +409,7 @@ def test_drift_writes_everything_and_goes_on_from_what_is_kept(bundle, manifest,
 
 
 def test_the_stated_passes_are_the_passes_made(bundle, manifest):
-    ensemble = predict.load_ensemble(bundle, "cpu", exact=True)
+    ensemble = load_ensemble(bundle, "cpu", exact=True)
     items, _ = read_manifest(manifest)
     settings = drift.Settings(cam=3, channels=8, full=1)
     chosen = drift.choose(items, items[1:4], settings)
@@ -428,7 +428,7 @@ def test_the_stated_passes_are_the_passes_made(bundle, manifest):
 def test_pages_are_self_contained_and_say_what_scoring_says(bundle, manifest, tmp_path, capsys):
     folder = manifest.parent
     (folder / "broken.png").write_bytes(b"no picture")
-    ensemble = predict.load_ensemble(bundle, "cpu", exact=True)
+    ensemble = load_ensemble(bundle, "cpu", exact=True)
     items = [i for i in find_inputs(folder) if i.name.endswith(("0.png", "1.png", "n.png"))]
     said = []
     pages = explainer.explain_pictures(
@@ -462,7 +462,7 @@ def test_pages_are_self_contained_and_say_what_scoring_says(bundle, manifest, tm
     assert "outside the face" in text
     passes = 3 * 5 * (2 + 8)
     assert f"cost: {passes} forward passes" in said[0]
-    logits = predict.score_pictures(ensemble, items[:2], progress=False)
+    logits = score_pictures(ensemble, items[:2], progress=False)
     p = {n: ensemble.calibrators[n].apply(x) for n, x in logits.items()}
     for index in range(2):
         for name in MEMBERS:
@@ -470,15 +470,15 @@ def test_pages_are_self_contained_and_say_what_scoring_says(bundle, manifest, tm
 
 
 def test_many_pictures_make_several_pages_that_name_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(explain_page, "SHOWN", 2)
-    pages = explain_page.Pages(tmp_path, "Title", 5, {"fact": "<b>"})
+    monkeypatch.setattr("solution.evaluation.pages.SHOWN", 2)
+    pages = Pages(tmp_path, "Title", 5, {"fact": "<b>"})
     rng = np.random.default_rng(0)
     for index in range(4):
         picture = rng.integers(0, 256, (40, 30 + 10 * index, 3), dtype=np.uint8)
         joint = rng.random((40, 30 + 10 * index))
-        view = explain_page.Map("map", rng.random((4, 4)))
-        seen = explain_page.MemberView("global", 1, 0.3, 0.31, picture, [view])
-        shown = explain_page.Explained(f"{index}.png", 0.3, "real", picture, None, None, "", joint, "", [seen])
+        view = Map("map", rng.random((4, 4)))
+        seen = MemberView("global", 1, 0.3, 0.31, picture, [view])
+        shown = Explained(f"{index}.png", 0.3, "real", picture, None, None, "", joint, "", [seen])
         pages.add(shown)
     pages.fail("bad\n.png", "why")
     assert pages.close() == tmp_path / "explain.html"
@@ -497,14 +497,14 @@ def test_an_overlay_is_brightest_where_the_map_is_and_an_absolute_scale_holds():
     grey = np.full((40, 40, 3), 128, np.uint8)
     values = np.zeros((4, 4))
     values[1, 2] = 0.2
-    drawn = explain_page.overlay(grey, values).sum(axis=2)
+    drawn = overlay(grey, values).sum(axis=2)
     row, column = np.unravel_index(drawn.argmax(), drawn.shape)
     assert 10 <= row < 20 and 20 <= column < 30
-    absolute = explain_page.overlay(grey, values, top=1.0).sum(axis=2)
+    absolute = overlay(grey, values, top=1.0).sum(axis=2)
     assert absolute.max() < drawn.max()
-    assert np.ptp(explain_page.overlay(grey, np.zeros((4, 4))).sum(axis=2)) == 0
+    assert np.ptp(overlay(grey, np.zeros((4, 4))).sum(axis=2)) == 0
     # equal steps of the value are equal steps of lightness, within a little
-    ramp = explain_page.overlay(grey[:1], np.linspace(0, 1, 40)[None])
+    ramp = overlay(grey[:1], np.linspace(0, 1, 40)[None])
     lightness = cv2.cvtColor(ramp, cv2.COLOR_RGB2LAB)[0, :, 0].astype(float)
     assert (np.diff(lightness) >= 0).all()
 

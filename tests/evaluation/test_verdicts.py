@@ -1,6 +1,8 @@
 """The table of verdicts, the videos' timelines, and the answers of the app, without a browser."""
 
 import base64
+import csv
+import json
 import os
 import re
 import shutil
@@ -18,8 +20,9 @@ from solution.config import VoteConfig
 from solution.data import views
 from solution.data.images import Input, find_inputs
 from solution.evaluation import report, verdicts
-from solution.evaluation.answers import COPIES, Examiner
-from solution.scoring import ensemble as predict
+from solution.evaluation.answers import COPIES, Examiner, announced
+from solution.evaluation.pages import MARKS
+from solution.scoring.ensemble import Reader, judge, load_ensemble, stream
 from solution.scoring.files import SidecarRow, Track, write_sidecar
 
 BOX = (10.0, 10.0, 60.0, 60.0, 0.9)
@@ -81,6 +84,7 @@ def test_the_page_has_a_row_for_everything_the_most_suspicious_first(scored, tmp
         ("nobody.png", ""),
         ("broken<.jpg", ""),
     ]
+    assert [group["name"] for group in table["groups"]] == ["a.png"]
     (video,) = table["videos"]
     assert [len(person["telling"]) for person in video["people"]] == [2, 3]
     assert all(frame["uri"].startswith("data:") for person in video["people"] for frame in person["telling"])
@@ -96,6 +100,13 @@ def test_the_page_has_a_row_for_everything_the_most_suspicious_first(scored, tmp
     assert not verdicts.verdict_section([], threshold=0.5, meaning="", frames=1, why={})["rows"]
 
 
+def test_a_timeline_shows_where_nothing_is_decided(scored):
+    people = [j for j in scored if j.frames]
+    bare, banded = verdicts.timeline(people, 0.5), verdicts.timeline(people, 0.5, 0.1)
+    assert (bare["level"], bare["band"], bare["top"]) == ("threshold 0.5", "0.0", "75.0")
+    assert (banded["level"], banded["band"], banded["top"]) == ("fake from 0.6", "30.0", "60.0")
+
+
 def test_more_rows_than_are_listed_are_said(scored, tmp_path, monkeypatch):
     monkeypatch.setattr(verdicts, "LISTED", 2)
     table = verdicts.verdict_section(scored, threshold=0.5, meaning="", frames=16, why={})
@@ -103,23 +114,36 @@ def test_more_rows_than_are_listed_are_said(scored, tmp_path, monkeypatch):
     assert text.count("<tr data-file") == 2 and "The 2 most suspicious of 6" in text
 
 
+def test_scores_that_mean_nothing_keep_out_of_the_figures(tmp_path):
+    rows = [
+        {"image": name, "score": score, "error": "", "verdict": word, "face_p": score}
+        for name, score, word in (("a.png", 0.9, "fake"), ("b.mp4", 0.1, "real"), ("nobody.png", 0.5, "no_face"))
+    ]
+    text = report.write_submission_report(rows, tmp_path / "r", threshold=0.5).read_text()
+    told = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert (told["pictures"], told["no_face"], told["above_threshold"]) == (3, 1, 0.5)
+    assert "Shares of 2 scored files." in text and "No face found" in text and "Most uncertain files" in text
+    assert "nobody.png" not in text
+    pictures = report.write_submission_report(rows[:1], tmp_path / "p", threshold=0.5).read_text()
+    assert "Shares of 1 scored pictures." in pictures and "No face found" not in pictures
+
+
 # ------------------------------------------------------------------------------------------------ answers
 @pytest.fixture(scope="module")
 def examiner(tmp_path_factory):
     vote = VoteConfig({"global": 1, "face": 2}, threshold=0.6, unsure=0.01)
     bundle = make_bundle(tmp_path_factory.mktemp("weights") / "tiny", ("global", "face"), vote=vote)
-    return Examiner(predict.load_ensemble(bundle, "cpu", exact=True), bundle, frames=8)
+    return Examiner(load_ensemble(bundle, "cpu", exact=True), bundle, frames=8)
 
 
 def test_an_answer_is_what_scoring_says_and_tells_whether_it_holds(examiner, tmp_path):
     picture, _ = collage()
     cv2.imwrite(str(tmp_path / "four.png"), picture[:, :, ::-1])
-    examiner.start()
     answer = examiner.examine(tmp_path / "four.png", "four.png")
-    reader = predict.Reader(examiner.ensemble.views, people="all")
+    reader = Reader(examiner.ensemble.views, people="all")
     item = Input("four.png", tmp_path / "four.png", "image")
-    (rows,) = predict.stream(examiner.ensemble, [[(0, item)]], reader, workers=0)
-    true = predict.judge(rows, examiner.ensemble.vote, examiner.ensemble.calibrators)
+    (rows,) = stream(examiner.ensemble, [[(0, item)]], reader, workers=0)
+    true = judge(rows, examiner.ensemble.vote, examiner.ensemble.calibrators)
     assert answer.score == true[0].score and answer.verdict == true[0].verdict
     assert [f.judged.score for f in answer.faces] == pytest.approx(
         sorted((r.score for r in true[1:]), reverse=True), abs=1e-6
@@ -132,10 +156,11 @@ def test_an_answer_is_what_scoring_says_and_tells_whether_it_holds(examiner, tmp
         answer.faces[0].face
     }
     text = examiner.html([answer])
-    assert text.count('class="face"') == 4 and "on degraded copies" in text and "Fake at 0.6 or above" in text
+    assert text.count('class="face"') == 4 and "on degraded copies" in text
+    assert "“Looks fake” is said of a score of 0.61 or above" in text and "Fake from 0.61, real below 0.59" in text
     assert "http" not in text and "<script" not in text
-    csv = base64.b64decode(re.search(r"data:text/csv;base64,([^\"]+)", text)[1]).decode()
-    assert csv.count("four.png") == 5
+    saved = base64.b64decode(re.search(r"data:text/csv;base64,([^\"]+)", text)[1]).decode()
+    assert saved.count("four.png") == 5
 
 
 def test_a_copy_that_changes_nothing_scores_the_same(examiner, tmp_path, monkeypatch):
@@ -166,8 +191,52 @@ def test_odd_files_are_named_and_never_a_blank(examiner, tmp_path):
     assert "Sound is not judged." in video.notes and len(video.faces) == 3 and video.timeline["lines"]
     text = examiner.html([broken, pdf, nobody, video])
     assert text.count("<article data-verdict") == 4 and "Could not be read" in text and "No face found" in text
-    examiner.start()
-    assert examiner.csv().count("\n") == 1
+    assert examiner.csv([]).count("\n") == 1
+
+
+def test_where_no_face_was_found_nothing_is_said_of_the_score(examiner, tmp_path):
+    cv2.imwrite(str(tmp_path / "nobody.png"), np.full((90, 90, 3), 80, np.uint8))
+    answer = examiner.examine(tmp_path / "nobody.png", "nobody.png")
+    text = examiner.html([answer])
+    assert not answer.examined and announced(answer) == "nobody.png: no face found: nothing to judge"
+    assert text.count("<img") == 1 and answer.where in text and 'class="face"' not in text and ", score" not in text
+    assert not re.search(r"score \d", text.partition("What a score means")[0])
+
+
+def test_the_picture_says_where_the_faces_are(examiner, tmp_path):
+    picture, _ = collage()
+    cv2.imwrite(str(tmp_path / "four.png"), picture[:, :, ::-1])
+    answer = examiner.examine(tmp_path / "four.png", "four.png")
+    data = base64.b64decode(answer.where.removeprefix("data:image/jpeg;base64,"))
+    drawn = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1].astype(int)
+    assert drawn.shape == (480, 480, 3)
+    for face in answer.faces:
+        x0, y0, _, y1 = (round(v * 480 / 512) for v in face.face[:4])
+        edge = drawn[(y0 + y1) // 2 - 3 : (y0 + y1) // 2 + 3, x0 - 1 : x0 + 2].mean(axis=(0, 1))
+        assert np.abs(edge - MARKS.get(face.judged.verdict, (92, 97, 104))).max() < 40
+
+
+def test_of_a_clip_it_is_said_which_frame_is_shown_and_copied(examiner, tmp_path):
+    answer = examiner.examine(two_people(tmp_path / "two.mp4").path, "two.mp4")  # 48 frames, 12 a second
+    assert answer.pace == pytest.approx(1 / 12, rel=0.03)
+    assert answer.time(24) == "0:02.0" and answer.timeline["first"] == answer.time(2)
+    face = answer.faces[0]
+    examiner.degrade(face)
+    text = examiner.html([answer])
+    when = f"the frame at {answer.time(face.row['frame'])}"
+    assert f"Shown is {when}: score {float(face.row['score']):.2f}." in text and f"Of {when}: " in text
+    held = all(word == face.row["verdict"] for _, word in face.held.values())
+    assert ("The frame&#39;s verdict holds" in text or "The frame's verdict holds" in text) == held
+    assert "of them score 0.6 or above" in text and "of them fake" not in text
+    answer.pace = 0.0
+    assert answer.time(24) == "frame 24"
+
+
+def test_no_name_is_a_formula_in_the_page_s_download(examiner, tmp_path):
+    (tmp_path / "x.jpg").write_bytes(b"no picture")
+    names = ["=1+1.jpg", "@a.jpg", "-2.jpg", "+3.jpg", "\tb.jpg", "fine=.jpg"]
+    saved = examiner.csv([examiner.examine(tmp_path / "x.jpg", name) for name in names])
+    assert [row[0] for row in csv.reader(saved.splitlines())][1:] == [*(f"'{n}" for n in names[:-1]), "fine=.jpg"]
 
 
 def test_a_long_clip_is_refused_by_its_length(examiner, tmp_path, monkeypatch):

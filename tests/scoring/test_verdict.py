@@ -4,7 +4,7 @@ import pytest
 
 from solution.bundles.bundle import About, Bundle
 from solution.config import VoteConfig
-from solution.scoring.verdict import NOBODY_LOOKED, meaning, threshold_record, verdict_of
+from solution.scoring.verdict import NOBODY_LOOKED, meaning, rates_in_words, threshold_record, verdict_of
 
 VOTE = VoteConfig({"face": 1}, threshold=0.7, unsure=0.05, false_alarm=0.04)
 RATES = {
@@ -65,3 +65,14 @@ def test_no_figure_is_given_for_a_vote_that_was_not_measured(report, vote):
     record = threshold_record(bundle(report), vote)
     assert record["measured"] is None
     assert "not measured" in meaning(record) and "%" not in meaning(record)
+
+
+def test_the_rates_in_one_plain_sentence():
+    text = rates_in_words(threshold_record(bundle(REPORT), VOTE))
+    assert text.startswith("Of 100 real pictures 3 to 12 scored 0.7 or above, of 100 fakes 50 scored less, ")
+    called = {"real": {"fake": 0.01, "unsure": 0.04, "real": 0.95}, "fake": {"fake": 0.4, "unsure": 0.2, "real": 0.4}}
+    text = rates_in_words(
+        threshold_record(bundle({"at_threshold": {"clean": RATES["clean"] | {"called": called}}}), VOTE)
+    )
+    assert text.startswith("Of 100 real pictures 1 were taken for fakes, of 100 fakes 40 passed unnoticed, ")
+    assert rates_in_words(threshold_record(bundle({}), VOTE)) == "How often it errs was not measured."
