@@ -514,7 +514,7 @@ def write_report(args, ensemble, bundle, inputs, maps) -> None:
 
     from solution.evaluation import report, verdicts
     from solution.scoring import files as submission
-    from solution.scoring.verdict import meaning, threshold_record
+    from solution.scoring.verdict import threshold_record
 
     with submission.members_path(args.out).open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if not (row.get("frame") or row.get("face"))]
@@ -528,9 +528,7 @@ def write_report(args, ensemble, bundle, inputs, maps) -> None:
     targets = ((j.key, explained(args, ensemble, j).name) for j in judged)
     table = verdicts.verdict_section(
         judged,
-        threshold=threshold,
-        unsure=ensemble.vote.unsure,
-        meaning=meaning(threshold_record(bundle, ensemble.vote)),
+        record=threshold_record(bundle, ensemble.vote),
         frames=args.frames,
         why={
             key: {"href": f"../{args.out.with_suffix('.explain').name}/{places[name][0]}", "uri": places[name][1]}

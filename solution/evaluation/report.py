@@ -407,6 +407,7 @@ def write_submission_report(
         _failures_section(failures),
     ]
     above = float(np.mean(scores >= threshold)) if len(scores) else None
+    share = "none scored" if above is None else f"{above:.1%}"
     words = verdicts["counts"] if verdicts else {}
     by_face = "each face counted" if verdicts and verdicts["faces"] else ""
     page = {
@@ -416,14 +417,13 @@ def write_submission_report(
             {"label": unit.capitalize(), "value": f"{len(rows):,}"},
             {"label": "Failures", "value": f"{len(failures):,}"},
             *([{"label": "No face found", "value": f"{nobody:,}", "note": "not in what follows"}] if nobody else []),
-            {
-                "label": f"Scores of {threshold:.3g} or above",
-                "value": "none scored" if above is None else f"{above:.1%}",
-            },
             *(
-                {"label": f"Called {word}", "value": f"{words[word]:,}", "note": by_face}
-                for word in ("fake", "unsure")
-                if word in words
+                [
+                    {"label": f"Called {word}", "value": f"{words[word]:,}", "note": by_face}
+                    for word in ("fake", "unsure")
+                ]
+                if words
+                else [{"label": f"Scores of {threshold:.3g} or above", "value": share}]
             ),
         ],
         "verdicts": verdicts,

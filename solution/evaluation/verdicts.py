@@ -23,6 +23,7 @@ from solution.data.videos import sample_frames
 from solution.evaluation.pages import Mark, marked
 from solution.records import FaceBox
 from solution.scoring.files import VERDICTS
+from solution.scoring.verdict import meaning, rates_in_words, rule
 
 LISTED = 2000  # rows of the table; the sidecar has them all
 PICTURED = 200  # of them with a thumbnail
@@ -96,17 +97,16 @@ def read_judged(sidecar: Path, inputs: Iterable[Input]) -> list[Judged]:
 def verdict_section(
     judged: Sequence[Judged],
     *,
-    threshold: float,
-    meaning: str,
+    record: Mapping[str, Any],
     frames: int,
     why: Mapping[tuple[str, int | None], Mapping[str, str]],
-    unsure: float | None = None,
 ) -> dict[str, Any]:
     """What `verdict_table.html` draws.
 
-    meaning: of the threshold, in words. frames: how many a video was sampled at. why: by `Judged.key` the address of
-    its maps and a small picture of them, as `href` and `uri`. unsure: how near to the threshold nothing is decided.
+    record: `verdict.threshold_record`. frames: how many a video was sampled at. why: by `Judged.key` the address of its
+    maps and a small picture of them, as `href` and `uri`.
     """
+    threshold, unsure = record["threshold"], record["unsure"]
     members = [name.removesuffix("_p") for name in judged[0].row if name.endswith("_p")] if judged else []
     ranked = sorted(judged, key=lambda j: (URGENCY[j.verdict], -j.score, j.item.name, j.who or 0))
     listed = ranked[:LISTED]
@@ -117,7 +117,9 @@ def verdict_section(
         "members": members,
         "words": [word for word in VERDICTS if counts[word]],
         "counts": counts,
-        "meaning": meaning,
+        "rule": rule(record),
+        "rates": rates_in_words(record),
+        "meaning": meaning(record),
         "total": len(judged),
         "rows": [
             _row(j, members, why.get(j.key), threshold)

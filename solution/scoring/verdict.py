@@ -81,12 +81,17 @@ def band(record: Mapping[str, Any]) -> tuple[float, float]:
     return record["threshold"] - record["unsure"], record["threshold"] + record["unsure"]
 
 
+def rule(record: Mapping[str, Any]) -> str:
+    """Which score gets which word."""
+    low, high = band(record)
+    if low == high:
+        return f"Fake at {high:.3g} or above, else real."
+    return f"Fake from {high:.3g}, real below {low:.3g}, between them unsure."
+
+
 def meaning(record: Mapping[str, Any]) -> str:
     """A `threshold_record` in a few sentences."""
-    threshold, (low, high) = record["threshold"], band(record)
-    text = f"Fake at {threshold:.3g} or above, else real."
-    if low < high:
-        text = f"Fake from {high:.3g}, real below {low:.3g}, between them unsure."
+    threshold, text = record["threshold"], rule(record)
     if record["asked"] is not None:
         text += f" Set so that of the real pictures it was fitted on at most {100 * record['asked']:.3g} in 100 are above {threshold:.3g}."
     if not record["measured"]:

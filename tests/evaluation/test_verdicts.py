@@ -26,6 +26,10 @@ from solution.scoring.ensemble import Reader, judge, load_ensemble, stream
 from solution.scoring.files import SidecarRow, Track, write_sidecar
 
 BOX = (10.0, 10.0, 60.0, 60.0, 0.9)
+RATES = {
+    "clean": {"called": {"real": {"fake": 0.02, "unsure": 0.1}, "fake": {"fake": 0.6, "unsure": 0.1, "real": 0.3}}}
+}
+RECORD = {"threshold": 0.5, "unsure": 0.1, "asked": None, "measured": RATES, "by_source": None, "on": "90 pictures"}
 
 
 def line(name, score, word, who=None, frame=None, track=None, face=BOX):
@@ -75,7 +79,7 @@ def test_faces_and_tracks_stand_for_their_input_and_have_their_frames(scored):
 
 def test_the_page_has_a_row_for_everything_the_most_suspicious_first(scored, tmp_path):
     why = {("a.png", 2): {"href": "../x.explain/explain.html#p1", "uri": "data:image/jpeg;base64,AA=="}}
-    table = verdicts.verdict_section(scored, threshold=0.5, meaning="Fake at 0.5.", frames=16, why=why)
+    table = verdicts.verdict_section(scored, record=RECORD, frames=16, why=why)
     assert [(row["name"], row["who"]) for row in table["rows"]] == [
         ("a.png", 2),
         ("clip.mp4", 2),
@@ -92,12 +96,14 @@ def test_the_page_has_a_row_for_everything_the_most_suspicious_first(scored, tmp
     assert first["points"] == "0.0,105.0 213.3,135.0" and len(second["dots"]) == 3
     page = report.write_submission_report([], tmp_path / "r", threshold=0.5, verdicts=table)
     text = page.read_text()
+    assert "Fake from 0.6, real below 0.4, between them unsure. Of 100 real pictures 2 were taken for fakes" in text
+    assert "On: 90 pictures." in text.partition("What was measured")[2]
     assert "broken&lt;.jpg" in text and "no &lt;picture&gt;" in text and "<picture>" not in text
     assert 'href="../x.explain/explain.html#p1"' in text and text.count("<tr data-file") == 6
     assert not re.search(r"(?:src|href)=\"(?!data:|#|\.\./)", text) and "http" not in text.replace(
         "http://www.w3.org", ""
     )
-    assert not verdicts.verdict_section([], threshold=0.5, meaning="", frames=1, why={})["rows"]
+    assert not verdicts.verdict_section([], record=RECORD, frames=1, why={})["rows"]
 
 
 def test_a_timeline_shows_where_nothing_is_decided(scored):
@@ -109,7 +115,7 @@ def test_a_timeline_shows_where_nothing_is_decided(scored):
 
 def test_more_rows_than_are_listed_are_said(scored, tmp_path, monkeypatch):
     monkeypatch.setattr(verdicts, "LISTED", 2)
-    table = verdicts.verdict_section(scored, threshold=0.5, meaning="", frames=16, why={})
+    table = verdicts.verdict_section(scored, record=RECORD, frames=16, why={})
     text = report.write_submission_report([], tmp_path / "r", verdicts=table).read_text()
     assert text.count("<tr data-file") == 2 and "The 2 most suspicious of 6" in text
 
