@@ -17,7 +17,7 @@ import shutil
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -191,6 +191,9 @@ class Journal:
         """Bring everything to disk, and let other runs have the journal."""
         if not self._stream.closed:
             self.sync()
+            if fcntl is not None:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(self._stream, fcntl.LOCK_UN)  # for a child, too, that was forked a moment ago
             self._stream.close()
 
     # -- reading
