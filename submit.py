@@ -235,7 +235,7 @@ def score(args: argparse.Namespace, inputs) -> int:
     from solution.bundles.store import open_bundle
     from solution.io import source_hash
     from solution.scoring import ensemble as predict
-    from solution.scoring.journal import Journal
+    from solution.scoring.journal import SCORING, Journal
 
     rank, ranks = _rank(), _ranks()
     bundle = open_bundle(args.weights, report=tell)
@@ -248,7 +248,7 @@ def score(args: argparse.Namespace, inputs) -> int:
     faces = faces_available(ensemble)
     header = {
         **ensemble.fingerprint(),
-        "code": source_hash("data", "models", "bundles", "scoring"),
+        "code": source_hash(*SCORING),
         "input": os.path.realpath(args.input),
         "frames": args.frames,
         "faces": faces,

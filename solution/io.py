@@ -1,4 +1,5 @@
-"""Files that appear whole or not at all, the hash of this kit's own sources, and the cores that it may use.
+"""Files that appear whole or not at all, by what a file is known again, the hash of this kit's own sources, and the cores
+that it may use.
 
 Takes paths and text or bytes; leaves a complete file on disk, or what was there before.
 """
@@ -42,6 +43,25 @@ def write_atomically(path: Path | str, content: str | bytes) -> None:
     """Write `content` to `path` whole or not at all (see `atomic_file`); its folder must exist."""
     with atomic_file(path, binary=isinstance(content, bytes)) as file:
         file.write(content)
+
+
+UNSEEN = (-1, -1, -1)  # the `stamp` of no file
+
+
+def stamp(path: Path | str) -> tuple[int, int, int]:
+    """(size in bytes, st_mtime_ns, st_ctime_ns) of a file, all -1 when it cannot be seen.
+
+    The last is set by the file system at every change of content, rights or name, and by nobody else: it tells a file
+    that was replaced by one of the same size and mtime (`cp -p`, `rsync -t`, `touch -r`), where mtime does not. Over NFS
+    it is the server's, the same for all machines. Reading leaves it alone, so a resumed run finds it as it was; after a
+    copy, a restored backup or a chmod it is another, and the files are scored again: time lost, never a wrong score.
+    Windows has the time of creation in its place.
+    """
+    try:
+        found = os.stat(path)
+    except OSError:
+        return UNSEEN
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def source_hash(*modules: str) -> str:

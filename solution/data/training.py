@@ -35,6 +35,7 @@ from solution.data.views import (
     see,
     stack_views,
 )
+from solution.io import stamp
 from solution.records import Batch, FaceBox
 
 
@@ -73,29 +74,27 @@ class Augmentation:
                 ),
             ]
         )
+        # Each is seeded apart: `set_random_seed` hands one seed down to all, after which they fire together, with tied
+        # parameters. The outer before the inner, for that.
+        self.parts = list(_all_in(self.compose, albumentations.BaseCompose))
 
     def __call__(
         self, image: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """image (S, S, 3) uint8 and mask (S, S) float32 or None, moved alike."""
-        _seed_apart(self.compose, rng)
+        for part in self.parts:
+            part.set_random_seed(int(rng.integers(2**31)))
         if mask is None:
             return self.compose(image=image)["image"], None
         moved = self.compose(image=image, mask=mask)
         return moved["image"], moved["mask"]
 
 
-def _seed_apart(composed: Any, rng: np.random.Generator) -> None:
-    """Give an albumentations composition and every transform in it a seed of its own: `set_random_seed` hands one seed
-    down to all, after which they fire together, with tied parameters."""
-    from albumentations import BaseCompose
-
-    composed.set_random_seed(int(rng.integers(2**31)))
+def _all_in(composed: Any, kind: type) -> Iterator[Any]:
+    """An albumentations composition (of `kind`) and everything in it, the outer before the inner."""
+    yield composed
     for transform in composed.transforms:
-        if isinstance(transform, BaseCompose):
-            _seed_apart(transform, rng)
-        else:
-            transform.set_random_seed(int(rng.integers(2**31)))
+        yield from _all_in(transform, kind) if isinstance(transform, kind) else (transform,)
 
 
 class TrainingViews(Dataset):
@@ -375,8 +374,8 @@ def locate_faces(
 
     use_one_opencv_thread()
     cached = _cached_faces(cache)
-    stamps = {item.name: _stamp(item.path) for item in items}
-    known = {name: cached[name, *stamp] for name, stamp in stamps.items() if (name, *stamp) in cached}
+    stamps = {item.name: stamp(item.path)[:2] for item in items}
+    known = {name: cached[name, *own] for name, own in stamps.items() if (name, *own) in cached}
     todo = [item for item in items if item.name not in known]
     if not todo:
         return known
@@ -396,15 +395,6 @@ def locate_faces(
 
 def _face_of(path: Path, locator: FaceLocator) -> FaceBox | None:
     return find_face(decode_image(path), locator)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of change in ns; -1 twice where there is no file, whose decoding then says so."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
 
 
 def _cached_faces(cache: Path) -> dict[tuple[str, int, int], FaceBox | None]:

@@ -29,6 +29,7 @@ from solution.data.views import View, choose_faces, close_views, cut_views, quie
 from solution.evaluation.pages import Mark, marked
 from solution.evaluation.report import render
 from solution.evaluation.verdicts import Judged, face_of, read_judged, shown, timeline
+from solution.io import UNSEEN
 from solution.records import FaceBox
 from solution.scoring.ensemble import Ensemble, Prepared, Reader, computed, judge
 from solution.scoring.files import SidecarRow, write_sidecar
@@ -200,7 +201,7 @@ class Examiner:
             prepared, notes = self._files("read", item)
             (rows,) = computed(self.ensemble, [prepared])
         except UnreadableInput as error:
-            rows = [Scored(0, name, -1, -1, error=error.reason)]
+            rows = [Scored(0, name, *UNSEEN, error=error.reason)]
         judged = judge(rows, self.ensemble.vote, self.ensemble.calibrators)
         whole = judged[0]
         answer = Answer(name, whole.verdict, whole.score, judged, error=whole.error)
@@ -239,17 +240,16 @@ class Examiner:
         return views, choose_faces(found, picture.shape[:2])
 
     def degrade(self, answer: FaceAnswer) -> None:
-        """Score the degraded copies of the picture on the same face."""
+        """Score the degraded copies of the picture on the same face, which was found (`Answer.examined`)."""
         views, chosen = self.views_of(answer.picture, answer.face, answer.several)
         cut = [cut_views(make(answer.picture), views, chosen) for make in COPIES.values()]
         batch = [torch.from_numpy(np.stack(seen)).permute(0, 3, 1, 2).to(self.ensemble.device) for seen in zip(*cut)]
         logits = self.ensemble.finish(self.ensemble.launch(batch), batch)
         for k, what in enumerate(COPIES):
             by_member = {name: [float(z[k])] for name, z in zip(self.ensemble.members, logits)}
-            row = Scored(0, what, -1, -1, faces=[None], logits=by_member)
+            row = Scored(0, what, *UNSEEN, faces=[None], logits=by_member)
             score = judge([row], self.ensemble.vote, self.ensemble.calibrators)[0].score
-            found = 0 if answer.judged.verdict == "no_face" else 1
-            answer.held[what] = score, verdict_of(score, self.ensemble.vote, found)
+            answer.held[what] = score, verdict_of(score, self.ensemble.vote, 1)
 
     def csv(self, answers: Sequence[Answer]) -> str:
         """The sidecar of the answers' files, for a spreadsheet: no name is a formula in it."""

@@ -35,6 +35,7 @@ from solution.data.views import View, choose_faces, close_views, cut_views, quie
 from solution.errors import tell
 from solution.evaluation import maps
 from solution.evaluation.pages import Explained, Map, MemberView, Pages
+from solution.io import UNSEEN
 from solution.records import FaceBox
 from solution.scoring import ensemble as predict
 from solution.scoring.ensemble import Ensemble
@@ -306,7 +307,7 @@ class Explainer:
         ensemble = self.ensemble
         logits = ensemble.finish(ensemble.launch(views), views)[:, 0]
         by_member = {n: [float(z)] for n, z in zip(ensemble.members, logits)}
-        scored = Scored(0, name, -1, -1, faces=[None], logits=by_member)
+        scored = Scored(0, name, *UNSEEN, faces=[None], logits=by_member)
         return predict.judge([scored], ensemble.vote, ensemble.calibrators)[0]
 
     def _look(self, name: str, view: torch.Tensor, rect: np.ndarray, face) -> Look:

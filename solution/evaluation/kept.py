@@ -18,11 +18,9 @@ from typing import Any
 import numpy as np
 
 from solution.evaluation.measure import Condition, EvaluationError, Pictures
-from solution.io import atomic_file, source_hash
-from solution.scoring.journal import stamp
+from solution.io import atomic_file, source_hash, stamp
+from solution.scoring.journal import SCORING
 
-# The wings whose code makes a logit of a picture, the same as in a journal's header.
-SCORING = ("data", "models", "bundles", "scoring")
 CHUNK = 512  # pictures between two steps of the progress bar
 
 Logits = dict[str, np.ndarray]

@@ -66,7 +66,8 @@ def pick_precision(device: torch.device) -> str:
 
     GPU: float16, which costs what bfloat16 costs and keeps three more bits: logits of DINOv2-S depart from float32 by
     0.00075 (rms) instead of 0.0089. DINOv2 and CLIP were pre-trained in it; a logit that overflows is computed again in
-    float32 where there are second looks, else the run stops and says --exact. CPU: bfloat16 where the processor has instructions for it (3.2 times as fast as float32), else float32.
+    float32 where there are second looks, else the run stops and says --exact. CPU: bfloat16 where the processor has
+    instructions for it (3.2 times as fast as float32), else float32.
     Not int8: dynamic quantisation of the blocks was 1.07 times (per channel) to 1.26 times (per tensor) as fast as
     bfloat16, but changed 27 to 31 % of the levels (bfloat16: 3 %) and lost 0.0009 to 0.0023 AUC.
     """

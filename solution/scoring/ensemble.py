@@ -50,12 +50,13 @@ from solution.data.views import (
     quiet_worker,
 )
 from solution.errors import KitError
+from solution.io import stamp
 from solution.models import merging as fastpath
 from solution.models.calibration import Calibrator
 from solution.models.member import Member
 from solution.records import FaceBox
 from solution.scoring.files import SidecarRow, Track
-from solution.scoring.journal import Scored, stamp
+from solution.scoring.journal import Scored
 from solution.scoring.tracks import scene_starts, track_faces
 from solution.scoring.verdict import NOBODY_LOOKED, deciding, verdict_of
 from solution.scoring.vote import combine, levels

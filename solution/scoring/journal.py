@@ -2,7 +2,7 @@
 
 Takes and returns `Scored` rows. PREDS.journal.jsonl holds a header line and then one line a batch, whole or not at all
 (a torn last line is dropped); every rank of a run has its own, and holds it alone while it runs. Rows count only under
-the header that they were made with, and only while the input is the same file (`stamp`). The journal stays after the
+the header that they were made with, and only while the input is the same file (`io.stamp`). The journal stays after the
 run: a later run scores only what is new, changed, or failed before. One under another header is kept beside it, as
 PREDS.journal.old.jsonl.
 """
@@ -25,6 +25,7 @@ import numpy as np
 
 from solution.data.images import Inputs
 from solution.errors import KitError
+from solution.io import stamp
 
 try:
     import fcntl
@@ -33,12 +34,14 @@ except ModuleNotFoundError:  # Windows: nothing is locked
 
 FORMAT = 3  # 3: the time of a file's last change of any kind
 SYNC_SECONDS = 5.0  # between two fsyncs; what is written survives kill -9 without one
+# The wings whose code makes a logit of a picture (see `io.source_hash`): what another code made is scored again.
+SCORING = ("data", "models", "bundles", "scoring")
 
 
 class Scored(NamedTuple):
     """One input's outcome.
 
-    index: its place in the listing. size, mtime, ctime: its `stamp` before it was read.
+    index: its place in the listing. size, mtime, ctime: its `io.stamp` before it was read.
     error: empty, or why it could not be read; the fields that follow are then empty.
     frames: numbers of a video's frames, empty for a picture. faces: per frame (a picture is one) a `FaceBox`'s box and
     score, or None. logits: by member, one raw logit per frame.
@@ -51,7 +54,7 @@ class Scored(NamedTuple):
     name: str
     size: int
     mtime: int
-    ctime: int = -1
+    ctime: int
     error: str = ""
     frames: Sequence[int] = ()
     faces: Sequence[Sequence[float] | None] = ()
@@ -63,22 +66,6 @@ class Scored(NamedTuple):
 def journal_path(out: Path | str, rank: int = 0) -> Path:
     """preds.csv -> preds.journal.jsonl; of another rank than 0, preds.journal.RANK.jsonl."""
     return Path(out).with_suffix(f".journal.{rank}.jsonl" if rank else ".journal.jsonl")
-
-
-def stamp(path: Path | str) -> tuple[int, int, int]:
-    """(size in bytes, st_mtime_ns, st_ctime_ns) of a file, all -1 when it cannot be seen.
-
-    The last is set by the file system at every change of content, rights or name, and by nobody else: it tells a file
-    that was replaced by one of the same size and mtime (`cp -p`, `rsync -t`, `touch -r`), where mtime does not. Over NFS
-    it is the server's, the same for all machines. Reading leaves it alone, so a resumed run finds it as it was; after a
-    copy, a restored backup or a chmod it is another, and the files are scored again: time lost, never a wrong score.
-    Windows has the time of creation in its place.
-    """
-    try:
-        found = os.stat(path)
-    except OSError:
-        return -1, -1, -1
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class Journal:
@@ -216,12 +203,14 @@ class Journal:
         start = self._read_to.get(rank, 0)
         try:
             file = open(path, "rb")  # noqa: SIM115 (just below)
-        except FileNotFoundError:  # cleared by rank 0 in the meantime
+        except FileNotFoundError:  # a rank that wrote none, or cleared by rank 0 in the meantime
             return ""
         with file:
             first = file.readline()
-            different = self._mismatch(first) if first else ""
-            if different or not first:
+            if not first:  # another rank is about to begin it
+                return ""
+            different = self._mismatch(first)
+            if different:
                 return different
             file.seek(start or len(first))
             offset, places = file.tell(), _Places(self.inputs)
@@ -262,9 +251,9 @@ class Journal:
             KitError: a rank that runs with other options.
         """
         for rank in range(ranks):
-            path = journal_path(self._out, rank)
-            different = "" if rank == self.rank or not path.is_file() else self._take_up(rank, check=False)
+            different = "" if rank == self.rank else self._take_up(rank, check=False)
             if different:
+                path = journal_path(self._out, rank)
                 raise KitError(f"{path}: {different} than rank {self.rank} has; all ranks need the same command")
 
     @property

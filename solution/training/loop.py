@@ -333,8 +333,9 @@ class Run:
         if self.average is not None:
             self.average.update(self.state.step)
         line = {"loss": whole.pop("loss")} | _means(each) | whole
+        output, stage.inner.output = stage.inner.output, None  # not held through the next step
         with torch.no_grad():
-            line |= self.member.after_step(stage.inner.output, batch)
+            line |= self.member.after_step(output, batch)
         return line | {name: word for part in each for name, word in part.items() if isinstance(word, str)}, pictures
 
     def _agree_on_stopping(self) -> None:

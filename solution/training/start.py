@@ -204,7 +204,7 @@ def start_from(member: Member, folder: Path) -> None:
     if read_config(folder).kind != member.config.kind:
         given = {k: t for k, t in given.items() if k.startswith("adapter.")}
         target = {k: t for k, t in target.items() if k.startswith("adapter.")}
-        if bool(given) != bool(target):
+        if not given or not target:
             has = "an adapter" if given else "no adapter"
             raise WeightsError(
                 f"{folder}: a {read_config(folder).kind} with {has}, to start a {member.config.kind} with "

@@ -576,11 +576,12 @@ def test_a_verdict_is_calibrated_levelled_and_voted():
             "a.png",
             1,
             1,
+            1,
             faces=[[1, 2, 3, 4, 0.9]],
             logits={"face": [2.0], "global": [-3.0]},
         ),
-        Scored(1, "b.png", 1, 1, error="gone"),
-        Scored(2, "c.png", 1, 1, faces=[None], logits={"face": [0.1], "global": [0.4]}),
+        Scored(1, "b.png", 1, 1, 1, error="gone"),
+        Scored(2, "c.png", 1, 1, 1, faces=[None], logits={"face": [0.1], "global": [0.4]}),
     ]
     found = predict.judge(rows, VOTE, CALIBRATORS)
     assert [row.image for row in found] == ["a.png", "b.png", "c.png"]
@@ -601,6 +602,7 @@ def test_a_video_is_the_mean_of_its_frames_or_of_their_logits():
     row = Scored(
         0,
         "clip.mp4",
+        1,
         1,
         1,
         frames=[3, 9],

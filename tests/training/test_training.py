@@ -574,6 +574,9 @@ def test_fusion_starts_from_the_trained_global_stream(tmp_path):
     )
     with pytest.raises(WeightsError, match="with no adapter, to start a fusion with an"):
         start_from(fusion, tmp_path / "without")
+    bare = make_run(tmp_path / "b", "fusion", settings=["adapter.kind=none"]).member
+    with pytest.raises(WeightsError, match="with no adapter, to start a fusion with none"):
+        start_from(bare, tmp_path / "without")
 
 
 def test_ranks_share_an_epoch_without_overlap(tmp_path):
