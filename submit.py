@@ -221,7 +221,7 @@ def selftest(args: argparse.Namespace) -> int:
     """Recompute the bundle's golden logits on the device, in float32; 0 when they agree, else 3."""
     from solution.bundles.selftest import run_selftest
     from solution.bundles.store import open_bundle
-    from solution.models.merging import pick_device
+    from solution.models.devices import pick_device
 
     bundle = open_bundle(args.weights, report=tell)
     result = run_selftest(bundle, pick_device(args.device))
@@ -234,16 +234,17 @@ def score(args: argparse.Namespace, inputs) -> int:
     """The whole pipeline; 0 done, 4 done with inputs that could not be read. The journal is this run's until the end."""
     from solution.bundles.store import open_bundle
     from solution.io import source_hash
-    from solution.scoring import ensemble as predict
+    from solution.scoring.ensemble import load_ensemble
     from solution.scoring.journal import SCORING, Journal
+    from solution.scoring.stream import Plan
 
     rank, ranks = _rank(), _ranks()
     bundle = open_bundle(args.weights, report=tell)
     members = chosen_members(args.members, bundle)
-    ensemble = predict.load_ensemble(bundle, **loading(args, members, args.batch_size))
+    ensemble = load_ensemble(bundle, **loading(args, members, args.batch_size))
     if args.compile == "on" or (args.compile == "auto" and ensemble.compiling_pays(len(inputs))):
         ensemble.compile()
-    plan = predict.Plan(inputs, ensemble.batch_size, args.shard or (1, 1))
+    plan = Plan(inputs, ensemble.batch_size, args.shard or (1, 1))
     mine = plan.part(rank, ranks)
     faces = faces_available(ensemble)
     header = {
@@ -335,19 +336,22 @@ def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> fl
     from tqdm import tqdm
 
     from solution.data.images import UnreadableInput
-    from solution.scoring import ensemble as predict
 
     settings = {"frames": args.frames, "faces": faces, "people": args.faces}
     if _ranks() > 1:
         join_ranks()
     if args.engine == "ray":
+        from solution.scoring.cluster import ray_stream
+
         load = loading(args, list(ensemble.members), ensemble.batch_size)
         load["weights"] = str(Path(args.weights).resolve()) if Path(args.weights).is_dir() else args.weights
         gpu = ensemble.device.type == "cuda"
-        rows_of = predict.ray_stream(batches, load, settings, gpu=gpu)
+        rows_of = ray_stream(batches, load, settings, gpu=gpu)
     else:
-        reader = predict.Reader(ensemble.views, limit=args.limit, **settings)
-        rows_of = predict.stream(ensemble, batches, reader, workers=args.workers)
+        from solution.scoring.stream import Reader, stream
+
+        reader = Reader(ensemble.views, limit=args.limit, **settings)
+        rows_of = stream(ensemble, batches, reader, workers=args.workers)
     begun = time.monotonic()
     try:
         with tqdm(total=int(todo.sum()), unit=" images", disable=rank > 0) as bar:
@@ -444,7 +448,7 @@ def say(line: str, out: Path) -> None:
 
 def verdicts(args, ensemble, journal, indices, scores, counts):
     """The sidecar's rows, some at a time; fills in `scores` (N,) and counts what failed on the way."""
-    from solution.scoring.ensemble import judge
+    from solution.scoring.judge import judge
 
     for start in range(0, len(indices), 1024):
         part = indices[start : start + 1024]

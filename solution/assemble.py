@@ -111,8 +111,9 @@ def member_logits(
     member that is trained anew is scored alone, and the others' are taken from there."""
     from solution.bundles.bundle import member_hash
     from solution.evaluation.kept import keep_logits, kept_logits, score
-    from solution.models.merging import pick_device
-    from solution.scoring.ensemble import load_ensemble, score_pictures
+    from solution.models.devices import pick_device
+    from solution.scoring.ensemble import load_ensemble
+    from solution.scoring.stream import score_pictures
 
     place = pick_device(settings.device).type
     depends = {name: {"member": member_hash(bundle, name), "device": place} for name in bundle.configs}

@@ -406,7 +406,8 @@ def _evaluate_predictions(arguments: argparse.Namespace) -> int:
 def _evaluate_bundle(arguments: argparse.Namespace) -> int:
     # Here and not above: scoring brings torch, which a report on given scores does without.
     from solution.data.images import UnreadableInput
-    from solution.scoring import ensemble as predict
+    from solution.scoring.ensemble import load_ensemble
+    from solution.scoring.stream import score_pictures
 
     if arguments.weights is None:
         raise EvaluationError("--data needs --weights")
@@ -419,12 +420,12 @@ def _evaluate_bundle(arguments: argparse.Namespace) -> int:
     if notes:
         tell(notes)
     items = limit_items(items, arguments.limit, arguments.seeds[0])
-    ensemble = predict.load_ensemble(arguments.weights, arguments.device, second_look=not arguments.fast)
+    ensemble = load_ensemble(arguments.weights, arguments.device, second_look=not arguments.fast)
 
     def scorer(chunk: Sequence[Any], **settings: Any) -> Logits:
         sizes = {"batch_size": arguments.batch_size, "workers": arguments.workers}
         try:
-            return predict.score_pictures(ensemble, chunk, **sizes, **settings)
+            return score_pictures(ensemble, chunk, **sizes, **settings)
         except UnreadableInput as error:
             raise EvaluationError(f"{error}; mend it or take it out of the manifest") from None
 

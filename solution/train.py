@@ -72,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Train one member; exit codes: 0 done, 2 usage, 3 environment or weights, 130 interrupted and resumable."""
     args = parse(argv)
-    from solution.models.merging import pick_device
+    from solution.models.devices import pick_device
     from solution.training.processes import Machine, processes
     from solution.training.start import Job, prepare
 

@@ -31,9 +31,11 @@ from solution.evaluation.report import render
 from solution.evaluation.verdicts import Judged, face_of, read_judged, shown, timeline
 from solution.io import UNSEEN
 from solution.records import FaceBox
-from solution.scoring.ensemble import Ensemble, Prepared, Reader, computed, judge
+from solution.scoring.ensemble import Ensemble
 from solution.scoring.files import SidecarRow, write_sidecar
 from solution.scoring.journal import Scored
+from solution.scoring.judge import judge
+from solution.scoring.stream import Prepared, Reader, computed
 from solution.scoring.verdict import band, meaning, rates_in_words, threshold_record, verdict_of
 
 TEMPLATE = "answer_template.html"
@@ -158,7 +160,7 @@ class _Files:
             return getattr(self, what)(item, *more)
 
     def read(self, item: Input) -> tuple[Prepared, list[str]]:
-        """The file as `scoring.ensemble.Reader` has it, and what was done with it if it is odd."""
+        """The file as `scoring.stream.Reader` has it, and what was done with it if it is odd."""
         if item.kind == "video" and (seconds := duration(item.path)) > LONGEST:
             raise UnreadableInput(
                 item.path, f"{seconds:.0f} s long; at most {LONGEST:.0f} s are read here: cut it first"

@@ -37,9 +37,9 @@ from solution.evaluation import maps
 from solution.evaluation.pages import Explained, Map, MemberView, Pages
 from solution.io import UNSEEN
 from solution.records import FaceBox
-from solution.scoring import ensemble as predict
 from solution.scoring.ensemble import Ensemble
 from solution.scoring.journal import Scored
+from solution.scoring.judge import judge
 from solution.scoring.verdict import NOBODY_LOOKED, verdict_of
 
 CAM, ATTENTION = "score_cam", "attention"
@@ -308,7 +308,7 @@ class Explainer:
         logits = ensemble.finish(ensemble.launch(views), views)[:, 0]
         by_member = {n: [float(z)] for n, z in zip(ensemble.members, logits)}
         scored = Scored(0, name, *UNSEEN, faces=[None], logits=by_member)
-        return predict.judge([scored], ensemble.vote, ensemble.calibrators)[0]
+        return judge([scored], ensemble.vote, ensemble.calibrators)[0]
 
     def _look(self, name: str, view: torch.Tensor, rect: np.ndarray, face) -> Look:
         """Score-CAM, attention and the member's own maps."""

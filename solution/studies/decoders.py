@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from solution.models.merging import pick_precision
+from solution.models.devices import pick_precision
 from solution.training.checkpoint import Checkpoint, TrainingState, read_checkpoint, write_checkpoint
 
 # How a decoder makes its picture larger is what it leaves in it (Odena et al., 2016: checkerboards of transposed

@@ -88,7 +88,7 @@ def loader_only(bench: Bench, views: Sequence, batches: list) -> float:
     from torch.utils.data import DataLoader
 
     from solution.data.views import quiet_worker
-    from solution.scoring.ensemble import Reader
+    from solution.scoring.stream import Reader
 
     loader = DataLoader(
         Reader(views),
@@ -124,7 +124,7 @@ def towers_only(bench: Bench, ensemble: Any) -> float:
 
 def both(bench: Bench, ensemble: Any, batches: list) -> float:
     """Pictures/s of files to logits, as submit.py does it."""
-    from solution.scoring.ensemble import Reader, stream
+    from solution.scoring.stream import Reader, stream
 
     rows = stream(ensemble, batches, Reader(ensemble.views), workers=bench.workers)
     skip = min(bench.workers, max(1, len(batches) // 4))
@@ -243,7 +243,7 @@ def stage_compact_parity(bench: Bench, entry: dict) -> None:
     """The trained bundle on the bundled photographs, degraded many ways: default and plain half against float32."""
     from solution.config import DegradationConfig
     from solution.data.manifest import Item
-    from solution.scoring.ensemble import score_pictures
+    from solution.scoring.stream import score_pictures
 
     need_bundle(bench)
     photos = sorted(PHOTOS.glob("*")) if PHOTOS.is_dir() else []

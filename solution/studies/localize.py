@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     from solution.bundles.bundle import load_members
     from solution.bundles.store import open_bundle
     from solution.data.degradation import use_one_opencv_thread
-    from solution.models.merging import pick_device
+    from solution.models.devices import pick_device
 
     device = pick_device(args.device)
     use_one_opencv_thread()

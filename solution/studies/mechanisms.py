@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     from solution.bundles.bundle import load_members
     from solution.bundles.store import open_bundle
     from solution.data.degradation import use_one_opencv_thread
-    from solution.models.merging import pick_device, set_threads
+    from solution.models.devices import pick_device, set_threads
     from solution.studies.mechanism_tables import FAILED, judge_claims, read_claims
 
     use_one_opencv_thread()

@@ -93,7 +93,9 @@ def _ours(args: argparse.Namespace) -> dict:
     """Every stage of the pipeline alone, then all of them overlapped."""
     import torch
 
-    from solution.scoring.ensemble import Plan, Reader, _parameters, judge, stream
+    from solution.scoring.ensemble import parameters_of
+    from solution.scoring.judge import judge
+    from solution.scoring.stream import Plan, Reader, stream
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -123,7 +125,7 @@ def _ours(args: argparse.Namespace) -> dict:
     memory = peak_memory(ensemble.device)
     looks = sum(ensemble.looks.values()) / len(scored) / len(ensemble.members)
     told = f", {looks:.1%} looked at again" if ensemble.exact else ""
-    parameters = _parameters(ensemble.members)
+    parameters = parameters_of(ensemble.members)
     held = sum(p.numel() * p.element_size() for p in parameters) / 1e9
     _line("end to end", speed, f"overlapped{told}; peak memory {memory:.2f} GB")
     return {"speed": speed, "memory": memory, "held": held}
@@ -199,7 +201,7 @@ def _authors(args: argparse.Namespace) -> dict:
 
     from solution.bundles.members import build_member, random_towers
     from solution.data.views import View, locators_for, open_picture, see, stack_views
-    from solution.models.merging import pick_device
+    from solution.models.devices import pick_device
     from solution.presets import preset
 
     if args.threads:
@@ -251,7 +253,7 @@ def _ensemble(args: argparse.Namespace):
     from solution.bundles.members import build_member, random_towers
     from solution.config import VoteConfig
     from solution.models.calibration import Calibrator
-    from solution.models.merging import pick_device, pick_precision
+    from solution.models.devices import pick_device, pick_precision
     from solution.presets import preset
     from solution.scoring.ensemble import Ensemble, automatic_batch, load_ensemble, make_fast, narrow_early
 
@@ -296,13 +298,13 @@ def materialize(module, device) -> None:
 
     made: dict[int, torch.nn.Parameter] = {}
     for part in module.modules():
-        for name, value in part._parameters.items():
+        for name, value in part.parameters_of.items():
             if value is not None and value.is_meta:
                 if id(value) not in made:
                     tensor = torch.empty_like(value, device=device)
                     tensor = tensor.detach().uniform_(-0.03, 0.03)
                     made[id(value)] = torch.nn.Parameter(tensor, requires_grad=False)
-                part._parameters[name] = made[id(value)]
+                part.parameters_of[name] = made[id(value)]
         for name, value in part._buffers.items():
             if value is not None:
                 filled = torch.ones_like(value, device=device) if value.is_meta else value
@@ -435,7 +437,7 @@ def _views_in_memory(args: argparse.Namespace, ensemble) -> tuple[list, np.ndarr
     from solution.data.images import Input
     from solution.data.manifest import draw_items, read_manifest
     from solution.data.views import quiet_worker
-    from solution.scoring.ensemble import Reader
+    from solution.scoring.stream import Reader
 
     items = []
     for split in args.split.split(","):

@@ -21,7 +21,8 @@ from solution.config import KINDS, MEMBERS, override
 from solution.data.manifest import Item
 from solution.models import flops
 from solution.presets import preset
-from solution.scoring.ensemble import load_ensemble, score_pictures
+from solution.scoring.ensemble import load_ensemble
+from solution.scoring.stream import score_pictures
 from solution.training.processes import Machine
 from solution.training.validation import score_items
 

@@ -16,7 +16,7 @@ from tiny import make_bundle, make_pictures
 import submit
 from solution import errors
 from solution.errors import KitError, UsageError, door
-from solution.models.merging import pick_device
+from solution.models.devices import pick_device
 
 ROOT = Path(__file__).resolve().parents[2]
 

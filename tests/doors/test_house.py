@@ -188,6 +188,6 @@ def test_files_and_pictures_import_without_torch():
 
 
 def test_scoring_imports_nothing_of_studies_augmentation_or_import():
-    loaded = loaded_by("import submit, solution.scoring.ensemble")
+    loaded = loaded_by("import submit, solution.scoring.stream, solution.scoring.judge, solution.scoring.cluster")
     unwanted = ("solution.studies", "solution.data.self_blend", "solution.bundles.ntire26", "albumentations")
     assert not {name for name in loaded if name.startswith(unwanted)}

@@ -27,10 +27,12 @@ import submit
 from solution.bundles import selftest
 from solution.data.faces import overlap
 from solution.data.images import find_inputs
-from solution.models import merging as fastpath
+from solution.models.devices import pick_precision
 from solution.records import FaceBox
-from solution.scoring import ensemble as predict
+from solution.scoring.ensemble import Ensemble, load_ensemble
 from solution.scoring.files import main as submission_main
+from solution.scoring.judge import judge
+from solution.scoring.stream import Reader, open_picture, stream
 
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = ROOT / "tests" / "photos"
@@ -62,12 +64,12 @@ def table(path):
 
 def true_scores(tiny, source):
     """Name -> score of each picture scored alone, in float32, on the shortest way."""
-    ensemble = predict.load_ensemble(tiny, "cpu", exact=True)
+    ensemble = load_ensemble(tiny, "cpu", exact=True)
     found = {}
     for item in find_inputs(source):
-        reader = predict.Reader(ensemble.views)
-        (rows,) = predict.stream(ensemble, [[(0, item)]], reader, workers=0)
-        (row,) = predict.judge(rows, ensemble.vote, ensemble.calibrators)
+        reader = Reader(ensemble.views)
+        (rows,) = stream(ensemble, [[(0, item)]], reader, workers=0)
+        (row,) = judge(rows, ensemble.vote, ensemble.calibrators)
         found[item.name] = row.score
     return found
 
@@ -151,14 +153,14 @@ def test_odd_files_get_a_score_or_a_reason(tiny, tmp_path, capsys):
 
 
 def test_a_file_that_kills_its_reader_gets_its_row_and_the_run_goes_on(tiny, tmp_path, capsys, monkeypatch):
-    folder, opened = make_pictures(tmp_path / "in", 6), predict.open_picture
+    folder, opened = make_pictures(tmp_path / "in", 6), open_picture
 
-    def open_picture(path, *more):
+    def deadly(path, *more):
         if path.name == "00002.png":
             os.kill(os.getpid(), signal.SIGKILL)
         return opened(path, *more)
 
-    monkeypatch.setattr(predict, "open_picture", open_picture)
+    monkeypatch.setattr("solution.scoring.stream.open_picture", deadly)
     out = tmp_path / "preds.csv"
     assert run(tiny, folder, out, "--batch-size", 2) == 4
     reason = "reading it killed its process (out of memory?)"
@@ -167,7 +169,7 @@ def test_a_file_that_kills_its_reader_gets_its_row_and_the_run_goes_on(tiny, tmp
     assert [row["status"] for row in sides.values()] == ["ok", "ok", "failed", "ok", "ok", "ok"]
     assert sides["00002.png"]["error"] == reason and sides["00002.png"]["score"] == "0.500000"
     # With that decoder mended, it alone is scored.
-    monkeypatch.setattr(predict, "open_picture", opened)
+    monkeypatch.setattr("solution.scoring.stream.open_picture", opened)
     assert run(tiny, folder, out, "--batch-size", 2) == 0
     assert json.loads((tmp_path / "preds.run.json").read_text())["counts"]["scored_now"] == 1
 
@@ -487,7 +489,7 @@ def written(out):
 
 
 def test_ctrl_c_leaves_130_and_the_same_command_goes_on(tiny, pictures, reference, tmp_path, monkeypatch, capsys):
-    out, real = tmp_path / "preds.csv", predict.Ensemble.launch
+    out, real = tmp_path / "preds.csv", Ensemble.launch
     calls = []
 
     def launch(self, *given):
@@ -496,7 +498,7 @@ def test_ctrl_c_leaves_130_and_the_same_command_goes_on(tiny, pictures, referenc
             raise KeyboardInterrupt
         return real(self, *given)
 
-    monkeypatch.setattr(predict.Ensemble, "launch", launch)
+    monkeypatch.setattr(Ensemble, "launch", launch)
     assert run(tiny, pictures, out, "--batch-size", 4) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["preds.journal.jsonl"]
@@ -541,13 +543,13 @@ def _quietly(tiny, pictures, out):
     torch.set_num_threads(1)  # OpenMP's pool does not survive a fork
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1), os.dup2(null, 2)
-    launch = predict.Ensemble.launch
+    launch = Ensemble.launch
 
     def slowly(self, *given):
         time.sleep(0.05)
         return launch(self, *given)
 
-    predict.Ensemble.launch = slowly
+    Ensemble.launch = slowly
     os._exit(run(tiny, pictures, out, "--batch-size", 4))
 
 
@@ -614,7 +616,7 @@ def test_other_weights_or_options_start_anew(tiny, pictures, tmp_path, capsys):
     out = tmp_path / "preds.csv"
     assert run(tiny, pictures, out) == 0
     other = make_bundle(tmp_path / "other", ("global",), seed=1)
-    usual = fastpath.pick_precision(torch.device("cpu"))
+    usual = pick_precision(torch.device("cpu"))
     unusual = "float32" if usual != "float32" else "bfloat16"
     for given, wanted in (
         ((other, pictures, out), "weights"),

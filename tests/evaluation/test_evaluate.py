@@ -373,8 +373,8 @@ def manifest(folder, given):
 
 @pytest.fixture
 def kit(monkeypatch):
-    """`solution.scoring.ensemble` as evaluation sees it, without towers."""
-    module = ModuleType("solution.scoring.ensemble")
+    """`solution.scoring.ensemble` and `.stream` as evaluation sees them, without towers."""
+    module = ModuleType("scoring")
     module.loaded = []
 
     def load_ensemble(weights, device, *, second_look):
@@ -386,8 +386,9 @@ def kit(monkeypatch):
         return Scorer()(given, **settings)
 
     module.load_ensemble, module.score_pictures = load_ensemble, score_pictures
-    monkeypatch.setitem(sys.modules, "solution.scoring.ensemble", module)
-    monkeypatch.setattr("solution.scoring.ensemble", module, raising=False)
+    for name in ("ensemble", "stream"):
+        monkeypatch.setitem(sys.modules, f"solution.scoring.{name}", module)
+        monkeypatch.setattr(f"solution.scoring.{name}", module, raising=False)
     return module
 
 

@@ -25,7 +25,8 @@ from solution.evaluation.pages import Explained, Map, MemberView, Pages, overlay
 from solution.models.calibration import Calibrator
 from solution.presets import preset
 from solution.records import Batch
-from solution.scoring.ensemble import load_ensemble, score_pictures
+from solution.scoring.ensemble import load_ensemble
+from solution.scoring.stream import score_pictures
 from solution.studies import drift, drift_figures
 
 

@@ -22,8 +22,10 @@ from solution.data.images import Input, find_inputs
 from solution.evaluation import report, verdicts
 from solution.evaluation.answers import COPIES, Examiner, announced
 from solution.evaluation.pages import MARKS
-from solution.scoring.ensemble import Reader, judge, load_ensemble, stream
+from solution.scoring.ensemble import load_ensemble
 from solution.scoring.files import SidecarRow, Track, write_sidecar
+from solution.scoring.judge import judge
+from solution.scoring.stream import Reader, stream
 
 BOX = (10.0, 10.0, 60.0, 60.0, 0.9)
 RATES = {

@@ -21,11 +21,22 @@ from solution.data.images import Input, UnreadableInput, decode_image, find_inpu
 from solution.data.manifest import Item
 from solution.data.training import ValidationViews
 from solution.errors import KitError, WeightsError
-from solution.models import merging as fastpath
+from solution.models import merging
 from solution.models.calibration import Calibrator
 from solution.presets import preset
-from solution.scoring import ensemble as predict
+from solution.scoring.ensemble import (
+    DOUBT,
+    EVERY_LOOK,
+    Ensemble,
+    ScoringError,
+    load_ensemble,
+    narrow_early,
+    second_look_margins,
+    vote_among,
+)
 from solution.scoring.journal import Journal, Scored, journal_path, stamp
+from solution.scoring.judge import judge
+from solution.scoring.stream import Plan, Reader, score_pictures, stream
 from solution.scoring.vote import combine, levels
 
 
@@ -41,11 +52,11 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exact(bundle):
-    return predict.load_ensemble(bundle, "cpu", exact=True)
+    return load_ensemble(bundle, "cpu", exact=True)
 
 
 def scores(ensemble, items, **settings):
-    return predict.score_pictures(ensemble, items, progress=False, **settings)
+    return score_pictures(ensemble, items, progress=False, **settings)
 
 
 def items_of(folder):
@@ -97,54 +108,54 @@ def test_each_picture_is_decoded_and_searched_once(exact, pictures, monkeypatch)
     monkeypatch.setattr(views, "decode_image", lambda path: decoded.append(path) or real(path))
     monkeypatch.setattr(FaceLocator, "locate", lambda self, image: searched.append(1) or [])
     items = items_of(pictures)
-    reader = predict.Reader(exact.views)
+    reader = Reader(exact.views)
     reader[[(n, Input(item.name, item.path, "image")) for n, item in enumerate(items)]]
     assert decoded == [item.path for item in items]
     assert len(searched) == len(items)
 
 
 def test_fewer_members_are_chosen_openly(bundle):
-    chosen = predict.load_ensemble(bundle, "cpu", members=["face", "qtfp"])
+    chosen = load_ensemble(bundle, "cpu", members=["face", "qtfp"])
     assert chosen.vote.weights == {"face": 2, "qtfp": 2}
     silent = VoteConfig({"face": 3, "qtfp": 0, "global": 0})
-    assert predict.vote_among(silent, ["qtfp", "global"]).weights == {
+    assert vote_among(silent, ["qtfp", "global"]).weights == {
         "qtfp": 1,
         "global": 1,
     }
     with pytest.raises(WeightsError, match="nobody"):
-        predict.load_ensemble(bundle, "cpu", members=["nobody"])
+        load_ensemble(bundle, "cpu", members=["nobody"])
 
 
 # ------------------------------------------------------------------------------------------------ precision
 def test_merging_changes_nothing_but_rounding(bundle, exact, pictures):
     members = load_members(bundle)
-    assert fastpath.merge_adapters(members, torch.float32)
+    assert merging.merge_adapters(members, torch.float32)
     merged = replace(exact, members=members)
     items = items_of(pictures)
     expected = scores(exact, items)
     for name, values in scores(merged, items).items():
         np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-4)
     kinds = {type(b.q) for b in members["face"].tower.blocks()}
-    assert kinds == {fastpath.MergedLinear}
+    assert kinds == {merging.MergedLinear}
     alone = load_members(bundle, ["face"])
-    fastpath.merge_adapters(alone, torch.float32)
+    merging.merge_adapters(alone, torch.float32)
     assert {type(b.q) for b in alone["face"].tower.blocks()} == {torch.nn.Linear}
     found = scores(replace(exact, members=alone, configs={"face": exact.configs["face"]}), items)
     np.testing.assert_allclose(found["face"], expected["face"], rtol=1e-4, atol=1e-4)
 
 
 def test_adapters_stay_unmerged_where_memory_is_short(bundle, monkeypatch):
-    monkeypatch.setitem(fastpath.MERGED_BYTES, "cpu", 1000)
-    ensemble = predict.load_ensemble(bundle, "cpu", precision="bfloat16")
+    monkeypatch.setitem(merging.MERGED_BYTES, "cpu", 1000)
+    ensemble = load_ensemble(bundle, "cpu", precision="bfloat16")
     assert not ensemble.merged
     assert hasattr(next(iter(ensemble.members["face"].tower.blocks())).q, "base_layer")
 
 
 def test_a_large_tower_is_read_in_half_precision_and_scores_the_same(bundle, pictures, monkeypatch):
-    monkeypatch.setitem(fastpath.MERGED_BYTES, "cpu", 1000)  # unmerged both times
+    monkeypatch.setitem(merging.MERGED_BYTES, "cpu", 1000)  # unmerged both times
     given = {"precision": "bfloat16", "second_look": False}
-    late = predict.load_ensemble(bundle, "cpu", **given)
-    monkeypatch.setattr(predict, "LARGE_TOWER", 0)
+    late = load_ensemble(bundle, "cpu", **given)
+    monkeypatch.setattr("solution.scoring.ensemble.LARGE_TOWER", 0)
     seen = []
     read = bundle_room.fill_tower
 
@@ -154,9 +165,9 @@ def test_a_large_tower_is_read_in_half_precision_and_scores_the_same(bundle, pic
         return tower
 
     monkeypatch.setattr(bundle_room, "fill_tower", spy)
-    early = predict.load_ensemble(bundle, "cpu", **given)
+    early = load_ensemble(bundle, "cpu", **given)
     assert ("tiny-global", torch.bfloat16) in seen
-    assert not predict.load_ensemble(bundle, "cpu", precision="bfloat16").exact
+    assert not load_ensemble(bundle, "cpu", precision="bfloat16").exact
     items = items_of(pictures)
     late.batch_size = late.limit = early.batch_size
     for name, values in scores(late, items).items():
@@ -167,9 +178,9 @@ def test_towers_with_effort_and_on_a_gpu_are_read_in_float32():
     configs = [preset("giant", name) for name in ("global", "qtfp")]
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     half = {"dinov2-giant": torch.bfloat16}
-    assert predict.narrow_early(configs, cpu, "bfloat16") == half
-    assert predict.narrow_early(configs, cpu, "float32") == {}
-    assert predict.narrow_early(configs, gpu, "float16") == {}
+    assert narrow_early(configs, cpu, "bfloat16") == half
+    assert narrow_early(configs, cpu, "float32") == {}
+    assert narrow_early(configs, gpu, "float16") == {}
 
 
 def test_effort_is_merged_before_it_is_narrowed():
@@ -183,15 +194,15 @@ def test_effort_is_merged_before_it_is_narrowed():
     images = torch.randint(0, 256, (4, 3, 56, 56), dtype=torch.uint8)
     with torch.no_grad():
         expected = member(images).logit
-        fastpath.merge_adapters({"qtfp": member}, torch.float32)
+        merging.merge_adapters({"qtfp": member}, torch.float32)
         torch.testing.assert_close(member(images).logit, expected, atol=1e-5, rtol=1e-4)
-        fastpath.narrow([member], torch.bfloat16)
+        merging.narrow([member], torch.bfloat16)
         torch.testing.assert_close(member(images).logit, expected, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_holds_the_blocks_and_nothing_else(bundle, precision):
-    ensemble = predict.load_ensemble(bundle, "cpu", precision=precision)
+    ensemble = load_ensemble(bundle, "cpu", precision=precision)
     for name, member in ensemble.members.items():
         block = next(iter(member.tower.blocks()))
         assert block.q(torch.zeros(1, 2, 32, dtype=ensemble.dtype)).dtype == ensemble.dtype
@@ -212,8 +223,8 @@ def test_a_second_look_keeps_the_levels_of_float32(bundle, exact, pictures):
         return np.stack([levels(p[name]) for name in MEMBERS])
 
     expected = all_levels(exact)
-    fast = predict.load_ensemble(bundle, "cpu", precision="bfloat16", second_look=False)
-    looked = predict.load_ensemble(bundle, "cpu", precision="bfloat16")
+    fast = load_ensemble(bundle, "cpu", precision="bfloat16", second_look=False)
+    looked = load_ensemble(bundle, "cpu", precision="bfloat16")
     changed = np.mean(all_levels(fast) != expected)
     left = np.mean(all_levels(looked) != expected)
     assert changed > 0.02  # random members are touchier than trained ones
@@ -223,38 +234,36 @@ def test_a_second_look_keeps_the_levels_of_float32(bundle, exact, pictures):
 
 def test_members_share_one_margin_but_one_that_overflows_is_always_looked_at(bundle, monkeypatch):
     told = {"global": 0.03, "face": 0.0, "fusion": 0.04, "qtfp": float("inf"), "vlaforge": 0.0}
-    monkeypatch.setattr(predict, "_measure_noise", lambda _: told)
-    margins = predict.load_ensemble(bundle, "cpu", precision="bfloat16").margins
-    assert margins.pop("qtfp") == predict.EVERY_LOOK
+    monkeypatch.setattr("solution.scoring.ensemble._measure_noise", lambda _: told)
+    margins = load_ensemble(bundle, "cpu", precision="bfloat16").margins
+    assert margins.pop("qtfp") == EVERY_LOOK
     assert set(margins) == {"global", "face", "fusion", "vlaforge"}
-    shared = predict.DOUBT * 0.015  # the median of the finite ones
-    assert margins == pytest.approx(
-        {"global": shared, "face": shared, "fusion": predict.DOUBT * 0.02, "vlaforge": shared}
-    )
+    shared = DOUBT * 0.015  # the median of the finite ones
+    assert margins == pytest.approx({"global": shared, "face": shared, "fusion": DOUBT * 0.02, "vlaforge": shared})
 
 
 def test_no_margin_is_nothing_while_a_member_departs():
     """Where most probes say nothing, a member that does depart is still looked at again."""
-    margins = predict.second_look_margins({"global": 0.0, "face": 0.0, "fusion": 0.04})
-    assert margins == pytest.approx({"global": 0, "face": 0, "fusion": predict.DOUBT * 0.02})
-    assert predict.second_look_margins({"global": float("inf")}) == {"global": predict.EVERY_LOOK}
+    margins = second_look_margins({"global": 0.0, "face": 0.0, "fusion": 0.04})
+    assert margins == pytest.approx({"global": 0, "face": 0, "fusion": DOUBT * 0.02})
+    assert second_look_margins({"global": float("inf")}) == {"global": EVERY_LOOK}
 
 
 def test_no_second_look_where_votes_have_no_levels(bundle):
     smooth = replace(bundle, vote=replace(bundle.vote, mean="probability"))
-    ensemble = predict.load_ensemble(smooth, "cpu", precision="bfloat16")
+    ensemble = load_ensemble(smooth, "cpu", precision="bfloat16")
     assert not ensemble.exact and not ensemble.margins
 
 
 def test_what_half_precision_cannot_hold_is_computed_again(bundle, exact, pictures):
-    ensemble = predict.load_ensemble(bundle, "cpu", precision="float16")
+    ensemble = load_ensemble(bundle, "cpu", precision="float16")
     items = items_of(pictures)[:4]
     expected = scores(exact, items)["face"]
     member = ensemble.members["face"]
     member.register_forward_hook(lambda m, given, out: replace(out, logit=out.logit * torch.inf))
     np.testing.assert_allclose(scores(ensemble, items)["face"], expected, atol=1e-5)
     ensemble.exact = {}
-    with pytest.raises(predict.ScoringError, match="face: 4 of 4 logits"):
+    with pytest.raises(ScoringError, match="face: 4 of 4 logits"):
         scores(ensemble, items)
 
 
@@ -262,7 +271,7 @@ def test_memory_that_runs_out_halves_the_batch(bundle, exact, pictures, monkeypa
     items = items_of(pictures)
     expected = scores(exact, items)
     short = replace(exact)
-    sizes, real = [], predict.Ensemble._forward
+    sizes, real = [], Ensemble._forward
 
     def forward(self, views):
         sizes.append(len(views[0]))
@@ -270,7 +279,7 @@ def test_memory_that_runs_out_halves_the_batch(bundle, exact, pictures, monkeypa
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, views)
 
-    monkeypatch.setattr(predict.Ensemble, "_forward", forward)
+    monkeypatch.setattr(Ensemble, "_forward", forward)
     for name, values in scores(short, items).items():
         np.testing.assert_allclose(values, expected[name], atol=1e-5)
     assert sizes[:3] == [16, 8, 4] and max(sizes[3:]) == 4 and short.limit == 4
@@ -278,7 +287,7 @@ def test_memory_that_runs_out_halves_the_batch(bundle, exact, pictures, monkeypa
 
 @pytest.mark.slow
 def test_compiled_members_score_the_same(bundle, exact, pictures):
-    compiled = predict.load_ensemble(bundle, "cpu", exact=True)
+    compiled = load_ensemble(bundle, "cpu", exact=True)
     compiled.compile()
     items = items_of(pictures)  # 21: the last batch is filled up
     expected = scores(exact, items)
@@ -304,7 +313,7 @@ def test_degraded_pictures_are_those_that_validation_sees(exact, pictures):
     items = [Item(i.name, i.path, 0) for i in items_of(pictures)[:3]]
     config = exact.configs["global"]
     seen = ValidationViews(items, config, engine, 5)
-    reader = predict.Reader(exact.views, degradation=engine, seed=5)
+    reader = Reader(exact.views, degradation=engine, seed=5)
     inputs = list(enumerate(items_of(pictures)[:3]))
     prepared = reader[inputs].views[exact.view_of["global"]].numpy()
     np.testing.assert_array_equal(prepared, np.stack([seen[i] for i in range(3)]))
@@ -330,7 +339,7 @@ def mixed_listing(folder, pictures=11, videos=3):
 
 def test_the_plan_covers_everything_once_and_videos_stand_alone(tmp_path):
     inputs = mixed_listing(tmp_path / "in")
-    plan = predict.Plan(inputs, 4)
+    plan = Plan(inputs, 4)
     everything = np.ones(len(inputs), bool)
     batches = list(plan.pending(everything))
     assert [len(b) for b in batches] == [4, 4, 3, 1, 1, 1] and plan.videos == 3
@@ -341,7 +350,7 @@ def test_the_plan_covers_everything_once_and_videos_stand_alone(tmp_path):
 
 def test_parts_are_whole_batches_of_the_one_plan(tmp_path):
     inputs = mixed_listing(tmp_path / "in")
-    plan, everything = predict.Plan(inputs, 4), np.ones(len(inputs), bool)
+    plan, everything = Plan(inputs, 4), np.ones(len(inputs), bool)
     whole = [[i for i, _ in b] for b in plan.pending(everything)]
     parts = [plan.part(i, 3) for i in range(3)]
     found = [[i for i, _ in b] for p in parts for b in p.pending(everything)]
@@ -358,13 +367,13 @@ def test_parts_are_whole_batches_of_the_one_plan(tmp_path):
 def test_shards_have_the_same_inputs_whatever_the_batch(tmp_path, count):
     inputs = mixed_listing(tmp_path / "in", pictures=50, videos=3)
     shards = [(i, count) for i in range(1, count + 1)]
-    shares = [[predict.Plan(inputs, size, shard).share() for shard in shards] for size in (1, 4, 16, 256)]
+    shares = [[Plan(inputs, size, shard).share() for shard in shards] for size in (1, 4, 16, 256)]
     assert all(np.array_equal(shares[0], other) for other in shares[1:])
     assert np.sum(shares[0], axis=0).tolist() == [1] * len(inputs)
     assert np.ptp([share.sum() for share in shares[0]]) <= 4
     # Batches of up to a block are those of the whole run, and a shard's ranks share it out.
-    whole = [[i for i, _ in b] for b in predict.Plan(inputs, 4).pending(np.ones(len(inputs), bool))]
-    plans = [predict.Plan(inputs, 4, shard) for shard in shards]
+    whole = [[i for i, _ in b] for b in Plan(inputs, 4).pending(np.ones(len(inputs), bool))]
+    plans = [Plan(inputs, 4, shard) for shard in shards]
     if count <= 3:
         found = [[i for i, _ in b] for plan in plans for b in plan.pending(np.ones(len(inputs), bool))]
         assert sorted(found) == sorted(whole)
@@ -583,7 +592,7 @@ def test_a_verdict_is_calibrated_levelled_and_voted():
         Scored(1, "b.png", 1, 1, 1, error="gone"),
         Scored(2, "c.png", 1, 1, 1, faces=[None], logits={"face": [0.1], "global": [0.4]}),
     ]
-    found = predict.judge(rows, VOTE, CALIBRATORS)
+    found = judge(rows, VOTE, CALIBRATORS)
     assert [row.image for row in found] == ["a.png", "b.png", "c.png"]
     p = 1 / (1 + np.exp(-np.array([1.0, -3.0])))
     assert found[0].p_fake == pytest.approx({"face": p[0], "global": p[1]})
@@ -594,7 +603,7 @@ def test_a_verdict_is_calibrated_levelled_and_voted():
     assert found[2].face is None and found[2].level == {"face": 0.5, "global": 0.6}
     # The threshold is 0.5; in the last one nobody looked for faces, which says nothing of whether there are any.
     assert [row.verdict for row in found] == ["real", "failed", "fake"]
-    nobody = predict.judge([rows[2]._replace(found=0)], VOTE, CALIBRATORS)[0]
+    nobody = judge([rows[2]._replace(found=0)], VOTE, CALIBRATORS)[0]
     assert nobody.verdict == "no_face" and nobody.score == found[2].score
 
 
@@ -609,10 +618,10 @@ def test_a_video_is_the_mean_of_its_frames_or_of_their_logits():
         faces=[[0, 0, 1, 1, 0.9], None],
         logits={"face": [4.0, -8.0], "global": [1.0, 2.0]},
     )
-    by_score = predict.judge([row], VOTE, CALIBRATORS)
+    by_score = judge([row], VOTE, CALIBRATORS)
     assert [r.frame for r in by_score] == [None, 3, 9]
     assert by_score[0].score == pytest.approx((by_score[1].score + by_score[2].score) / 2)
-    by_logit = predict.judge([row], VOTE, CALIBRATORS, video_mean="logit")[0]
+    by_logit = judge([row], VOTE, CALIBRATORS, video_mean="logit")[0]
     sigmoid = 1 / (1 + np.exp([1.0, -1.5]))  # means -2 / 2 and 1.5
     p = {"face": np.array([sigmoid[0]]), "global": np.array([sigmoid[1]])}
     assert by_logit.score == pytest.approx(combine(p, VOTE)[0])
@@ -626,10 +635,10 @@ def test_a_video_takes_one_track_and_frames_in_order(exact, tmp_path):
         writer.write(np.full((64, 64, 3), value, np.uint8))
     writer.release()
     (item,) = find_inputs(tmp_path)
-    reader = predict.Reader(exact.views, frames=4)
+    reader = Reader(exact.views, frames=4)
     prepared = reader[[(0, item)]]
     assert list(prepared.rows[0].frames) == [2, 7, 12, 17]
     means = prepared.views[0].float().mean(dim=(1, 2, 3))
     assert (means.diff() > 20).all()
-    (rows,) = predict.stream(exact, [[(0, item)]], reader, workers=0)
+    (rows,) = stream(exact, [[(0, item)]], reader, workers=0)
     assert len(rows[0].logits["face"]) == 4

@@ -22,7 +22,8 @@ from solution.evaluation.measure import CLEAN, EvaluationError
 from solution.models.calibration import Calibrator
 from solution.models.towers import tower_state
 from solution.presets import preset
-from solution.scoring.ensemble import load_ensemble, score_pictures
+from solution.scoring.ensemble import load_ensemble
+from solution.scoring.stream import score_pictures
 from solution.studies import mechanism_tables, mechanisms, probes
 from solution.studies.mechanism_tables import Draws, Scores
 from solution.studies.probes import BUILT, Given, Pool

@@ -20,7 +20,8 @@ from solution.errors import WeightsError
 from solution.models.keys import is_norm
 from solution.models.towers import build_tower
 from solution.presets import preset
-from solution.scoring.ensemble import load_ensemble, score_pictures
+from solution.scoring.ensemble import load_ensemble
+from solution.scoring.stream import score_pictures
 from solution.training.loop import Run, TrainingSet
 from solution.training.processes import Machine, World
 
