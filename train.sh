@@ -83,11 +83,13 @@ member() { # NAME: what it starts from, by preset
     tiny/*) train "$1" "$OUT" --random-towers ;;
     *) train "$1" "$OUT" ;;
   esac
-  case $PRESET/$1 in # the towers of global and of face, fusion and vlaforge: trained whole, then cut
+  case $PRESET/$1 in # the towers of global, of face, fusion and vlaforge, and fusion's second: trained whole, then cut
     compact/wide) cut_tower s14-wide s14-global 11 ;;
     compact/tight) cut_tower s14-tight s14-face 10 ;;
+    compact/norms) cut_tower s14-norms s14-semantic 8 ;;
     tiny/wide) cut_tower tiny-wide tiny-global 2 ;;
     tiny/tight) cut_tower tiny-tight tiny-face 3 ;;
+    tiny/norms) cut_tower tiny-norms tiny-semantic 2 ;;
   esac
 }
 
@@ -114,7 +116,7 @@ for name in $MEMBERS; do
   case $PRESET/$name in # whose towers it looks through
     compact/global | tiny/global) before=wide ;;
     compact/face | compact/vlaforge | tiny/face | tiny/vlaforge) before=tight ;;
-    compact/fusion | tiny/fusion) before="tight semantic" ;;
+    compact/fusion | tiny/fusion) before="tight norms" ;;
     */fusion) before= ;;
   esac
   for one in $before; do

@@ -117,12 +117,13 @@ def _giant(member: str) -> MemberConfig:
 
 
 COMPACT_SIDE = 168  # px: 12 x 12 patches
-FACE_SIDE = 196  # px: 14 x 14 patches of a tight crop
+TIGHT_SIDE = 196  # px: 14 x 14 patches of a tight crop, on which the tower of `face` is trained
+FACE_SIDE = 126  # px: 9 x 9 patches of the same crop; at TIGHT_SIDE `face` finds no more, for twice and a half the time
 # px: 8 x 8 patches. The tower of `face` at this side says other things than at COMPACT_SIDE (rank correlation .75).
 SMALL_SIDE = 112
 # Blocks left of twelve, by tower. Of a tower trained whole, the last ones know the generators that it was trained on, and
 # what stands before them tells more of others (weights/RESULTS.md, "Where a tower is cut").
-CUT_BLOCKS = {"global": 11, "face": 10}
+CUT_BLOCKS = {"global": 11, "face": 10, "semantic": 8}
 VLAFORGE_BLOCKS = 9  # of those ten, what `vlaforge` reads
 SMALLEST_FACE = 0.002  # of the picture, in `compact`: 43 px in a frame of 1280 x 720
 # A head on a frozen tower: the shorter it is trained, the better it finds generators that it was not trained on.
@@ -171,8 +172,8 @@ def _compact_clip(of: str, side: int, *, text: bool, blocks: int = 12) -> TowerC
 
 def _compact(member: str) -> MemberConfig:
     """Five members: `global` and `qtfp` on towers of their own; `face`, `fusion` and `vlaforge` on one, seen close, from
-    further away and small. `tight` trains that one and `wide` that of `global`; both are cut to their first blocks
-    (`weights cut`) before the members are trained on them; `semantic` trains the second tower of `fusion`.
+    further away and small. `tight` trains that one, `wide` that of `global` and `norms` the second tower of `fusion`; all
+    three are cut to their first blocks (`weights cut`) before the members are trained on them.
     """
     side = COMPACT_SIDE
     optim = OptimConfig(
@@ -206,19 +207,20 @@ def _compact(member: str) -> MemberConfig:
             "face": FaceConfig(margin=1.15, min_area=SMALLEST_FACE),
             "augment": replace(augment, self_blend_p=0.6, crop_p=0.0),
         }
-        view = ViewConfig("face", FACE_SIDE, FACE_SIDE)
+        side = FACE_SIDE if member == "face" else TIGHT_SIDE
+        view = ViewConfig("face", side, side)
         if member == "face":
             return MemberConfig("face", view, cut["face"], frozen, **shared | HEAD_ALONE)
         return MemberConfig("tight", view, _compact_tower("tight"), full, kind="face", **shared | {"optim": decayed})
-    if member == "semantic":
+    if member == "norms":
         norm = AdapterConfig("norm")
         shared["optim"] = replace(optim, lr=1e-3)
-        return MemberConfig("semantic", whole, _compact_tower("semantic"), norm, kind="global", **shared)
+        return MemberConfig("norms", whole, _compact_tower("norms"), norm, kind="global", **shared)
     if member == "fusion":
         # On the tower of `face`, not of `global`: on that, the trained member said what `global` says (rank correlation
         # .95). Its second phase, LoRA, lost on unseen generators.
         shared["augment"] = replace(augment, self_blend_p=0.5)
-        second = _compact_clip("semantic", SMALL_SIDE, text=False)
+        second = _compact_clip("semantic", SMALL_SIDE, text=False, blocks=CUT_BLOCKS["semantic"])
         return MemberConfig("fusion", whole, cut["face"], frozen, clip=second, **shared | HEAD_ALONE)
     if member == "qtfp":
         shared["optim"] = replace(decayed, head_lr=5e-4)
@@ -258,7 +260,8 @@ def _compact(member: str) -> MemberConfig:
 
 
 TINY_SIDE = 56  # px: 4 x 4 patches
-TINY_BLOCKS = {"s14-wide": 3, "s14-tight": 4, "s14-face": 3}  # train.sh cuts the first to two, the second to three
+# train.sh cuts the first and the last to two, the second to three.
+TINY_BLOCKS = {"s14-wide": 3, "s14-tight": 4, "s14-face": 3, "s14-norms": 3}
 
 
 def _small(tower: TowerConfig) -> TowerConfig:
@@ -336,8 +339,8 @@ PRESETS = {
 }
 PRESET_MEMBERS = {
     "giant": MEMBERS,
-    "compact": (*MEMBERS, "wide", "tight", "semantic"),
-    "tiny": (*MEMBERS, "wide", "tight", "semantic", "layers", "topk"),
+    "compact": (*MEMBERS, "wide", "tight", "norms"),
+    "tiny": (*MEMBERS, "wide", "tight", "norms", "layers", "topk"),
     "ntire26": ("global", "face", "fusion"),
     "dinov3": ("dinov3",),
     "gend": ("gend",),

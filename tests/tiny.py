@@ -112,15 +112,19 @@ def pack_member(folder: Path, config: MemberConfig) -> Bundle:
 def bundle_config(name: str) -> MemberConfig:
     """The tiny preset's member; `face`, `qtfp` and `fusion` put LoRA on the tower of `global`, so that a tower is shared.
 
-    `global` brings its tower whole, as `wide` trains it. `face` having none of its own, `vlaforge` looks through the
-    semantic one.
+    `global` brings its tower whole, as `wide` trains it; so does `semantic`, which is no member, as `norms` does. `face`
+    having none of its own, `vlaforge` looks through the semantic one.
     """
+    if name == "semantic":
+        whole = preset("tiny", "norms")
+        arch = replace(whole.tower.arch, layers=preset("tiny", "fusion").clip.arch.layers)
+        return replace(whole, name=name, tower=replace(whole.tower, name="tiny-semantic", arch=arch))
     config = preset("tiny", name)
     if name == "global":
         whole = preset("tiny", "wide")
         return replace(whole, name=name, tower=replace(whole.tower, name="tiny-global"))
     if name == "vlaforge":
-        blocks = preset("tiny", "semantic").tower.arch.layers
+        blocks = bundle_config("semantic").tower.arch.layers
         tower = replace(config.tower, source="bundle:tiny-semantic", arch=replace(config.tower.arch, layers=blocks))
         config = replace(config, tower=tower)
     if name in ("face", "qtfp", "fusion"):

@@ -298,13 +298,13 @@ def materialize(module, device) -> None:
 
     made: dict[int, torch.nn.Parameter] = {}
     for part in module.modules():
-        for name, value in part.parameters_of.items():
+        for name, value in part._parameters.items():
             if value is not None and value.is_meta:
                 if id(value) not in made:
                     tensor = torch.empty_like(value, device=device)
                     tensor = tensor.detach().uniform_(-0.03, 0.03)
                     made[id(value)] = torch.nn.Parameter(tensor, requires_grad=False)
-                part.parameters_of[name] = made[id(value)]
+                part._parameters[name] = made[id(value)]
         for name, value in part._buffers.items():
             if value is not None:
                 filled = torch.ones_like(value, device=device) if value.is_meta else value

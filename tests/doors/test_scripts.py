@@ -89,7 +89,7 @@ def test_train_sh_asks_for_what_training_takes(preset, tmp_path):
     ("members", "trained"),
     [
         ("vlaforge", ["tight", "vlaforge", "vlaforge"]),
-        ("fusion", ["tight", "semantic", "fusion"]),
+        ("fusion", ["tight", "norms", "fusion"]),
         ("global tight face", ["wide", "tight", "global", "face"]),
         ("face vlaforge", ["tight", "face", "vlaforge", "vlaforge"]),
         ("qtfp", ["qtfp"]),
