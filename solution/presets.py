@@ -117,6 +117,9 @@ def _giant(member: str) -> MemberConfig:
 
 
 COMPACT_SIDE = 168  # px: 12 x 12 patches
+# px: 11 x 11 patches for `global`, whose tower was trained at COMPACT_SIDE: it knows the generators of its training less by
+# how their pictures were resized, and others more (weights/RESULTS.md, "How large a member sees").
+GLOBAL_SIDE = 154
 TIGHT_SIDE = 196  # px: 14 x 14 patches of a tight crop, on which the tower of `face` is trained
 FACE_SIDE = 126  # px: 9 x 9 patches of the same crop; at TIGHT_SIDE `face` finds no more, for twice and a half the time
 # px: 8 x 8 patches. The tower of `face` at this side says other things than at COMPACT_SIDE (rank correlation .75).
@@ -199,7 +202,8 @@ def _compact(member: str) -> MemberConfig:
     cut = {name: _compact_tower(name, blocks=blocks) for name, blocks in CUT_BLOCKS.items()}
     decayed = replace(optim, layer_decay=0.75)
     if member == "global":
-        return MemberConfig("global", whole, cut["global"], frozen, **shared | HEAD_ALONE)
+        view = ViewConfig("face", GLOBAL_SIDE, GLOBAL_SIDE)
+        return MemberConfig("global", view, cut["global"], frozen, **shared | HEAD_ALONE)
     if member == "wide":
         return MemberConfig("wide", whole, _compact_tower("wide"), full, kind="global", **shared | {"optim": decayed})
     if member in ("tight", "face"):
