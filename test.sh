@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up what the tests need, in .venv, and runs them. Arguments go to pytest: bash test.sh -k degradation; -m slow runs
-# those that are left out otherwise (three minutes).
+# those that are left out otherwise (four minutes).
 # PYTHON picks the interpreter (3.11 to 3.13) for a new environment; SKIP_SETUP=1 uses the current one as it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
