@@ -336,20 +336,18 @@ def run(args, ensemble, batches, journal, todo, *, faces: bool, rank: int) -> fl
     from tqdm import tqdm
 
     from solution.data.images import UnreadableInput
+    from solution.scoring.cluster import ray_stream
+    from solution.scoring.stream import Reader, stream
 
     settings = {"frames": args.frames, "faces": faces, "people": args.faces}
     if _ranks() > 1:
         join_ranks()
     if args.engine == "ray":
-        from solution.scoring.cluster import ray_stream
-
         load = loading(args, list(ensemble.members), ensemble.batch_size)
         load["weights"] = str(Path(args.weights).resolve()) if Path(args.weights).is_dir() else args.weights
         gpu = ensemble.device.type == "cuda"
         rows_of = ray_stream(batches, load, settings, gpu=gpu)
     else:
-        from solution.scoring.stream import Reader, stream
-
         reader = Reader(ensemble.views, limit=args.limit, **settings)
         rows_of = stream(ensemble, batches, reader, workers=args.workers)
     begun = time.monotonic()

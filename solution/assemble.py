@@ -33,7 +33,7 @@ class Settings:
     """How a bundle is fitted. seeds: each draws the degraded validation pictures anew. limit: at most so many pictures
     of each split, drawn in proportion from each source and label (smoke runs); 0: all. int8: pack the towers' matrices
     (`bundle.collect`). claims: a `claims.json` that the bundle takes with it (`solution.studies.mechanisms`). device: as
-    `merging.pick_device` takes it. workers: processes that read pictures. false_alarms, worst_false_alarms: the share of
+    `devices.pick_device` takes it. workers: processes that read pictures. false_alarms, worst_false_alarms: the share of
     real pictures that the threshold calls fake at most, as a mean over real sources and of the worst one."""
 
     seeds: tuple[int, ...] = (7,)

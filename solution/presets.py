@@ -125,7 +125,8 @@ FACE_SIDE = 126  # px: 9 x 9 patches of the same crop; at TIGHT_SIDE `face` find
 # px: 8 x 8 patches. The tower of `face` at this side says other things than at COMPACT_SIDE (rank correlation .75).
 SMALL_SIDE = 112
 # Blocks left of twelve, by tower. Of a tower trained whole, the last ones know the generators that it was trained on, and
-# what stands before them tells more of others (weights/RESULTS.md, "Where a tower is cut").
+# what stands before them tells more of others (weights/RESULTS.md, "Where a tower is cut"); `fusion`'s second tower tells as
+# much after eight as after twelve.
 CUT_BLOCKS = {"global": 11, "face": 10, "semantic": 8}
 VLAFORGE_BLOCKS = 9  # of those ten, what `vlaforge` reads
 SMALLEST_FACE = 0.002  # of the picture, in `compact`: 43 px in a frame of 1280 x 720
@@ -147,17 +148,17 @@ COMPACT_GENERATED = (
 )
 
 
-def _compact_tower(name: str, *, blocks: int = 12) -> TowerConfig:
-    """A DINOv2 ViT-S/14, or its first blocks, that the bundle brings, trained by the member it is named after."""
-    arch = Dinov2Arch(width=384, layers=blocks, heads=6, mlp_ratio=4, swiglu=False)
+def _compact_tower(name: str) -> TowerConfig:
+    """A DINOv2 ViT-S/14, or what `CUT_BLOCKS` leaves of one, that the bundle brings."""
+    arch = Dinov2Arch(width=384, layers=CUT_BLOCKS.get(name, 12), heads=6, mlp_ratio=4, swiglu=False)
     return TowerConfig(f"s14-{name}", "dinov2", arch, source="bundle")
 
 
-def _compact_clip(of: str, side: int, *, text: bool, blocks: int = 12) -> TowerConfig:
+def _compact_clip(of: str, side: int, *, text: bool) -> TowerConfig:
     """The tower `s14-OF` in open_clip's layout at `side` px; the text tower, where there is one, is small and learned."""
     arch = ClipArch(
         width=384,
-        layers=blocks,
+        layers=CUT_BLOCKS.get(of, 12),
         heads=6,
         patch=14,
         image_side=side,
@@ -199,11 +200,10 @@ def _compact(member: str) -> MemberConfig:
         "face": FaceConfig(margin=1.4, min_area=SMALLEST_FACE, max_area=0.25),
     }
     whole, full, frozen = ViewConfig("face", side, side), AdapterConfig("full"), AdapterConfig("none")
-    cut = {name: _compact_tower(name, blocks=blocks) for name, blocks in CUT_BLOCKS.items()}
     decayed = replace(optim, layer_decay=0.75)
     if member == "global":
         view = ViewConfig("face", GLOBAL_SIDE, GLOBAL_SIDE)
-        return MemberConfig("global", view, cut["global"], frozen, **shared | HEAD_ALONE)
+        return MemberConfig("global", view, _compact_tower("global"), frozen, **shared | HEAD_ALONE)
     if member == "wide":
         return MemberConfig("wide", whole, _compact_tower("wide"), full, kind="global", **shared | {"optim": decayed})
     if member in ("tight", "face"):
@@ -211,10 +211,10 @@ def _compact(member: str) -> MemberConfig:
             "face": FaceConfig(margin=1.15, min_area=SMALLEST_FACE),
             "augment": replace(augment, self_blend_p=0.6, crop_p=0.0),
         }
-        side = FACE_SIDE if member == "face" else TIGHT_SIDE
-        view = ViewConfig("face", side, side)
         if member == "face":
-            return MemberConfig("face", view, cut["face"], frozen, **shared | HEAD_ALONE)
+            view = ViewConfig("face", FACE_SIDE, FACE_SIDE)
+            return MemberConfig("face", view, _compact_tower("face"), frozen, **shared | HEAD_ALONE)
+        view = ViewConfig("face", TIGHT_SIDE, TIGHT_SIDE)
         return MemberConfig("tight", view, _compact_tower("tight"), full, kind="face", **shared | {"optim": decayed})
     if member == "norms":
         norm = AdapterConfig("norm")
@@ -224,8 +224,8 @@ def _compact(member: str) -> MemberConfig:
         # On the tower of `face`, not of `global`: on that, the trained member said what `global` says (rank correlation
         # .95). Its second phase, LoRA, lost on unseen generators.
         shared["augment"] = replace(augment, self_blend_p=0.5)
-        second = _compact_clip("semantic", SMALL_SIDE, text=False, blocks=CUT_BLOCKS["semantic"])
-        return MemberConfig("fusion", whole, cut["face"], frozen, clip=second, **shared | HEAD_ALONE)
+        second = _compact_clip("semantic", SMALL_SIDE, text=False)
+        return MemberConfig("fusion", whole, _compact_tower("face"), frozen, clip=second, **shared | HEAD_ALONE)
     if member == "qtfp":
         shared["optim"] = replace(decayed, head_lr=5e-4)
         shared["qtfp"] = replace(QTFP_LIVE, readout="each", raal_warmup=500)
@@ -258,7 +258,7 @@ def _compact(member: str) -> MemberConfig:
     }
     # On the tower of `face`: over the semantic one it found half as much (AUC .63 instead of .75 on unseen generators).
     # Few steps, as for the others' heads; train.sh trains its maps before, for which they do not suffice.
-    tower = _compact_clip("face", SMALL_SIDE, text=True, blocks=CUT_BLOCKS["face"])
+    tower = _compact_clip("face", SMALL_SIDE, text=True)
     small = ViewConfig("face", SMALL_SIDE, SMALL_SIDE)
     return MemberConfig("vlaforge", small, tower, frozen, vlaforge=vlaforge, **shared)
 

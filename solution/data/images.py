@@ -122,10 +122,11 @@ class Inputs(Sequence[Input]):
         if isinstance(index, slice):
             return Inputs(self._root, self._names[index], self._renamed, self.passed_over, self.notes)
         name = self._names[index]
-        return Input(name, self._root / self._renamed.get(name, name), _kind(name))
+        return Input(name, self._root / self._renamed.get(name, name), kind_of(name))
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """What a name's suffix promises: `video`, else `image`."""
     return "video" if _suffix(name) in VIDEO_SUFFIXES else "image"
 
 

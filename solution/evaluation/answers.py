@@ -22,7 +22,7 @@ from PIL import Image
 from solution.bundles.bundle import Bundle
 from solution.data.degradation import use_one_opencv_thread
 from solution.data.guard import Watch
-from solution.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Input, UnreadableInput, decode_image, resize_image
+from solution.data.images import Input, UnreadableInput, decode_image, is_media, kind_of, resize_image
 from solution.data.processes import Apart, Killed
 from solution.data.videos import duration, sample_frames
 from solution.data.views import View, choose_faces, close_views, cut_views, quiet_worker
@@ -194,11 +194,10 @@ class Examiner:
 
     def examine(self, path: Path, name: str) -> Answer:
         """Score the file: its answer without degraded copies and maps. `name` is shown for it."""
-        kind = "video" if path.suffix.lower() in VIDEO_SUFFIXES else "image"
-        item = Input(name, path, kind)
+        item = Input(name, path, kind_of(path.name))
         notes: list[str] = []
         try:
-            if path.suffix.lower() not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+            if not is_media(path.name):
                 raise UnreadableInput(path, f"suffix {path.suffix!r} is of no picture or clip that is read here")
             prepared, notes = self._files("read", item)
             (rows,) = computed(self.ensemble, [prepared])

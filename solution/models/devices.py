@@ -1,4 +1,7 @@
-"""Where members compute and how precisely: the device that a word names, the precision that suits it, the cores of a rank."""
+"""Where members compute and how precisely: the device that a word names, the precision that suits it, the cores of a rank.
+
+What is measured here was measured on an AMD EPYC (Zen 5) core, compact towers at 168 px.
+"""
 
 from __future__ import annotations
 

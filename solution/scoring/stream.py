@@ -24,7 +24,7 @@ from solution.config import DegradationConfig
 from solution.data.degradation import use_one_opencv_thread
 from solution.data.faces import locate_once
 from solution.data.guard import Watch, guarded, one_by_one
-from solution.data.images import VIDEO_SUFFIXES, Input, Inputs, UnreadableInput
+from solution.data.images import Input, Inputs, UnreadableInput, kind_of
 from solution.data.processes import LIMIT
 from solution.data.views import (
     View,
@@ -307,7 +307,7 @@ def score_pictures(
     from tqdm import tqdm
 
     size = batch_size or ensemble.batch_size
-    listed = [(i, Input(item.name, item.path, _kind(item.path))) for i, item in enumerate(items)]
+    listed = [(i, Input(item.name, item.path, kind_of(str(item.path)))) for i, item in enumerate(items)]
     batches = [listed[i : i + size] for i in range(0, len(listed), size)]
     reader = Reader(ensemble.views, degradation=degradation, seed=seed)
     logits = {name: np.empty(len(listed)) for name in ensemble.members}
@@ -320,7 +320,3 @@ def score_pictures(
                     logits[name][row.index] = np.mean(values)
             bar.update(len(rows))
     return logits
-
-
-def _kind(path: Any) -> str:
-    return "video" if str(path).lower().endswith(tuple(VIDEO_SUFFIXES)) else "image"
